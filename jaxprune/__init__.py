@@ -1,0 +1,88 @@
+"""Functional pruning for JAX.
+
+A pruning method answers four small questions. **Criterion**: how much does each weight matter? **Granularity**: which
+weights live or die together? **Distribution**: who competes with whom, and how many win? **Schedule**: how sparse at
+which step? Each answer is a pure function or a frozen dataclass, usable alone, and
+
+    masks = expand(distribution(pool(criterion(params)), sparsity))
+
+is the whole library in one line. `compute_masks` runs it, `prune` runs it while an optimizer trains and makes every
+update land on exact zero, and `sparse` makes the zeros a weight of another kind, in the same model.
+"""
+
+from jaxprune import sparse
+from jaxprune.criteria import magnitude, random, taylor
+from jaxprune.distributions import (
+    ERK,
+    NM,
+    ByRule,
+    Global,
+    PerOutput,
+    SigmaThreshold,
+    Threshold,
+    Uniform,
+    kth_largest,
+    top_k_mask,
+)
+from jaxprune.granularity import Block, Element, Input, Output
+from jaxprune.layout import FLAX, TORCH, Axes, Layout
+from jaxprune.masks import (
+    apply_masks,
+    nonzero_masks,
+    overlap,
+    pack_masks,
+    rewind,
+    sparsity_of,
+    straight_through,
+    unpack_masks,
+)
+from jaxprune.methods import Method, compute_masks
+from jaxprune.report import summarize
+from jaxprune.schedules import at, constant, cubic, every, one_shot, rounds
+from jaxprune.transforms import keep_params_sparse, prune
+from jaxprune.tree import weights
+
+__all__ = [
+    "ERK",
+    "FLAX",
+    "NM",
+    "TORCH",
+    "Axes",
+    "Block",
+    "ByRule",
+    "Element",
+    "Global",
+    "Input",
+    "Layout",
+    "Method",
+    "Output",
+    "PerOutput",
+    "SigmaThreshold",
+    "Threshold",
+    "Uniform",
+    "apply_masks",
+    "at",
+    "compute_masks",
+    "constant",
+    "cubic",
+    "every",
+    "keep_params_sparse",
+    "kth_largest",
+    "magnitude",
+    "nonzero_masks",
+    "one_shot",
+    "overlap",
+    "pack_masks",
+    "prune",
+    "random",
+    "rewind",
+    "rounds",
+    "sparse",
+    "sparsity_of",
+    "straight_through",
+    "summarize",
+    "taylor",
+    "top_k_mask",
+    "unpack_masks",
+    "weights",
+]

@@ -1,0 +1,59 @@
+"""Questions asked of what a user hands in, each answered by an error that names the way out.
+
+Values can be looked at only where they are concrete; under a trace (jit, vmap, ...) these checks let them pass.
+"""
+
+from typing import Any
+
+import jax.core
+import jax.numpy as jnp
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether the value is known now, rather than traced."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_sparsity(sparsity: Any, what: str = "sparsity") -> None:
+    """Refuse a sparsity outside [0, 1).
+
+    Raises:
+        ValueError: outside, or NaN; a percentage is recognised.
+    """
+    if not is_concrete(sparsity):
+        return
+    if jnp.ndim(sparsity) != 0:
+        raise ValueError(f"`{what}` is one number, got an array of shape {jnp.shape(sparsity)}.")
+    value = float(sparsity)
+    if 0 <= value < 1:
+        return
+    hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+    raise ValueError(f"`{what}` is the fraction removed, in [0, 1); got {value:g}.{hint}")
+
+
+def check_leaves(what: str, leaves: dict[str, Any], *, non_negative: bool = False) -> None:
+    """Refuse NaN and infinity (and, if asked, negative numbers) in named leaves, naming the first such leaf.
+
+    Args:
+        what: what the leaves are, for the message: "weight", "score".
+        leaves: leaf name -> array.
+        non_negative: refuse negative numbers too.
+
+    Raises:
+        ValueError: a value is not as asked.
+    """
+    known = {name: leaf for name, leaf in leaves.items() if is_concrete(leaf)}
+    if not known:
+        return
+    # All leaves are dispatched before the first is looked at: one wait, not one a leaf.
+    finite = {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in known.items()}
+    fine = {name: jnp.all(leaf >= 0) for name, leaf in known.items()} if non_negative else finite
+    for name, leaf in known.items():
+        if not finite[name]:
+            kind, count = ("NaN", jnp.isnan(leaf)) if jnp.any(jnp.isnan(leaf)) else ("infinite", jnp.isinf(leaf))
+            raise ValueError(
+                f"{name!r} has {int(jnp.sum(count))} {kind} {what}(s) of {leaf.size}. Nothing can be ranked against "
+                "them: mend the training (learning rate, loss scale), or leave the leaf out with `select`."
+            )
+        if not fine[name]:
+            raise ValueError(f"{name!r} has a negative {what}; scores are >= 0, larger = keep.")

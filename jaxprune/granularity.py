@@ -1,0 +1,126 @@
+"""Granularity: which weights live or die together.
+
+A granularity is a pair of maps between weights and groups,
+
+    groups = granularity.pool(scores)              # one score per group
+    mask = granularity.expand(kept, scores.shape)  # one verdict per weight
+
+and everything between the two (`jaxprune.distributions`) sees group scores only, so every granularity works with
+every distribution. Arrays arrive as views (*layers, spatial, in, out), see `jaxprune.layout`, and groups keep those
+axes, shortened. A group is worth the mean of its weights' scores, so that groups of different sizes compare fairly.
+"""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.numerics import ordered_sum
+
+View = Float[Array, "*layers spatial n_in n_out"]
+Groups = Float[Array, "*layers g_spatial g_in g_out"]
+
+
+class Granularity(Protocol):
+    """The pair of maps between weights and groups."""
+
+    def pool(self, scores: View) -> Groups:
+        """One score per group."""
+        ...
+
+    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """The verdict on each group, for each of its weights; `shape` is that of the view."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """Every weight by itself: unstructured sparsity."""
+
+    def pool(self, scores: View) -> Groups:
+        """The scores themselves."""
+        return scores
+
+    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """The verdicts themselves."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """All weights that share their place on the axes that are not pooled over."""
+
+    def pool(self, scores: View) -> Groups:
+        """Mean over the group's axes, which stay as axes of size 1."""
+        size = max(math.prod(scores.shape[axis] for axis in self._pooled), 1)
+        return ordered_sum(scores, self._pooled) / size
+
+    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """The group's verdict, repeated along its axes."""
+        return jnp.broadcast_to(kept, shape)
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Input(_Slices):
+    """All weights that read one input: a row of a (in, out) matrix, an input channel of a convolution."""
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        return (-3, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output(_Slices):
+    """All weights that make one output: a neuron of a dense layer, a filter of a convolution.
+
+    References:
+        Li et al. 2017, arXiv:1608.08710 (filters ranked by their L1 norm, which is this mean times a constant).
+    """
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        return (-3, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tiles of `rows` inputs x `cols` outputs, the unit a block-sparse kernel can skip.
+
+    Tiles start at input 0 and output 0 of every tap of a convolution's window; those at the far edges are smaller
+    where the sizes do not divide, and are worth the mean of the weights they have.
+
+    Attributes:
+        rows: inputs of a tile, >= 1.
+        cols: outputs of a tile, >= 1.
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"`Block` needs at least 1 row and 1 column, got {self.rows} x {self.cols}.")
+
+    def pool(self, scores: View) -> Groups:
+        """Mean of each tile, (*layers, spatial, ceil(in / rows), ceil(out / cols))."""
+        sums = self._tile_sums(scores)
+        return sums / self._tile_sums(jnp.ones((1,) * (scores.ndim - 2) + scores.shape[-2:], scores.dtype))
+
+    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """Each tile's verdict, repeated over its weights."""
+        tall = jnp.repeat(kept, self.rows, axis=-2, total_repeat_length=kept.shape[-2] * self.rows)
+        wide = jnp.repeat(tall, self.cols, axis=-1, total_repeat_length=kept.shape[-1] * self.cols)
+        return wide[..., : shape[-2], : shape[-1]]
+
+    def _tile_sums(self, values: View) -> Groups:
+        *lead, n_in, n_out = values.shape
+        down, right = -n_in % self.rows, -n_out % self.cols
+        padded = jnp.pad(values, [(0, 0)] * len(lead) + [(0, down), (0, right)])
+        tiles = padded.reshape(*lead, (n_in + down) // self.rows, self.rows, (n_out + right) // self.cols, self.cols)
+        return jnp.squeeze(ordered_sum(tiles, (-3, -1)), (-3, -1))

@@ -1,0 +1,1 @@
+"""Experiments: config, data, models, training, checkpoints, figures and pages."""

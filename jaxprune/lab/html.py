@@ -1,0 +1,350 @@
+"""Pages and tables: what came out of a run, said once in plain words and then in every number.
+
+One page is one file. Images, style and text are inline, and its own security policy forbids it to load anything, so
+it opens from a mail or an archive as it did on the day. The page, `summary_text` for a terminal and
+`summary_markdown` for a README say the same things through the same few functions, and they never round a share
+up to all or down to none: 100 % is written only where it is exact.
+"""
+
+import base64
+from collections.abc import Iterable
+from datetime import datetime
+from html import escape
+from typing import Any
+
+Record = dict[str, Any]  # one JSON object
+_STAGES = {"dense": "Dense", "pruned": "Pruned", "finetuned": "Fine-tuned", "sparse": "Sparse"}
+_CAPTIONS = {
+    "weight_histograms": "Weights of the pruned leaves, all on the same axes; after pruning, zeros are left out.",
+    "training_curve": "Accuracy over the steps of all stages, and beside it the sparsity of the pruned leaves.",
+    "leaf_sparsity": "Share of every pruned leaf that was removed, with the weights left and the weights there.",
+    "comparison": "Test accuracy of every run. Bars are one standard deviation over seeds.",
+}
+# the browser is told to load nothing, so a page that asks for something by mistake still does not get it
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f8; --sheet: #fff; --ink: #1c2126; --soft: #59626b; --rule: #dde1e5;
+  --dense: #0072b2; --pruned: #b85100; --finetuned: #007a58; --sparse: #a04f85; --good: #00694d; --bad: #a83a00; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --page: #14171a; --sheet: #1e2327; --ink: #e8eaec; --soft: #a3acb5; --rule: #363d44;
+    --dense: #56b4e9; --pruned: #f08a3c; --finetuned: #35c79b; --sparse: #d78cbd; --good: #4fd6ab; --bad: #ff9a5c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { margin: 0; font-size: 1rem; color: var(--soft); overflow-wrap: anywhere; } h1 code { font-weight: 400; }
+h2 { margin: 2.6rem 0 .8rem; font-size: 1.15rem; }
+.lead { margin: .35rem 0 .5rem; font-size: clamp(1.35rem, 3.6vw, 2rem); line-height: 1.25; font-weight: 650; }
+.soft, figcaption, .card small, th, dt { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11em, 1fr)); gap: .8rem; margin: 1.5rem 0 1rem }
+.card, .scroll, pre { background: var(--sheet); border: 1px solid var(--rule); border-radius: 8px; }
+.card { border-top: 4px solid var(--tone); padding: .8rem 1rem; } .card h3 { margin: 0; color: var(--tone); }
+.card b { display: block; font-size: 1.75rem; line-height: 1.3; } .card small { display: block; font-size: .85rem; }
+.verdict { border-left: 4px solid var(--tone); background: var(--sheet); padding: .7rem 1rem; margin: 0 0 1rem; }
+.verdict b { color: var(--tone); }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: min(9rem, 30vw); }
+tbody tr:last-child td { border-bottom: 0; } tr.total td { font-weight: 650; border-top: 2px solid var(--rule); }
+figure { margin: 1.4rem 0; } figcaption { margin-top: .5rem; font-size: .9rem; }
+.scroll { overflow-x: auto; } figure .scroll { background: #fff; padding: .8rem; }
+img { display: block; width: 100%; height: auto; min-width: 34rem; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1.2rem; margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+pre { margin: 0; padding: .9rem 1rem; overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace; }
+@media (max-width: 30rem) {
+  main { padding: 1.4rem .9rem 3rem; } .cards { grid-template-columns: 1fr 1fr; gap: .6rem; }
+  .card { padding: .6rem .75rem; } .card b { font-size: 1.35rem; } dl { display: block; } dd { margin-bottom: .5rem; } }
+@media print {
+  body { font-size: 10.5pt; background: #fff; } main { max-width: none; padding: 0; } img { min-width: 0; }
+  .scroll { overflow: visible; } .cards { grid-template-columns: repeat(4, 1fr); } .card b { font-size: 1.3rem; }
+  table { font-size: 7.5pt; } th, td { padding: .2rem .3rem; } td:first-child { min-width: 5rem; }
+  pre { white-space: pre-wrap; } figure, .card, tr, .verdict { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def report_page(
+    results: Record, config_text: str, machine: dict[str, str], metrics: list[Record], figures: dict[str, bytes]
+) -> str:
+    """Return the report of one run as one HTML page.
+
+    Args:
+        results, machine, metrics: the content of `results.json`, `machine.json` and `metrics.jsonl`.
+        config_text: the resolved config, TOML.
+        figures: caption key -> PNG; a function's name in `jaxprune.lab.figures` brings its caption, any other key
+            is its own caption. Shown in the given order.
+    """
+    body = [
+        f"<h1>{escape(results['name'])} <code>{escape(results['hash'])}</code></h1>",
+        _lead(headline(results)),
+        f'<p class="soft">{escape(_circumstances(results))}</p>',
+        _cards(results),
+        _verdict(results),
+        _list(_facts(results)),
+        _figures(figures),
+        "<h2>Leaves</h2>",
+        _leaf_table(results["leaves"]),
+        _stage_section(metrics),
+        "<h2>Run it again</h2>",
+        _code(results["command"]),
+        "<h2>Resolved config</h2>",
+        _code(config_text),
+        "<h2>Versions and machine</h2>",
+        _list(machine.items()),
+    ]
+    return _page(f"{results['name']}: report", body)
+
+
+def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
+    """Return a comparison of several runs as one HTML page.
+
+    Args:
+        results: the content of `results.json` of each run.
+        figures: caption key -> PNG, as for `report_page`.
+    """
+    body = [
+        "<h1>Comparison of runs</h1>",
+        _lead(comparison_headline(results)),
+        '<p class="soft">Accuracy on test data: mean ± standard deviation over seeds. Sparsity: of pruned leaves.</p>',
+        _table(_RUN_COLUMNS, _run_rows(results)),
+        _figures(figures),
+        "<h2>Run them again</h2>",
+        _code("\n".join(result["command"] for result in results)),
+    ]
+    return _page("Comparison of runs", body)
+
+
+def summary_text(results: Record) -> str:
+    """Return the outcome of one run as an aligned plain-text table for a terminal."""
+    rows = [(_STAGES[stage], _with_deviation(accuracy)) for stage, accuracy in _accuracies(results)]
+    rows += [*_facts(results), ("Sparse = masked", agreement_text(results)[1])]
+    lines = [f"{name:<15}  {value}" for name, value in rows]
+    return "\n".join([f"{results['name']} {results['hash']}: {headline(results)}", "", *lines])
+
+
+def summary_markdown(results: list[Record]) -> str:
+    """Return several runs as a Markdown table, one row each, ready for a README."""
+    rows = [[_markdown_cell(cell) for cell in row] for row in _run_rows(results)]
+    rule = ["---"] + ["---:"] * (len(_RUN_COLUMNS) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(_RUN_COLUMNS), rule, *rows]) + "\n"
+
+
+def headline(results: Record) -> str:
+    """Say in one sentence what came out: what was removed, and what it cost."""
+    removed = percent(results["sparsity"]["mean"])
+    accuracy = dict(_accuracies(results))
+    last = next((stage for stage in ("sparse", "finetuned", "pruned") if stage in accuracy), None)
+    known = [f"{percent(accuracy[s]['mean'])} {_STAGES[s].lower()}" for s in ("dense", last) if s in accuracy]
+    return f"{removed} of the weights in the pruned leaves removed; accuracy {', '.join(known) or 'not measured'}."
+
+
+def comparison_headline(results: list[Record]) -> str:
+    """Say in one sentence what the runs span. Runs on different data are counted, never ranked."""
+    if not results:
+        return "No runs to compare."
+    names = list(dict.fromkeys(result["dataset"]["name"] for result in results))
+    count = f"{len(results)} run{'s' if len(results) > 1 else ''}"
+    if len(names) > 1:
+        return f"{count} on {len(names)} data sets ({', '.join(names)}): compare within a data set only."
+    text = f"{count} on {names[0]}: {_span([r['sparsity']['mean'] for r in results])} of the weights removed"
+    sparse = [accuracy["mean"] for r in results if (accuracy := r["accuracy"].get("sparse"))]
+    return f"{text}, accuracy with sparse weights {_span(sparse)}." if sparse else f"{text}."
+
+
+def _span(shares: list[float]) -> str:
+    low, high = percent(min(shares)), percent(max(shares))
+    return low if low == high else f"{low} to {high}"
+
+
+def agreement_text(results: Record) -> tuple[bool, str]:
+    """Return whether the sparse model gives the masked model's class for every test sample, and a sentence of it."""
+    values, test = results["sparse"]["agreement"]["values"], results["dataset"]["test"]
+    if not values:
+        return False, "not compared."
+    if all(value == 1.0 for value in values):
+        seeds = f", for all {len(values)} seeds" if len(values) > 1 else ""
+        return True, f"yes, the same class on all {test:,} test samples{seeds}."
+    seeds = results["seeds"] if len(results["seeds"]) == len(values) else range(len(values))
+    differing = [
+        f"seed {seed} on {max(1, round((1 - value) * test)):,} of {test:,} test samples ({percent(value, 2)} agree)"
+        for seed, value in zip(seeds, values, strict=True)
+        if value != 1.0
+    ]
+    return False, f"no, the class differs for {'; '.join(differing)}."
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Write a fraction as a percentage, with more digits where fewer would claim all or nothing falsely.
+
+    >>> percent(0.9), percent(0.99996), percent(1.0)
+    ('90.0 %', '99.996 %', '100.0 %')
+    """
+    for places in range(digits, 9):
+        text = f"{100 * share:.{places}f}"
+        if share in (0.0, 1.0) or float(text) not in (0.0, 100.0):
+            return f"{text} %"
+    return f"{100 * share!r} %"
+
+
+def _with_deviation(stat: Record) -> str:
+    text = percent(stat["mean"], 2)
+    return f"{text[:-2]} ± {100 * stat['std']:.2f} %" if len(stat["values"]) > 1 else text
+
+
+def _accuracies(results: Record) -> list[tuple[str, Record]]:
+    # a run without fine-tuning has no such entry
+    return [(stage, found) for stage in _STAGES if (found := results["accuracy"].get(stage))]
+
+
+def _circumstances(results: Record) -> str:
+    data, seeds, finished = results["dataset"], results["seeds"], datetime.fromisoformat(results["finished"])
+    counts = f"{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test samples"
+    which = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    return f"{data['name']}: {counts}. {which}. Finished {finished:%Y-%m-%d %H:%M %Z}."
+
+
+def _facts(results: Record) -> list[tuple[str, str]]:
+    sparse, seconds = results["sparse"], results["seconds"]["mean"]
+    each = " for each seed" if len(results["seeds"]) > 1 else ""
+    return [
+        ("Sparsity", f"{_with_deviation(results['sparsity'])} of the pruned leaves"),
+        ("Overall", f"{_with_deviation(results['overall_sparsity'])} of all parameters"),
+        ("Stored", f"{sparse['format']}, {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
+        ("Time", f"{seconds:,.1f} s{each}"),
+    ]
+
+
+def size_text(dense: int, sparse: int) -> str:
+    """Say how many bytes became how many, and call larger what is larger."""
+    factor = ""
+    if 0 < dense != sparse > 0:
+        ratio = dense / sparse
+        factor = f": {ratio:.2f} times smaller" if ratio > 1 else f": {1 / ratio:.2f} times LARGER"
+    return f"{dense:,} bytes dense, {sparse:,} bytes sparse{factor}"
+
+
+def _change(results: Record, stage: str) -> str:
+    """Write the distance of a stage from dense in percentage points, with its sign."""
+    accuracy = dict(_accuracies(results))
+    if stage == "dense" or not {"dense", stage} <= accuracy.keys():
+        return ""
+    return f"{100 * (accuracy[stage]['mean'] - accuracy['dense']['mean']):+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+_RUN_COLUMNS = ("Run", "Data", "Sparsity", "Dense, %", "Pruned, %", "Fine-tuned, %", "Sparse, %",
+                "Sparse minus dense, points", "Sparse = masked", "Bytes of dense", "Seeds", "Config")  # fmt: skip
+
+
+def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
+    rows = []
+    for result in results:
+        accuracy, sparse, seeds = result["accuracy"], result["sparse"], str(len(result["seeds"]))
+        cells = [
+            _with_deviation(accuracy[stage]).removesuffix(" %") if accuracy.get(stage) else "-" for stage in _STAGES
+        ]
+        agrees = "yes" if agreement_text(result)[0] else "NO" if sparse["agreement"]["values"] else "not compared"
+        share = percent(sparse["bytes"] / sparse["dense_bytes"]) if sparse["dense_bytes"] else "-"
+        start = (result["name"], result["dataset"]["name"], percent(result["sparsity"]["mean"]))
+        rows.append((*start, *cells, _change(result, "sparse") or "-", agrees, share, seeds, result["hash"]))
+    return rows
+
+
+def _markdown_cell(text: str) -> str:
+    """Keep a name from ending its cell, its row, or being read as markup."""
+    for mark in "\\|`*_[]":
+        text = text.replace(mark, "\\" + mark)
+    return escape(" ".join(text.split()), quote=False)
+
+
+def _page(title: str, body: list[str]) -> str:
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+
+
+def _lead(text: str) -> str:
+    return f'<p class="lead">{escape(text).replace(" %", "&nbsp;%")}</p>'
+
+
+def _cards(results: Record) -> str:
+    cards = []
+    for stage, accuracy in _accuracies(results):
+        many = len(accuracy["values"]) > 1
+        spread = f"± {100 * accuracy['std']:.2f} over {len(accuracy['values'])} seeds" if many else "one seed"
+        change = _change(results, stage)
+        cards.append(
+            f'<div class="card" style="--tone: var(--{stage})"><h3>{_STAGES[stage]}</h3>'
+            f"<b>{percent(accuracy['mean'], 2)}</b><small>{spread}</small>"
+            f"<small>{f'{change} points from dense' if change else 'accuracy on test data'}</small></div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _verdict(results: Record) -> str:
+    agrees, text = agreement_text(results)
+    first, comma, rest = text.partition(",")
+    answer = f"<b>{escape(first.capitalize())}</b>{escape(comma + rest)}"
+    tone = "good" if agrees else "bad"
+    return (
+        f'<p class="verdict" style="--tone: var(--{tone})">Does the sparse model answer as the masked one? {answer}</p>'
+    )
+
+
+def _leaf_table(leaves: list[Record]) -> str:
+    rows = [
+        (leaf["name"], " x ".join(map(str, leaf["shape"])), f"{leaf['weights']:,}", f"{leaf['nnz']:,}",
+         percent(leaf["sparsity"]), f"{leaf['bytes']:,}", f"{leaf['sparse_bytes']:,}")
+        for leaf in leaves
+    ]  # fmt: skip
+    weights, nnz, dense, sparse = (sum(leaf[k] for leaf in leaves) for k in ("weights", "nnz", "bytes", "sparse_bytes"))
+    gone = percent(1 - nnz / weights) if weights else "-"
+    total = (f"{len(leaves)} leaves", "", f"{weights:,}", f"{nnz:,}", gone, f"{dense:,}", f"{sparse:,}")
+    return _table(("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse"), rows, total)
+
+
+def _stage_section(metrics: list[Record]) -> str:
+    """Show the last record of every stage of every seed: the numbers at the stage's end."""
+    last = {(record["seed"], record["stage"]): record for record in metrics}
+    columns = ("Stage", "Seed", "Step", "Loss", "Training accuracy", "Validation accuracy", "Sparsity")
+    shares = ("train_accuracy", "validation_accuracy", "sparsity")
+    rows = []
+    for (seed, stage), record in last.items():
+        cells = ["-" if record.get(key) is None else percent(record[key], 2) for key in shares]
+        name = stage.replace("finetune", "fine-tune")
+        rows.append((name, str(seed), f"{record['step']:,}", f"{record['loss']:.4g}", *cells))
+    return f"<h2>At the end of each stage</h2>\n{_table(columns, rows)}" if rows else ""
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] = ()) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    last = "".join(f"<td>{escape(cell)}</td>" for cell in total)
+    body += f'<tr class="total">{last}</tr>' if last else ""
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figures(figures: dict[str, bytes]) -> str:
+    parts = []
+    for key, image in figures.items():
+        caption = escape(_CAPTIONS.get(key, key))
+        source = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+        image_tag = f'<div class="scroll"><img src="{source}" alt="{caption}"></div>'
+        parts.append(f"<figure>{image_tag}<figcaption>{caption}</figcaption></figure>")
+    return "\n".join(parts)
+
+
+def _list(pairs: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>' for k, v in pairs)}</dl>"
+
+
+def _code(text: str) -> str:
+    return f"<pre><code>{escape(text)}</code></pre>"

@@ -1,0 +1,102 @@
+"""Which axes of a weight are input, output, spatial and stacked, and the one view all pruning works in.
+
+Frameworks store the same weight differently. Here every weight is seen as
+
+    (*layers, spatial, in, out)
+
+where `layers` are stacked copies (scanned layers), `spatial` is the flattened window of a convolution (1 for a
+matrix), `in` is summed over and `out` is not. A view is a transpose and a reshape, so going there and back is exact.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from jaxprune.tree import first_match
+
+
+class Axes(NamedTuple):
+    """Axis numbers of one leaf, by what they mean; together they are all axes of the leaf, each once."""
+
+    layers: tuple[int, ...] = ()
+    spatial: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a framework lays its weights out; rules name the exceptions.
+
+    Attributes:
+        outputs_last: True for (*spatial, in, out), the way of Flax, Haiku and Keras; False for (out, in, *spatial), the
+            way of Equinox and PyTorch. A vector is all output.
+        rules: (name pattern, `Axes`) pairs, first match wins; for stacked layers, or attention kernels whose heads
+            make two output axes.
+
+    Example:
+        >>> FLAX.with_rules({"blocks/*/kernel": Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+    """
+
+    outputs_last: bool = True
+    rules: tuple[tuple[str, Axes], ...] = ()
+
+    def with_rules(self, rules: dict[str, Axes]) -> "Layout":
+        """This layout with more rules, which go before the ones it has."""
+        return dataclasses.replace(self, rules=(*rules.items(), *self.rules))
+
+    def axes(self, name: str, shape: tuple[int, ...]) -> Axes:
+        """Axes of the leaf `name`.
+
+        Raises:
+            ValueError: a rule does not name every axis of the leaf once.
+        """
+        rule = first_match(self.rules, name)
+        if rule is not None:
+            if sorted(sum(rule, ())) != list(range(len(shape))):
+                raise ValueError(
+                    f"The layout's rule for {name!r} must name each of its {len(shape)} axes once, it says {rule}."
+                )
+            return rule
+        if len(shape) < 2:
+            return Axes(outputs=tuple(range(len(shape))))
+        axes = tuple(range(len(shape)))
+        if self.outputs_last:
+            return Axes(spatial=axes[:-2], inputs=axes[-2:-1], outputs=axes[-1:])
+        return Axes(spatial=axes[2:], inputs=axes[1:2], outputs=axes[:1])
+
+
+FLAX = Layout(outputs_last=True)
+"""Matrices (in, out), convolutions HWIO: Flax, Haiku, Keras."""
+
+TORCH = Layout(outputs_last=False)
+"""Matrices (out, in), convolutions OIHW: Equinox, PyTorch."""
+
+
+def dims(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """Sizes (*spatial, in, out) of one layer: what density rules such as ERK look at."""
+    sizes = [math.prod(shape[a] for a in part) for part in (axes.inputs, axes.outputs)]
+    return (*(shape[a] for a in axes.spatial), *sizes)
+
+
+def to_view(leaf: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "*layers spatial n_in n_out"]:
+    """A leaf seen as (*layers, spatial, in, out)."""
+    return jnp.reshape(jnp.transpose(leaf, sum(axes, ())), view_shape(jnp.shape(leaf), axes))
+
+
+def view_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """Shape of `to_view` of a leaf of this shape."""
+    merged = (math.prod(shape[a] for a in part) for part in (axes.spatial, axes.inputs, axes.outputs))
+    return (*(shape[a] for a in axes.layers), *merged)
+
+
+def from_view(
+    view: Shaped[Array, "*layers spatial n_in n_out"], axes: Axes, shape: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """A view brought back to the leaf's own shape; `from_view(to_view(x, axes), axes, x.shape)` is x."""
+    order = sum(axes, ())
+    unmerged = jnp.reshape(view, tuple(shape[a] for a in order))
+    return jnp.transpose(unmerged, tuple(order.index(a) for a in range(len(shape))))

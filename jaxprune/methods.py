@@ -1,0 +1,119 @@
+"""A pruning method: four small answers put together, and the one line that runs them.
+
+masks = expand(distribution(pool(criterion(params)), sparsity))
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxprune import layout as layouts
+from jaxprune import tree
+from jaxprune.checks import check_leaves, check_sparsity, is_concrete
+from jaxprune.criteria import magnitude
+from jaxprune.distributions import Distribution, Global
+from jaxprune.granularity import Element, Granularity
+from jaxprune.types import Masks, Params, Scores, Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What to prune and how to choose; says nothing of when.
+
+    Attributes:
+        criterion: how much does each weight matter (`jaxprune.criteria`, or a function of your own).
+        granularity: which weights live or die together.
+        distribution: who competes with whom, and how many win.
+        select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool.
+        layout: which axes of a leaf are its inputs and outputs: `FLAX`, `TORCH`, or one of your own.
+    """
+
+    criterion: Callable[..., Scores] = magnitude
+    granularity: Granularity = Element()
+    distribution: Distribution = Global()
+    select: tree.Select = tree.weights
+    layout: layouts.Layout = layouts.FLAX
+
+
+def compute_masks(
+    method: Method, params: Params, sparsity: Sparsity | None = None, *, masks: Masks | None = None, **evidence: Any
+) -> Masks:
+    """Masks of `params` by `method`, a pure function; jit, vmap and scan apply.
+
+    Args:
+        method: the composition.
+        params: any pytree of arrays.
+        sparsity: fraction of the groups of the selected leaves to remove, in [0, 1); may be traced (as float32). None
+            for distributions that decide themselves (`Threshold`, `SigmaThreshold`) or may (`NM`, `ByRule`).
+        masks: survivors so far. Weights that are dead by them score 0, so that they come back only if the sparsity
+            falls; without it every weight is judged by its value alone.
+        **evidence: what the criterion looks at besides the weights: grads=, key=, ... Trees with the leaves of the
+            params are handed on leaf by leaf, anything else as it is.
+
+    Returns:
+        Bool tree with the structure, shapes and (outside jit) shardings of `params`; leaves not selected are True.
+
+    Raises:
+        ValueError: a sparsity that is no fraction, NaN or infinity in a weight or score (outside jit; under jit NaN
+            counts as the largest score, so that it is kept), evidence of another structure, a leaf that does not fit.
+        TypeError: missing evidence, a leaf that is no floating array.
+    """
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    leaves = tree.selected_leaves(method.select, params)
+    check_leaves("weight", leaves)
+    axes = {name: method.layout.axes(name, leaf.shape) for name, leaf in leaves.items()}
+    views = {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
+    seen = {key: _evidence(key, value, params, leaves, axes) for key, value in evidence.items()}
+    scores = _checked(method.criterion(views, **seen), views)
+    if masks is not None:
+        tree.check_like("The masks", masks, params)
+        alive = _evidence("masks", masks, params, leaves, axes)
+        scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
+    groups = {name: method.granularity.pool(score) for name, score in scores.items()}
+    dims = {name: layouts.dims(leaf.shape, axes[name]) for name, leaf in leaves.items()}
+    kept = method.distribution(groups, sparsity, dims=dims)
+
+    def mask_of(name: str, leaf: Array) -> Array:
+        if name not in kept:
+            return jnp.ones_like(leaf, dtype=bool)
+        view = method.granularity.expand(kept[name], views[name].shape)
+        return _placed(layouts.from_view(view, axes[name], leaf.shape), leaf)
+
+    return tree.map_named(mask_of, params)
+
+
+def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], axes: dict[str, layouts.Axes]) -> Any:
+    """Evidence as the criterion sees it: by name and as views where it has the leaves of the params."""
+    if jax.tree_util.all_leaves([value]):
+        return value
+    if key == "grads":
+        tree.check_like("The `grads`", value, params)
+    named = tree.named_leaves(value)
+    if not all(name in named for name in leaves):
+        return value
+    return {
+        name: layouts.to_view(named[name], axes[name]) if jnp.shape(named[name]) == leaf.shape else named[name]
+        for name, leaf in leaves.items()
+    }
+
+
+def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
+    for name, view in views.items():
+        if name not in scores or jnp.shape(scores[name]) != view.shape:
+            arrived = f"shape {jnp.shape(scores[name])}" if name in scores else f"leaves {list(scores)}"
+            raise ValueError(f"The criterion must score every weight: {view.shape} at {name!r}, it gave {arrived}.")
+    named = {name: jnp.asarray(scores[name]) for name in views}
+    check_leaves("score", named, non_negative=True)
+    return named
+
+
+def _placed(mask: Array, leaf: Any) -> Array:
+    """The mask laid out over devices as its leaf is; under jit that is the compiler's to decide."""
+    if is_concrete(mask) and is_concrete(leaf) and isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding:
+        return jax.device_put(mask, leaf.sharding)
+    return mask

@@ -1,0 +1,56 @@
+"""Two sums that must not depend on who does them: on how an array is sharded, or on float32's 24 bits."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxprune.types import Sparsity
+
+
+def ordered_sum(values: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Sum over `axes` (kept, with size 1) whose order of additions is fixed: halves are added until one is left.
+
+    A reduction over a sharded axis adds per device first, so that its last bit depends on the number of devices, and
+    with it which of two nearly equal groups survives. Additions of slices are the same everywhere.
+    """
+    for axis in axes:
+        values = _halve(jnp.moveaxis(values, axis, 0), axis)
+    return values
+
+
+def _halve(values: Array, axis: int) -> Array:
+    rest = jnp.zeros((1, *values.shape[1:]), values.dtype)
+    values = values if values.shape[0] else rest
+    while (size := values.shape[0]) > 1:
+        half = size // 2
+        if size % 2:
+            rest = rest + values[2 * half :]
+        values = values[:half] + values[half : 2 * half]
+    return jnp.moveaxis(values + rest, 0, axis)
+
+
+def rounded_share(n: int, share: Sparsity) -> UInt32[Array, ""] | int:
+    r"""$\mathrm{round}(n \cdot s)$, half to even, exact for concrete and for traced `share` in [0, 1).
+
+    A traced float32 share is brought to 32 binary places (exact from $2^{-8}$ on) and multiplied in 64 bits, made of
+    32-bit words: n * share in float32 would be off by one from 16 million weights on.
+
+    Args:
+        n: a count, below 2**32.
+        share: Python float, or scalar float32 array.
+    """
+    if isinstance(share, float | int):
+        return round(n * share)
+    fixed = jnp.minimum(jnp.asarray(share, jnp.float32), jnp.float32(1 - 2**-24)) * jnp.float32(2.0**32)
+    high, low = _multiply(jnp.uint32(n), jnp.maximum(fixed, 0.0).astype(jnp.uint32))
+    half = jnp.uint32(1 << 31)
+    up = (low > half) | ((low == half) & (high % 2 == 1))
+    return high + up.astype(jnp.uint32)
+
+
+def _multiply(a: Int[Array, "..."], b: Int[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The 64-bit product of two 32-bit words, as (high, low) words."""
+    mask, shift = jnp.uint32(0xFFFF), jnp.uint32(16)
+    a1, a0, b1, b0 = a >> shift, a & mask, b >> shift, b & mask
+    middle = a1 * b0 + ((a0 * b0) >> shift)
+    middle_low = (middle & mask) + a0 * b1
+    return a1 * b1 + (middle >> shift) + (middle_low >> shift), a * b

@@ -1,0 +1,107 @@
+"""Tables of a pruned tree: per leaf and in total, as text, Markdown or plain data."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxprune import tree
+from jaxprune.types import Masks, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf, or the total.
+
+    Attributes:
+        name: its name, such as "layers/0/kernel".
+        shape: its shape; () for the total.
+        weights: how many it has.
+        nnz: how many are alive (by the masks), or not zero (without masks).
+        bytes: what it takes stored dense, dead weights included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    nnz: int
+    bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed; 0 for an empty leaf."""
+        return 1 - self.nnz / self.weights if self.weights else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A table with one row a leaf; `str(report)` is the text."""
+
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def total(self) -> Leaf:
+        """All leaves together."""
+        sums = (sum(getattr(leaf, field) for leaf in self.leaves) for field in ("weights", "nnz", "bytes"))
+        return Leaf("total", (), *sums)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: {"leaves": [{name, shape, weights, nnz, sparsity, bytes}, ...], "total": {...}}."""
+
+        def plain(leaf: Leaf) -> dict[str, Any]:
+            return {**dataclasses.asdict(leaf), "shape": list(leaf.shape), "sparsity": leaf.sparsity}
+
+        return {"leaves": [plain(leaf) for leaf in self.leaves], "total": plain(self.total)}
+
+    def to_markdown(self) -> str:
+        """A GitHub table."""
+        head, *rows = [("leaf", "shape", "weights", "nnz", "sparsity", "bytes"), *self._rows()]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---", "---", *["---:"] * 4), *rows])
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "weights", "nnz", "sparsity", "bytes"), *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+        def line(row: Iterable[str]) -> str:
+            cells = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            return "  ".join(cells).rstrip()
+
+        return "\n".join([line(rows[0]), line("-" * w for w in widths), *map(line, rows[1:])])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                leaf.name,
+                "x".join(map(str, leaf.shape)),
+                f"{leaf.weights:,}",
+                f"{leaf.nnz:,}",
+                f"{leaf.sparsity:.2%}",
+                f"{leaf.bytes:,}",
+            )
+            for leaf in (*self.leaves, self.total)
+        ]
+
+
+def summarize(params: Params, masks: Masks | None = None) -> Report:
+    """Shape, weights, survivors, sparsity and bytes of every leaf.
+
+    Args:
+        params: any pytree of arrays.
+        masks: survivors are counted by these; without, what is not zero.
+
+    Raises:
+        ValueError: the masks have other leaves or shapes than the params.
+    """
+    if masks is not None:
+        tree.check_like("The masks", masks, params)
+    alive = tree.named_leaves(masks if masks is not None else params)
+    leaves = tree.named_leaves(params)
+    counts = {name: jnp.count_nonzero(alive[name]) for name in leaves}
+    return Report(
+        tuple(
+            Leaf(name, tuple(leaf.shape), math.prod(leaf.shape), int(counts[name]), leaf.size * leaf.dtype.itemsize)
+            for name, leaf in leaves.items()
+        )
+    )

@@ -1,0 +1,67 @@
+"""Any JAX function on compressed weights, unchanged."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import quax
+
+from jaxprune.sparse import matmul  # noqa: F401  (its rules must be registered)
+from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
+    """`fn`, whose arguments may now hold compressed leaves.
+
+    Every product of activations with a compressed leaf runs on its non-zeros; casts, transposes and copies go through,
+    `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and `checkpoint` inside `fn` too. The result is plain arrays,
+    except where `fn` returns a leaf itself.
+
+    Args:
+        fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.
+        unsupported: what becomes of a compressed leaf that is used in any other way (added, convolved, indexed):
+            "refuse", or "dense" to decompress it there, inside the program.
+
+    Returns:
+        A function of the same arguments, to be jitted: `jax.jit(apply(fn))(sparse_params, x)`.
+
+    Raises:
+        SparseUseError: while tracing, naming leaf and operation; also for a `jax.custom_vjp` function outside of an
+            inner `jit`, which quax cannot carry.
+
+    Example:
+        >>> predict = jax.jit(apply(model.apply))
+        >>> y = predict(compress(params, "bcsr"), x)
+    """
+    check_unsupported(unsupported)
+
+    @functools.wraps(fn)
+    def on_compressed(*args: Any, **kwargs: Any) -> Any:
+        if unsupported == "refuse":
+            return _quaxified(fn, args, kwargs)
+        args, kwargs = _mark((args, kwargs), "dense")
+        return _mark(_quaxified(fn, args, kwargs), "refuse")
+
+    return on_compressed  # pyright: ignore[reportReturnType]
+
+
+def _quaxified(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        return quax.quaxify(fn)(*args, **kwargs)
+    except NotImplementedError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise SparseUseError(
+            "The function calls a `jax.custom_vjp` function, and quax has no rule for those. Wrap that one in "
+            "`jax.jit`: it then runs as it is, as long as no compressed leaf goes into it."
+        ) from error
+
+
+def _mark(leaves: Any, unsupported: Unsupported) -> Any:
+    def one(leaf: Any) -> Any:
+        return leaf.replace(unsupported=unsupported) if isinstance(leaf, SparseWeight) else leaf
+
+    return jax.tree.map(one, leaves, is_leaf=lambda leaf: isinstance(leaf, SparseWeight))

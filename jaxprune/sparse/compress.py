@@ -1,0 +1,106 @@
+"""Between dense and compressed trees: `compress`, `decompress`, and what either weighs."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune import tree
+from jaxprune.layout import FLAX, Layout
+from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported
+from jaxprune.types import Params
+
+
+def compress(
+    params: Params,
+    format: Literal["bcoo", "bcsr", "dense"] | str = "bcoo",
+    *,
+    select: tree.Select = tree.weights,
+    layout: Layout = FLAX,
+    unsupported: Unsupported = "refuse",
+) -> Params:
+    """The same tree, with the non-zeros of its matrices in place of the matrices.
+
+    Exact zeros are dropped, whoever put them there, so params and masks need not both be kept. Runs outside jit, since
+    how many non-zeros there are decides shapes; the result is an argument of jitted functions, see `apply`. Weights
+    of another pattern with as many non-zeros recompile nothing.
+
+    Args:
+        params: any pytree of arrays (NNX State, Linen or Haiku dict, a filtered Equinox module).
+        format: a name in `FORMATS`, or "dense", which leaves everything as it is.
+        select: which leaves, as a function (name, leaf) -> bool or name rules.
+        layout: which axis of a matrix is summed over; `FLAX` (in, out) or `TORCH` (out, in), also Equinox's.
+        unsupported: what becomes of a selected leaf that is no matrix, such as a convolution kernel or stacked layers:
+            "refuse", or "dense" to leave it as it is.
+
+    Raises:
+        ValueError: an unknown format; a selected leaf is no matrix or holds a NaN; nothing is selected.
+        TypeError: a leaf is traced, compressed already, no array, or not floating.
+    """
+    check_unsupported(unsupported)
+    if format != "dense" and format not in FORMATS:
+        raise ValueError(f"There is no format {format!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+    for weight in _weights(params):
+        raise TypeError(f"Leaf {weight.name!r} is compressed already. Call `decompress(params)` first.")
+    if format == "dense":
+        return params
+    selected = set(tree.selected_leaves(select, params))
+
+    def one(name: str, leaf: Any) -> Any:
+        if name not in selected or not _is_matrix(name, leaf, layout, unsupported):
+            return leaf
+        return _compress_leaf(name, leaf, FORMATS[format], layout)
+
+    return tree.map_named(one, params)
+
+
+def _is_matrix(name: str, leaf: Any, layout: Layout, unsupported: Unsupported) -> bool:
+    axes = layout.axes(name, leaf.shape)
+    if not (axes.layers or axes.spatial) and len(axes.inputs) == len(axes.outputs) == 1:
+        return True
+    if unsupported == "dense":
+        return False
+    kind = "stacked layers" if axes.layers else "a convolution kernel" if axes.spatial else "no matrix"
+    raise ValueError(
+        f"Leaf {name!r} {tuple(leaf.shape)} is {kind} by its layout, and only a matrix with one input and one output "
+        f"axis can be compressed. Leave it out with `select`, keep such leaves dense with "
+        f'`compress(..., unsupported="dense")`, or correct `layout`.'
+    )
+
+
+def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Layout) -> SparseWeight:
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"Leaf {name!r} is traced. How many non-zeros it has depends on its values, so `compress` runs outside "
+            f"`jit`, `grad` and `vmap`; the compressed params are then an argument of the jitted function."
+        )
+    host = np.asarray(leaf)
+    if np.isnan(host).any():
+        raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
+    outputs_last = layout.axes(name, leaf.shape).outputs == (1,)
+    weight = format.from_leaf(host, outputs_last=outputs_last, name=name)
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
+    # A sharded leaf is gathered: its non-zeros do not fall evenly on its devices.
+    return jax.device_put(weight, next(iter(devices))) if len(devices) == 1 else weight
+
+
+def decompress(params: Params) -> Params:
+    """The tree with every compressed leaf dense again, bit for bit (a -0.0 comes back as 0.0); also under jit."""
+    return jax.tree.map(lambda leaf: leaf.decompress() if _is_sparse(leaf) else leaf, params, is_leaf=_is_sparse)
+
+
+def nbytes(params: Params) -> int:
+    """Bytes of all arrays of a tree, compressed or not, indices included."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+    return sum(math.prod(jnp.shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _weights(params: Params) -> list[SparseWeight]:
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_sparse) if _is_sparse(leaf)]
+
+
+def _is_sparse(leaf: Any) -> bool:
+    return isinstance(leaf, SparseWeight)

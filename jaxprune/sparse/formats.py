@@ -1,0 +1,275 @@
+"""Formats: how the non-zeros of one weight lie in memory.
+
+A weight is stored as the matrix W (out, in) of its non-zeros, sorted by output and then by input, each once,
+
+    W = {(row, col, value)},   leaf = W (out, in)   or   leaf = W.T (in, out), as the framework lays it out,
+
+and stands in the tree where its leaf stood: an array-ish value with the leaf's shape and dtype, itself a pytree of
+arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and gives
+them back; everything else follows.
+
+Not here yet: native CPU kernels, blocks. Each is one class, one line in `FORMATS`, and one `matmul.times.register`.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import quax
+from jax.core import ShapedArray, Tracer
+from jax.experimental.sparse import BCOO, BCSR
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core.primitives import remat_p
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32
+
+Unsupported = Literal["refuse", "dense"]
+
+
+class SparseUseError(TypeError):
+    """A compressed leaf was used in a way that has no sparse form."""
+
+
+def check_unsupported(unsupported: str) -> None:
+    """Refuse any word but "refuse" and "dense"."""
+    if unsupported not in ("refuse", "dense"):
+        raise ValueError(f'`unsupported` is "refuse" or "dense", {unsupported!r} arrived.')
+
+
+def _index(array: Any) -> Array:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"Indices of a sparse weight are integers, {array.dtype} arrived.")
+    return jnp.asarray(array, jnp.int32)  # Eigen's kernel takes int32, and half the bytes of int64
+
+
+class SparseWeight(quax.ArrayValue):
+    """A matrix of a model, compressed: looks like its leaf, holds its non-zeros.
+
+    Subclasses say how (row, col) are packed: `pack`, `coordinates` and `stored`.
+
+    Attributes:
+        values: the stored weights, sorted by output, then input.
+        leaf_shape: shape of the leaf this stands for.
+        outputs_last: True if the leaf is (in, out), False if it is (out, in).
+        name: the leaf's name, for messages.
+        unsupported: "refuse", or "dense" to let operations without a sparse form have the dense leaf.
+
+    Raises:
+        ValueError: indices unsorted, doubled or out of range, or sizes that contradict each other.
+        TypeError: parts of the wrong dtype, or traced ones, whose indices nobody can check.
+    """
+
+    values: Float[Array, " nse"] = eqx.field(converter=jnp.asarray)
+    leaf_shape: tuple[int, int] = eqx.field(static=True, kw_only=True)
+    outputs_last: bool = eqx.field(static=True, kw_only=True, default=True)
+    name: str = eqx.field(static=True, kw_only=True, default="")
+    unsupported: Unsupported = eqx.field(static=True, kw_only=True, default="refuse")
+
+    @classmethod
+    @abc.abstractmethod
+    def pack(
+        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+    ) -> "SparseWeight":
+        """The weight with these sorted non-zeros; `fields` are those of `SparseWeight`."""
+
+    @abc.abstractmethod
+    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+        """Output and input index of every stored value."""
+
+    @property
+    @abc.abstractmethod
+    def stored(self) -> BCOO | BCSR:
+        """W (out, in) as a `jax.experimental.sparse` array."""
+
+    @classmethod
+    def from_leaf(cls, leaf: np.ndarray, *, outputs_last: bool = True, name: str = "") -> "SparseWeight":
+        """The non-zeros of a leaf (in, out), or (out, in) without `outputs_last`, in host memory."""
+        matrix = leaf.T if outputs_last else leaf
+        rows, cols = np.nonzero(matrix)
+        return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, name=name)
+
+    def __check_init__(self) -> None:
+        check_unsupported(self.unsupported)
+        parts = jax.tree.leaves(self)
+        if any(isinstance(part, Tracer) for part in parts):
+            raise TypeError(
+                f"{self._who} is made of traced parts, so its indices cannot be checked. Make it outside `jit` and "
+                f"pass it in as an argument; with other values: `weight.with_values(values)`."
+            )
+        if self.values.ndim != 1 or not jnp.issubdtype(self.values.dtype, jnp.floating):
+            raise TypeError(
+                f"{self._who} needs floating values of shape (nse,), {jax.typeof(self.values).str_short()} arrived."
+            )
+        if len(self.leaf_shape) != 2 or max(*self.leaf_shape, self.nse) >= 2**31:
+            raise ValueError(f"{self._who} must be a matrix with sizes and nse below 2**31, not {self.leaf_shape}.")
+        rows, cols = self._host_coordinates()
+        n_out, n_in = self.sizes
+        if rows.shape != (self.nse,) or cols.shape != (self.nse,):
+            raise ValueError(f"{self._who} has {self.nse} values, but {cols.size} input indices.")
+        if self.nse and not (rows.min() >= 0 and cols.min() >= 0 and rows.max() < n_out and cols.max() < n_in):
+            raise ValueError(f"{self._who} has indices outside its {n_out} outputs and {n_in} inputs.")
+        if np.any(np.diff(rows * n_in + cols) <= 0):
+            raise ValueError(f"{self._who} must have its indices sorted by output, then input, each once.")
+
+    @abc.abstractmethod
+    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        """`coordinates` as int64 in host memory, after checking what must hold for them to mean anything."""
+
+    @property
+    def _who(self) -> str:
+        return f"The {type(self).__name__} of leaf {self.name!r}"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out, in), the shape of W."""
+        first, second = self.leaf_shape
+        return (second, first) if self.outputs_last else (first, second)
+
+    @property
+    def inputs_axis(self) -> int:
+        """Axis of the leaf that is summed over."""
+        return 0 if self.outputs_last else 1
+
+    @property
+    def nse(self) -> int:
+        """Number of stored slots."""
+        return self.values.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices."""
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(self))
+
+    def aval(self) -> ShapedArray:
+        """Shape and dtype of the leaf this stands for."""
+        return ShapedArray(self.leaf_shape, self.values.dtype)
+
+    def decompress(self) -> Float[Array, "rows cols"]:
+        """The leaf as a dense array, bit for bit, except that a -0.0 comes back as 0.0."""
+        rows, cols = self.coordinates()
+        zeros = jnp.zeros(self.sizes, self.values.dtype)
+        # Set, not add as `todense` does: an addition on CPU flushes subnormal weights to zero.
+        matrix = zeros.at[rows, cols].set(self.values, indices_are_sorted=True, unique_indices=True)
+        return matrix.T if self.outputs_last else matrix
+
+    def with_values(self, values: Inexact[Array, " nse"]) -> "SparseWeight":
+        """The same pattern with other values."""
+        return self.replace(values=values)
+
+    def replace(self, **fields: Any) -> "SparseWeight":
+        """The same weight with other fields, under tracing too: `indices` are trusted, not checked again."""
+        new = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(new, field.name, fields.get(field.name, getattr(self, field.name)))
+        return new
+
+    def materialise(self) -> ArrayLike:
+        """The dense leaf, if the weight is marked `unsupported="dense"`.
+
+        Raises:
+            SparseUseError: it is not.
+        """
+        return self._materialise("an operation that wants a dense array")
+
+    def _materialise(self, use: str) -> Array:
+        if self.unsupported == "dense":
+            return self.decompress()
+        raise SparseUseError(
+            f"Leaf {self.name!r} {self.leaf_shape} is compressed as {type(self).__name__} and was used by {use}, which "
+            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one. "
+            f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
+            f'`apply(fn, unsupported="dense")`.'
+        )
+
+    @staticmethod
+    def default(primitive: Any, values: Any, params: dict[str, Any]) -> Any:
+        """What quax calls for a primitive without a rule: `jax.checkpoint` is entered, the rest refused or dense."""
+        if primitive is remat_p:
+            body = quax.quaxify(jaxpr_as_fun(ClosedJaxpr(params["jaxpr"], ())))
+            return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+        use = f"`{primitive.name}`"
+        arrays = [v._materialise(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
+        return primitive.bind(*arrays, **params)
+
+
+def _dense(value: Any) -> Any:
+    return value.materialise() if isinstance(value, quax.Value) else value
+
+
+class BCOOWeight(SparseWeight):
+    """Coordinates: an (output, input) pair beside each value, 8 bytes of index a non-zero.
+
+    Portable and plain. Its product gathers and scatters, which a CPU does slowly.
+    """
+
+    indices: Int[Array, "nse 2"] = eqx.field(converter=_index)
+
+    @classmethod
+    def pack(
+        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+    ) -> "SparseWeight":
+        """See `SparseWeight.pack`."""
+        return cls(values, np.stack([rows, cols], axis=-1), leaf_shape=leaf_shape, **fields)
+
+    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.indices.shape != (self.nse, 2):
+            raise ValueError(f"{self._who} needs indices ({self.nse}, 2), {self.indices.shape} arrived.")
+        rows, cols = np.asarray(self.indices, np.int64).T
+        return rows, cols
+
+    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+        """See `SparseWeight.coordinates`."""
+        return self.indices[..., 0], self.indices[..., 1]
+
+    @property
+    def stored(self) -> BCOO:
+        """W (out, in) as a `jax.experimental.sparse.BCOO`."""
+        return BCOO((self.values, self.indices), shape=self.sizes, indices_sorted=True, unique_indices=True)
+
+
+class BCSRWeight(SparseWeight):
+    """Compressed outputs: an input index beside each value, and where each output's run begins.
+
+    4 bytes of index a non-zero. On CPU its product is Eigen's threaded kernel.
+    """
+
+    indices: Int[Array, " nse"] = eqx.field(converter=_index)
+    indptr: Int[Array, " n_out_plus_1"] = eqx.field(converter=_index)
+
+    @classmethod
+    def pack(
+        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+    ) -> "SparseWeight":
+        """See `SparseWeight.pack`."""
+        n_out = leaf_shape[1 if fields.get("outputs_last", True) else 0]
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_out))])
+        return cls(values, cols, indptr, leaf_shape=leaf_shape, **fields)
+
+    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        indptr, n_out = np.asarray(self.indptr), self.sizes[0]
+        if indptr.shape != (n_out + 1,) or indptr[0] != 0 or indptr[-1] != self.nse or np.any(np.diff(indptr) < 0):
+            raise ValueError(f"{self._who} needs {n_out + 1} run bounds that climb from 0 to its {self.nse} values.")
+        return np.repeat(np.arange(n_out), np.diff(indptr)), np.asarray(self.indices, np.int64)
+
+    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+        """See `SparseWeight.coordinates`."""
+        outputs = jnp.arange(self.sizes[0], dtype=jnp.int32)
+        return jnp.repeat(outputs, jnp.diff(self.indptr), total_repeat_length=self.nse), self.indices
+
+    @property
+    def stored(self) -> BCSR:
+        """W (out, in) as a `jax.experimental.sparse.BCSR`."""
+        return BCSR(
+            (self.values, self.indices, self.indptr), shape=self.sizes, indices_sorted=True, unique_indices=True
+        )
+
+
+FORMATS: dict[str, type[SparseWeight]] = {
+    "bcoo": BCOOWeight,
+    "bcsr": BCSRWeight,
+}
+"""Format name -> class; "dense" is not among them, a dense leaf stays an array."""

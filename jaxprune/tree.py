@@ -1,0 +1,144 @@
+"""Leaves by name: "layers/0/kernel", rules over names, maps over selected leaves.
+
+A name is the leaf's path, joined by slashes. Flax NNX hands the same parameters out twice, wrapped in Variables
+(`tx.init`) and bare (`tx.update`); the wrapper's trailing "value" is left out of the name, so that both agree.
+
+A rule is a shell pattern over the whole name; `*` also crosses slashes. The first rule that matches wins.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+T = TypeVar("T")
+Select: TypeAlias = Callable[[str, Any], bool] | Mapping[str, bool] | Iterable[str]
+
+NOT_WEIGHTS = ("bias", "scale", "embedding")
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Name of the leaf at a key path, such as "layers/0/kernel"; "" for a tree that is a single leaf."""
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaf name -> leaf, in the order of the tree.
+
+    Raises:
+        ValueError: two leaves have the same name.
+    """
+    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    named = dict(leaves)
+    if len(named) != len(leaves):
+        names = [name for name, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two leaves are named {twice!r}. Rename one of the keys on its path.")
+    return named
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function is also given the leaf's name: `fn(name, leaf, *leaves_of_rest)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest)
+
+
+def first_match(rules: Iterable[tuple[str, T]], name: str) -> T | None:
+    """Value of the first rule whose pattern matches `name`, or None."""
+    return next((value for pattern, value in rules if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def weights(name: str, leaf: Any) -> bool:
+    """The default of `select`: matrices and convolution kernels.
+
+    True for leaves with two axes or more, no integers, whose name does not end in bias, scale or embedding, so that the
+    stacked biases of scanned layers (*layers, out) and embedding tables are left alone.
+    """
+    last = name.rsplit("/", 1)[-1].lower()
+    return jnp.ndim(leaf) >= 2 and not jnp.issubdtype(leaf.dtype, jnp.integer) and not last.endswith(NOT_WEIGHTS)
+
+
+def selector(select: Select) -> Callable[[str, Any], bool]:
+    """`select` in any of its forms as one function (name, leaf) -> bool.
+
+    Args:
+        select: that function; or patterns, of which one must match; or rules pattern -> bool, first match wins,
+            leaves without a match are not selected.
+    """
+    if callable(select):
+        return select
+    rules = tuple(select.items()) if isinstance(select, Mapping) else tuple((p, True) for p in _patterns(select))
+    return lambda name, leaf: bool(first_match(rules, name))
+
+
+def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
+    """Leaf name -> leaf for the selected leaves, in the order of the tree.
+
+    Raises:
+        ValueError: nothing is selected, or a pattern matches no leaf.
+        TypeError: a leaf is no array, or a selected one is not floating.
+    """
+    leaves = named_leaves(tree)
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{name!r} is a {type(leaf).__name__}, an array was expected. Hand in the arrays alone, "
+                "for Equinox `eqx.filter(model, eqx.is_array)`."
+            )
+    if not callable(select):
+        for pattern in _patterns(select):
+            if not fnmatch.filter(leaves, pattern):
+                raise ValueError(f"`select` names {pattern!r}, which matches no leaf. There are: {_listed(leaves)}.")
+    chosen = selector(select)
+    selected = {name: leaf for name, leaf in leaves.items() if chosen(name, leaf)}
+    if not selected:
+        raise ValueError(f"`select` chooses no leaf to prune. There are: {_listed(leaves)}.")
+    for name, leaf in selected.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{name!r} is {leaf.dtype}, only floating leaves are pruned. Leave it out with `select`.")
+    return selected
+
+
+def check_like(what: str, tree: Any, params: Any) -> None:
+    """Refuse a tree whose leaves do not stand where those of `params` stand, naming the first that differs.
+
+    Raises:
+        ValueError: a leaf is missing, is extra, or has another shape.
+    """
+    ours, theirs = named_leaves(tree), named_leaves(params)
+    for name, leaf in theirs.items():
+        if name not in ours:
+            raise ValueError(f"{what} have no leaf {name!r}, the params do. They have: {_listed(ours)}.")
+        if jnp.shape(ours[name]) != jnp.shape(leaf):
+            raise ValueError(f"{what} have shape {jnp.shape(ours[name])} at {name!r}, the params {jnp.shape(leaf)}.")
+    extra = [name for name in ours if name not in theirs]
+    if extra and not has_masked_nodes(params):
+        raise ValueError(f"{what} have a leaf {extra[0]!r}, the params do not. They have: {_listed(theirs)}.")
+
+
+def match(tree: Any, params: Any) -> Any:
+    """The leaves of `tree` in the structure of `params`, paired by name (the trees may wrap them differently)."""
+    leaves = named_leaves(tree)
+    return map_named(lambda name, _: leaves[name], params)
+
+
+def has_masked_nodes(tree: Any) -> bool:
+    """Whether `optax.masked` or `optax.partition` has taken leaves out of this tree."""
+    return any(
+        isinstance(node, optax.MaskedNode)
+        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    )
+
+
+def _patterns(select: Any) -> tuple[str, ...]:
+    return (select,) if isinstance(select, str) else tuple(select)
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
