@@ -15,7 +15,7 @@ survives.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +38,7 @@ Dims = Mapping[str, tuple[int, ...]]
 LAYER = (-3, -2, -1)
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """Group scores -> verdicts."""
 

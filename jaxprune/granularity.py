@@ -12,7 +12,7 @@ axes, shortened. A group is worth the mean of its weights' scores, so that group
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -23,6 +23,7 @@ View = Float[Array, "*layers spatial n_in n_out"]
 Groups = Float[Array, "*layers g_spatial g_in g_out"]
 
 
+@runtime_checkable
 class Granularity(Protocol):
     """The pair of maps between weights and groups."""
 

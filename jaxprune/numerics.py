@@ -1,7 +1,7 @@
 """Two sums that must not depend on who does them: on how an array is sharded, or on float32's 24 bits."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from jaxprune.types import Sparsity
 
@@ -47,7 +47,7 @@ def rounded_share(n: int, share: Sparsity) -> UInt32[Array, ""] | int:
     return high + up.astype(jnp.uint32)
 
 
-def _multiply(a: Int[Array, "..."], b: Int[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+def _multiply(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """The 64-bit product of two 32-bit words, as (high, low) words."""
     mask, shift = jnp.uint32(0xFFFF), jnp.uint32(16)
     a1, a0, b1, b0 = a >> shift, a & mask, b >> shift, b & mask

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Integer, UInt32
 
 from jaxprune.checks import is_concrete
 
@@ -24,7 +24,7 @@ FIELD = 10  # bits of a packed count
 FIELD_MAX = (1 << FIELD) - 1
 
 
-def kth_largest(scores: Float[Array, "..."], k: Int[Array, ""] | int) -> Float[Array, ""]:
+def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Float[Array, ""]:
     """The k-th largest score, exactly: `jnp.sort(scores, axis=None)[-k]`.
 
     Args:
@@ -45,7 +45,7 @@ def kth_largest(scores: Float[Array, "..."], k: Int[Array, ""] | int) -> Float[A
 
 
 def top_k_mask(
-    scores: Float[Array, "..."], k: Int[Array, ""] | int, axes: tuple[int, ...] | None = None
+    scores: Float[Array, "..."], k: Integer[Array, ""] | int, axes: tuple[int, ...] | None = None
 ) -> Bool[Array, "..."]:
     """True at exactly k scores, the largest; of equal ones the lower index survives.
 
@@ -71,7 +71,7 @@ def top_k_mask(
 
 def top_k_masks(
     scores: Sequence[Float[Array, "..."]],
-    k: Int[Array, ""] | int,
+    k: Integer[Array, ""] | int,
     safe: Sequence[Bool[Array, "..."]] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """`top_k_mask` over several arrays as one contest; indices go on from one array to the next.

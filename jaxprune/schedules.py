@@ -7,12 +7,12 @@ one an update; both are plain functions of a traced integer, so that moving thro
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxprune.checks import check_sparsity
 from jaxprune.types import Schedule, UpdateWhen
 
-Step = Int[Array, ""] | int
+Step = Integer[Array, ""] | int
 
 
 def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
@@ -98,7 +98,7 @@ def rounds(final: float, *, count: int, length: int, begin: int = 0) -> Schedule
     table = jnp.asarray(steps, jnp.float32)
 
     def schedule(step: Step) -> Float[Array, ""]:
-        done = jnp.floor_divide(jnp.asarray(step) - begin, length) + 1
+        done = jnp.floor_divide(jnp.asarray(step, jnp.int32) - begin, length) + 1
         return table[jnp.clip(done, 0, count)]
 
     return schedule

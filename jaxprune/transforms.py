@@ -78,7 +78,8 @@ def prune(
         if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
             tree.selected_leaves(method.select, params)
         masks = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
-        return PruneState(jnp.zeros((), jnp.int32), masks, () if key is None else key, inner.init(params))
+        # A copy of the key: a donated state must not take the caller's with it.
+        return PruneState(jnp.zeros((), jnp.int32), masks, () if key is None else jnp.copy(key), inner.init(params))
 
     def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, PruneState]:
         if params is None:

@@ -4,7 +4,7 @@ Each is a pytree of one structure, that of the user's parameters; only the leave
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
@@ -27,6 +27,7 @@ UpdateWhen: TypeAlias = Callable[[Any], Any]
 """Step (scalar integer) -> bool, True where masks are computed anew."""
 
 
+@runtime_checkable
 class Criterion(Protocol):
     """How much does each weight matter?"""
 

@@ -1,7 +1,8 @@
 """Checkpoints come back bit for bit, or say what is wrong; a kill or a full disk leaves the one before.
 
-Kills: every Python-level file operation of a save is a place to die (found with an audit hook), and random moments
-reach those inside Orbax. One process imports everything and forks for each death, which costs 0.1 s instead of 1.5.
+Kills: the Python-level file operations of a save are the places to die (found with an audit hook; all of the last
+ones, where the renames are), and random moments reach those inside Orbax. One process imports everything and forks for
+each death, which costs 0.1 s instead of 1.5.
 """
 
 import errno
@@ -403,7 +404,7 @@ def test_a_write_beyond_the_file_size_limit_is_refused_in_one_line(tmp_path):
         """
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-big = {"w": np.random.default_rng(0).standard_normal(100_000), "v": np.ones(9)}
+big = {str(i): np.random.default_rng(i).standard_normal(50_000) for i in range(8)}  # several writes fail at once
 for save in (lambda: checkpoint.save(folder, 200, big, {}), lambda: checkpoint.save_arrays(folder / "dense", big, {})):
     try:
         save()
@@ -426,7 +427,7 @@ print("small ones still fit")
 
 # ---------------------------------------------------------------- kills
 
-DIE_AT_EVERY_FILE_OPERATION = """
+DIE_AT_FILE_OPERATIONS = """
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 work = {
     "another step": lambda folder: checkpoint.save(folder, 300, state_of(300), {"step": 300}),
@@ -434,53 +435,70 @@ work = {
     "snapshot": lambda folder: checkpoint.save_arrays(folder / "dense", state_of(9), {"step": 9}),
 }[sys.argv[1]]
 
-def die_at(nth, folder):
+def run(folder, die_at):
+    # How many file operations the work took, or minus the signal that ended it.
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     seen = itertools.count(1)
     def hook(event, args):
         if event in EVENTS and (str(folder) in str(args[0]) or event in ("os.rmdir", "os.remove")):
-            if next(seen) == nth:
+            if next(seen) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
     work(folder)
-    os._exit(0)
+    os._exit(next(seen) - 1)
 
 folders = [Path(line) for line in sys.argv[2:]]
-for nth, folder in enumerate(folders, 1):
-    child = os.fork()
-    if not child:
-        die_at(nth, folder)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-print(nth)
+total = run(folders[0], None)
+points = [*range(2, total - 24, 5), *range(total - 24, total + 1)]  # the last ones are the renames and the clearing up
+deaths = [run(folder, point) for folder, point in zip(folders[1:], points)]
+print(total, *deaths)
 """
 
 
-@pytest.mark.parametrize("work", ["another step", "the same step", "snapshot"])
-def test_killed_at_any_file_operation_of_a_save(tmp_path, work):
-    base = tmp_path / "base"
-    save_steps(base, 100, 200)
-    save_arrays(base / "dense", state_of(8), {"step": 8})
-    folders = [tmp_path / f"{n:04d}" for n in range(150)]
+def make_and_kill(tmp_path, work, prepare):
+    """Folders in which a save died at one of its file operations, in the order of these."""
+    prepare(tmp_path / "base")
+    folders = [tmp_path / f"{n:04d}" for n in range(60)]
     for folder in folders:
-        shutil.copytree(base, folder)
-    child = python(DIE_AT_EVERY_FILE_OPERATION, work, *folders)
-    out, err = child.communicate(timeout=60)
+        shutil.copytree(tmp_path / "base", folder)
+    child = python(DIE_AT_FILE_OPERATIONS, work, *folders)
+    out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
-    deaths = int(out) - 1
-    assert 20 < deaths < 149
-    outcomes = []
-    for folder in folders[:deaths]:
+    total, *deaths = map(int, out.split())
+    assert total > 50
+    assert deaths.count(-signal.SIGKILL) > 30
+    return folders[1 : len(deaths) + 1]
+
+
+@pytest.mark.parametrize("work", ["another step", "the same step"])
+def test_a_save_killed_at_any_file_operation(tmp_path, work):
+    folders = make_and_kill(tmp_path, work, lambda base: save_steps(base, 100, 200))
+    steps = []
+    for folder in folders:
         found, rejected = restore_latest(folder, state_of(0))
         assert rejected == []
         assert_is_step(found, found.step)
-        dense = load_arrays(folder / "dense", state_of(0))
-        assert_same(dense.state, state_of(dense.meta["step"]))
-        outcomes.append((found.step, dense.meta["step"]))
-    both = {"another step": [(200, 8), (300, 8)], "the same step": [(200, 8)], "snapshot": [(200, 8), (200, 9)]}[work]
-    assert outcomes == sorted(outcomes)
-    assert sorted(set(outcomes)) == both
-    save_steps(folders[deaths // 2], 300, keep=1)
-    assert names(folders[deaths // 2]) == ["00000300", "dense"]
+        steps.append(found.step)
+    assert steps == sorted(steps)
+    assert set(steps) == ({200, 300} if work == "another step" else {200})
+    save_steps(folders[-20], 300, keep=1)
+    assert names(folders[-20]) == ["00000300"]
+
+
+def test_a_snapshot_killed_at_any_file_operation(tmp_path):
+    folders = make_and_kill(tmp_path, "snapshot", lambda base: save_arrays(base / "dense", state_of(8), {"step": 8}))
+    versions = []
+    for folder in folders:
+        found = load_arrays(folder / "dense", state_of(0))
+        versions.append(found.meta["step"])
+        assert_same(found.state, state_of(versions[-1]))
+    assert versions == sorted(versions)
+    assert set(versions) == {8, 9}
+    assert any(not (folder / "dense").exists() for folder in folders)  # between the two renames
+    save_arrays(folders[-20] / "dense", state_of(9), {"step": 9})
+    assert names(folders[-20]) == ["dense"]
 
 
 def test_killed_at_random_moments_it_goes_on_from_a_good_one(tmp_path):
@@ -513,7 +531,8 @@ def test_orbax_is_imported_when_needed_says_nothing_and_holds_nothing_up(tmp_pat
         """
 import logging, threading
 def settings():
-    return [(logger.disabled, logger.level, logger.filters) for logger in map(logging.getLogger, ("", "absl"))]
+    loggers = map(logging.getLogger, ("", "absl", "asyncio"))
+    return sys.unraisablehook, [(logger.disabled, logger.level, logger.filters) for logger in loggers]
 before = settings()
 checkpoint.save(Path(sys.argv[1]), 1, {"w": np.ones(3)}, {})
 checkpoint.restore_latest(Path(sys.argv[1]), {"w": np.ones(3)})

@@ -375,7 +375,7 @@ def test_bad_cifar10_files_are_refused(tmp_path, name, damage, words):
     damage(tmp_path / "files" / name)
     path = tmp_path / "files" / name
     message = refused(lambda: import_folder("cifar10", tmp_path / "files", tmp_path / "root"), path, *words)
-    assert message.count(str(path)) == 1  # not one message wrapped in another
+    assert message.count(f"{path}: ") <= 1  # not one message wrapped in another
     assert left_behind(tmp_path / "root") == []
 
 

@@ -13,11 +13,14 @@ is found by their sums: `restore_latest` names the damage and goes one checkpoin
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,7 +165,7 @@ def _write(path: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
         with ThreadPoolExecutor(8) as pool:  # at once: the file system then syncs its journal once, not 16 times
             list(pool.map(_sync, [*new.rglob("*"), new]))
         _put(new, path)
-    except Exception as error:  # not OSError alone: Orbax reports a full disk as ValueError
+    except Exception as error:  # not OSError alone: Orbax and TensorStore have others
         with contextlib.suppress(OSError):
             _recover(path)
         why = f"{path} could not be written: {reason(error)}. What was saved before is untouched."
@@ -254,29 +257,63 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[tuple[Any, Any]]:
-    """Orbax and a synchronous checkpointer: imported on first use (0.3 s); silent, as its errors are raised anyway."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        import orbax.checkpoint as ocp
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from printing: what goes wrong is raised, and then told in one line."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
 
-        # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-            yield ocp, checkpointer
+    def drop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    try:
+        sys.unraisablehook = drop
+        for logger in loggers:
+            logger.disabled = True
+        yield
     finally:
-        logger.disabled = before
+        sys.unraisablehook = hook
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[tuple[Any, Any]]:
+    """Orbax, imported on first use (0.3 s), and a synchronous checkpointer."""
+    import orbax.checkpoint as ocp
+
+    # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        yield ocp, checkpointer
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if arrays:  # Orbax refuses an empty dict
-        with _orbax() as (ocp, checkpointer):
-            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
+    if not arrays:  # Orbax refuses an empty dict
+        return
+    failure = None
+    with _quiet():
+        try:
+            with _orbax() as (ocp, checkpointer):
+                checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            failure = _as_oserror(error)
+        if failure:
+            # Writes still under way fail too, and complain to a closed event loop, or when they are collected.
+            time.sleep(0.1)
+            gc.collect()
+    if failure:
+        raise failure
+
+
+def _as_oserror(error: Exception) -> Exception:
+    """What the operating system said, where it did: TensorStore has its code at the end of a paragraph."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
 
 
 def _read_arrays(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     if not keys:
         return {}
-    with _orbax() as (ocp, checkpointer):
+    with _quiet(), _orbax() as (ocp, checkpointer):
         as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
         return checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -14,7 +14,6 @@ It is written last and read first. That it exists, fits its own sum, and every f
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +106,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The operating system's words where there are some: TensorStore has its error code at the end of a paragraph."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
+    """An error in one phrase: the operating system's words, if it is one of its errors."""
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 

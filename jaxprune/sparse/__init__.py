@@ -11,7 +11,7 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | format | stored per non-zero | pays |
 |---|---|---|
 | "dense" | every weight | at small batches and small layers, where XLA is hard to beat |
-| "bcoo" | value, two int32 | in bytes from 67 % on; in time never on CPU: 2x slower at batch 1, 25x at 256 |
+| "bcoo" | value, two int32 | in bytes from 67 % on; in time never on CPU: 2-4x slower at batch 1, 25x at 256 |
 | "bcsr" | value, one int32 | in bytes from 50 % on; in time at batch 256, 0.3-0.6x of dense, not at 1: 8-20x slower |
 
 Times are those of CPU at 90 % sparsity in float32 against XLA's dense product, measured on 2 AVX-512 cores with jax

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import quax
 
-from jaxprune.sparse import matmul  # noqa: F401  (its rules must be registered)
+import jaxprune.sparse.matmul  # noqa: F401  (registers its rules with quax)
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])

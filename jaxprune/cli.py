@@ -1,0 +1,155 @@
+"""The command `jaxprune`: run experiments, look at them, bring data in.
+
+Everything printed by this project is printed here. Problems are one line on standard error, without a traceback;
+`--debug` shows it.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+EPILOG = """\
+exit codes: 0 done; 1 the run failed (loss not finite, disk full, damaged files); 2 the command, the config or the data
+is not usable as given; 130 interrupted (the same command goes on from the last checkpoint).
+"""
+
+RUN_HELP = """\
+Train, prune, fine-tune, compress and evaluate what CONFIG describes.
+
+Everything goes into one folder, named after the config and the hash of what it computes. Run the same command again
+and it goes on where it stopped, killed at whatever moment, to the same result bit for bit; a finished run is shown.
+
+Every value of the config can be given on the command line:
+
+  jaxprune run experiments/quickstart.toml --prune.sparsity 0.95 --seeds "[0, 1, 2]" --finetune.duration "5 epochs"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return arguments.do(arguments, overrides)
+    except KeyboardInterrupt:
+        print("jaxprune: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        usage = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        for line in (str(error) or type(error).__name__).splitlines():
+            print(f"jaxprune: {line}", file=sys.stderr)
+        return EXIT_USAGE if usage else EXIT_FAILED
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _parser()
+    own, overrides = _split(argv) if argv[:1] == ["run"] else (argv, [])
+    return parser.parse_args(own), overrides
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words of `run` that are its own, and those that override the config, values kept with their flags."""
+    own: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag = word.partition("=")[0]
+        if not word.startswith("--") or flag in ("--out", "--runs", "--quiet", "--debug", "--help"):
+            own.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            overrides += [word, *([value] if (value := next(words, None)) is not None else [])]
+    return own, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "parents": [common], "allow_abbrev": False}
+    parser = argparse.ArgumentParser(
+        prog="jaxprune", description="Functional pruning for JAX.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment", description=RUN_HELP, epilog=EPILOG, **style)
+    run.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
+    run.add_argument("--runs", metavar="DIR", default="runs", help="where run folders are made (default: runs)")
+    run.add_argument("--out", metavar="DIR", help="the run's folder itself, instead of one named after the config")
+    run.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+    run.set_defaults(do=_run)
+
+    report = commands.add_parser(
+        "report", help="show a finished run, or compare several", **style,
+        description="Print what finished runs came to. One run: its summary and where its page lies. Several: a "
+        "Markdown table, and with --out a page that compares them.",
+    )  # fmt: skip
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    report.add_argument("--out", metavar="FILE", type=Path, help="write the comparison as an HTML page")
+    report.add_argument("--json", action="store_true", help="print the results as JSON instead")
+    report.set_defaults(do=_report)
+
+    bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
+    load = bring.add_parser(
+        "import", help="make a data set readable from its original files", **style,
+        description="Write mnist, fashion_mnist (idx or idx.gz files) or cifar10 (PNG sheets) from FOLDER as a "
+        "prepared TensorFlow Datasets data set, which that library itself then reads. TensorFlow is not needed.",
+    )  # fmt: skip
+    load.add_argument("name", metavar="NAME", help="mnist, fashion_mnist or cifar10")
+    load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
+    load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
+    load.set_defaults(do=_import)
+    return parser
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxprune.lab import config as cfg
+    from jaxprune.lab import html, terminal
+    from jaxprune.lab import run as lab_run
+
+    config = cfg.load(arguments.config, overrides)
+    folder = Path(arguments.out) if arguments.out else lab_run.folder_of(config, arguments.runs)
+    command = shlex.join(["jaxprune", "run", arguments.config, *overrides])
+    with terminal.watcher(quiet=arguments.quiet) as watcher:
+        results = lab_run.run(config, folder, command, watcher)
+    print(html.summary_text(results))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import figures, html, publish
+
+    results = [publish.read_results(folder) for folder in arguments.runs]
+    if arguments.out:
+        page = html.comparison_page(results, {"comparison": figures.png(figures.comparison(results))})
+        arguments.out.write_text(page)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    elif len(results) == 1:
+        print(html.summary_text(results[0]))
+        print(f"report: {arguments.runs[0] / 'report.html'}")
+    else:
+        print(html.summary_markdown(results))
+    return 0
+
+
+def _import(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import data, terminal
+
+    with terminal.progress(f"importing {arguments.name}") as advance:
+        folder = data.import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
+    print(f"{arguments.name} is ready in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What a result was made with: versions and machine, as plain text."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "quax")
+
+
+def describe() -> dict[str, str]:
+    """Name -> text: versions of the packages that results depend on, processor, cores, memory, devices."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "devices": ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()),
+    }
+
+
+def record(path: Path, note: Callable[[str], None]) -> None:
+    """Write `describe()` where nothing is written yet; where something is, note what is different today.
+
+    A run that goes on with other versions or on another machine need not end bit-identical.
+    """
+    now = describe()
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=1))
+        return
+    then = json.loads(path.read_text())
+    changed = [f"{name} {then.get(name)} -> {text}" for name, text in now.items() if then.get(name) != text]
+    if changed:
+        note(f"This run was begun with other versions or on another machine: {'; '.join(changed)}.")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

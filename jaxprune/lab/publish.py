@@ -1,0 +1,115 @@
+"""From a finished run to what is read: results.json, figures, the page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprune import tree
+from jaxprune.lab import config as cfg
+from jaxprune.lab import data, figures, html
+from jaxprune.types import Masks, Params
+
+MODELS = ("dense", "pruned", "finetuned", "sparse")
+
+
+def results(
+    config: cfg.Config, dataset: data.Dataset, seeds: Sequence[dict[str, Any]], command: str, times: tuple[str, str]
+) -> dict[str, Any]:
+    """What stands in results.json: mean and standard deviation over seeds of all that was measured.
+
+    Args:
+        config: the experiment.
+        dataset: for its name and sizes.
+        seeds: one result a seed, as in seed_N/result.json.
+        command: how to do it again.
+        times: when this call began and ended, ISO with time zone.
+    """
+    held_out = round(len(dataset.train_labels) * config.data.validation)
+    return {
+        "name": config.name,
+        "hash": cfg.config_hash(config),
+        "command": command,
+        "started": times[0],
+        "finished": times[1],
+        "seeds": list(config.seeds),
+        "dataset": {
+            "name": dataset.name,
+            "train": len(dataset.train_labels) - held_out,
+            "validation": held_out,
+            "test": len(dataset.test_labels),
+        },
+        "accuracy": {model: spread([seed["accuracy"][model] for seed in seeds]) for model in MODELS},
+        "sparsity": spread([seed["sparsity"] for seed in seeds]),
+        "overall_sparsity": spread([seed["overall_sparsity"] for seed in seeds]),
+        "sparse": {
+            "format": config.sparse.format,
+            "agreement": {"values": [seed["agreement"] for seed in seeds]},
+            "bytes": seeds[0]["bytes"],
+            "dense_bytes": seeds[0]["dense_bytes"],
+        },
+        "leaves": seeds[0]["leaves"],
+        "seconds": spread([seed["seconds"] for seed in seeds]),
+    }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of the sample, n - 1; 0 for a single one) and the values."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": deviation, "values": values}
+
+
+def histogram_weights(models: dict[str, Params], masks: Masks) -> dict[str, np.ndarray]:
+    """The weights of the pruned leaves, one flat array a model."""
+    pruned = [name for name, mask in tree.named_leaves(masks).items() if not bool(mask.all())]
+
+    def flat(params: Params) -> np.ndarray:
+        leaves = tree.named_leaves(params)
+        return np.concatenate([np.asarray(leaves[name]).ravel() for name in pruned or leaves])
+
+    return {title: flat(params) for title, params in models.items()}
+
+
+def make_figures(
+    summary: dict[str, Any], metrics: list[dict[str, Any]], weights: dict[str, np.ndarray], threshold: float | None
+) -> dict[str, bytes]:
+    """Name -> PNG of the figures of a run."""
+    drawn = {
+        "weight_histograms": figures.weight_histograms(weights, threshold),
+        "training_curve": figures.training_curve(metrics),
+        "leaf_sparsity": figures.leaf_sparsity(summary["leaves"]),
+    }
+    return {name: figures.png(figure) for name, figure in drawn.items()}
+
+
+def write(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> None:
+    """Figures, report.html and, last, results.json, whose presence says that the run is finished."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(picture)
+    (folder / "report.html").write_text(page(folder, summary, pictures))
+    (folder / "results.json").write_text(json.dumps(summary, indent=1))
+
+
+def page(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    """The run's page, from what lies in its folder."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    machine = json.loads((folder / "machine.json").read_text())
+    return html.report_page(summary, (folder / "config.toml").read_text(), machine, metrics, pictures)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a finished run.
+
+    Raises:
+        ValueError: the folder is no finished run.
+    """
+    try:
+        return json.loads((folder / "results.json").read_text())
+    except FileNotFoundError:
+        state = "is not finished, run its command again" if (folder / "config.toml").exists() else "is no run folder"
+        raise ValueError(f"{folder} {state}: it has no results.json.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'results.json'} is damaged: {error}. Delete it and run again.") from None

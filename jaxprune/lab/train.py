@@ -1,0 +1,277 @@
+"""Training, in stages that can be killed: train -> prune -> fine-tune, each a pure function of the one before.
+
+A stage is a number of optimizer steps. Everything that a step reads travels in `TrainState`, and everything random in
+it is folded out of the stage's key and the step, so that a stage taken up again from a checkpoint ends bit-identical
+to one never stopped. A finished stage is its last checkpoint.
+
+Within an epoch nothing is fetched from the device: losses are summed there, and a loss that is not finite leaves its
+step behind, to be found at the end of the epoch.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+import jaxprune as jp
+from jaxprune import tree
+from jaxprune.lab import checkpoint
+from jaxprune.types import Params
+
+CHUNK = 1000  # images evaluated at once
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step, and what can be done."""
+
+
+class Samples(NamedTuple):
+    """Images and labels on the device.
+
+    Attributes:
+        images: uint8, (n, h, w, c).
+        labels: int32, (n,).
+        scale: what pixels are divided by to come into [0, 1].
+    """
+
+    images: UInt8[Array, "n h w c"]
+    labels: Int[Array, "n"]
+    scale: Float[Array, ""]
+
+
+class Tally(NamedTuple):
+    """Sums since the last report; `bad_step` is the first step whose loss was not finite, or -1."""
+
+    loss: Float[Array, ""]
+    correct: Int[Array, ""]
+    seen: Int[Array, ""]
+    bad_step: Int[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step, and all that a checkpoint holds."""
+
+    params: Params
+    opt_state: Any
+    tally: Tally
+    step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        name: "train", "prune" or "finetune".
+        tx: the optimizer.
+        steps: how many steps.
+        batch_size: samples a step.
+        steps_per_epoch: steps that pass once over the samples; what is left over waits for the next epoch's order.
+        save_every: steps between checkpoints.
+        keep: checkpoints kept.
+        key: what the stage draws from: orders of samples, dropout.
+    """
+
+    name: str
+    tx: optax.GradientTransformation
+    steps: int
+    batch_size: int
+    steps_per_epoch: int
+    save_every: int
+    keep: int
+    key: Key[Array, ""]
+
+
+class Outcome(NamedTuple):
+    """What a stage leaves: its last state, one record of metrics an epoch, and damaged checkpoints met on the way."""
+
+    state: TrainState
+    records: list[dict[str, Any]]
+    damaged: list[str]
+
+
+def start(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """State before the first step of a stage."""
+    return TrainState(params, tx.init(params), _no_tally(), jnp.zeros((), jnp.int32))
+
+
+def _no_tally() -> Tally:
+    # Every field a buffer of its own: the state is donated, and a buffer can be given away only once.
+    return Tally(
+        *(jnp.full((), value, dtype) for value, dtype in ((0, "float32"), (0, "int32"), (0, "int32"), (-1, "int32")))
+    )
+
+
+def _look(apply: Callable[..., Array], state: TrainState, samples: Samples) -> Tally:
+    """The tally of a stage that takes no step: what the model makes of the first samples."""
+    rows = jnp.arange(min(CHUNK, samples.labels.shape[0]))
+    loss, correct = mean_loss(jax.jit(apply), state.params, samples, rows, None)
+    return state.tally._replace(loss=loss * rows.size, correct=correct, seen=jnp.int32(rows.size))
+
+
+def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pixels as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / samples.scale
+
+
+def mean_loss(
+    apply: Callable[..., Array], params: Params, samples: Samples, rows: Int[Array, "b"], key: Key[Array, ""] | None
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Mean cross-entropy in nats over some rows of the samples, and how many of them are classified right."""
+    labels = samples.labels[rows]
+    logits = apply(params, scaled(samples, samples.images[rows]), key)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses), jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+
+
+def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainState]:
+    """The jitted step (state, samples, order) -> state. `state` is donated, `order` is the epoch's permutation."""
+
+    def step(state: TrainState, samples: Samples, order: Int[Array, "n"]) -> TrainState:
+        first = state.step % stage.steps_per_epoch * stage.batch_size
+        rows = jax.lax.dynamic_slice_in_dim(order, first, stage.batch_size)
+        key = jax.random.fold_in(jax.random.fold_in(stage.key, 1), state.step)
+
+        def loss_of(params: Params) -> tuple[Array, Array]:
+            return mean_loss(apply, params, samples, rows, key)
+
+        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        bad = (state.tally.bad_step < 0) & ~jnp.isfinite(loss)
+        tally = Tally(
+            state.tally.loss + loss * stage.batch_size,
+            state.tally.correct + correct,
+            state.tally.seen + stage.batch_size,
+            jnp.where(bad, state.step, state.tally.bad_step),
+        )
+        return TrainState(params, opt_state, tally, state.step + 1)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@jax.jit(static_argnums=1)
+def epoch_order(key: Key[Array, ""], n: int, epoch: Int[Array, ""]) -> Int[Array, "n"]:
+    """The order in which an epoch sees its samples; a function of key and epoch alone."""
+    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 0), epoch), n)
+
+
+def predict(apply: Callable[..., Array], params: Params, samples: Samples) -> np.ndarray:
+    """Classes, int32 (n,), evaluated in chunks; `apply` is jitted already."""
+    n = samples.labels.shape[0]
+    chunks = [
+        jnp.argmax(apply(params, scaled(samples, samples.images[i : i + CHUNK])), axis=-1) for i in range(0, n, CHUNK)
+    ]
+    return np.concatenate([np.asarray(chunk, np.int32) for chunk in chunks]) if chunks else np.zeros(0, np.int32)
+
+
+def accuracy(predicted: np.ndarray, samples: Samples) -> float:
+    """Share of samples classified right, in [0, 1]."""
+    return float(np.mean(predicted == np.asarray(samples.labels)))
+
+
+def run_stage(
+    stage: Stage,
+    apply: Callable[..., Array],
+    before: TrainState,
+    samples: Samples,
+    folder: Path,
+    *,
+    validate: Callable[[Params], float | None],
+    on_step: Callable[[int], None] = lambda step: None,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Outcome:
+    """Run a stage to its end, from its last good checkpoint if there is one.
+
+    Args:
+        stage: what to do.
+        apply: the network's function.
+        before: the state at step 0; only its structure is used when a checkpoint is taken up.
+        samples: training samples.
+        folder: where the stage's checkpoints lie.
+        validate: params -> accuracy on held-out samples, or None; called once an epoch.
+        on_step: told the step after each one was handed to the device.
+        on_record: told every record of metrics, those of a checkpoint taken up included.
+
+    Raises:
+        TrainingError: a loss was not finite.
+        CheckpointError: nothing could be read or written; see `jaxprune.lab.checkpoint`.
+    """
+    found, damaged = checkpoint.restore_latest(folder, before)
+    # A copy, since the first step gives its state away and `before` belongs to the caller.
+    state, records = (found.state, list(found.meta["records"])) if found else (jax.tree.map(jnp.copy, before), [])
+    step_fn, began = make_step(apply, stage), time.perf_counter()
+    spent = records[-1]["seconds"] if records else 0.0
+    now = int(state.step)
+    for record in records:
+        on_record(record)
+    if stage.steps == 0 and not records:
+        state = state._replace(tally=_look(apply, state, samples))
+        records.append(_record(stage, state, validate(state.params), 0.0))
+        on_record(records[0])
+        checkpoint.save(folder, 0, state, {"records": records}, keep=stage.keep)
+    for stop in _stops(now, stage):
+        order = epoch_order(stage.key, samples.labels.shape[0], jnp.int32(now // stage.steps_per_epoch))
+        while now < stop:
+            state = step_fn(state, samples, order)
+            now += 1
+            on_step(now)
+        if now % stage.steps_per_epoch == 0 or now == stage.steps:
+            record = _record(stage, state, validate(state.params), spent + time.perf_counter() - began)
+            records.append(record)
+            on_record(record)
+            state = state._replace(tally=_no_tally())
+        if now % stage.save_every == 0 or now == stage.steps:
+            _refuse_bad_step(stage, state.tally)
+            checkpoint.save(folder, now, state, {"records": records}, keep=stage.keep)
+    return Outcome(state, records, damaged)
+
+
+def _stops(now: int, stage: Stage) -> Iterator[int]:
+    """Steps at which the loop looks up: ends of epochs, checkpoints, the end."""
+    while now < stage.steps:
+        now = min((now // every + 1) * every for every in (stage.steps_per_epoch, stage.save_every))
+        now = min(now, stage.steps)
+        yield now
+
+
+def _refuse_bad_step(stage: Stage, tally: Tally) -> None:
+    if (bad := int(tally.bad_step)) >= 0:
+        raise TrainingError(
+            f"The loss is not finite at step {bad + 1} of stage {stage.name!r}. Lower {stage.name}.learning_rate; "
+            "the checkpoint before it is kept."
+        )
+
+
+def _record(stage: Stage, state: TrainState, validation: float | None, seconds: float) -> dict[str, Any]:
+    _refuse_bad_step(stage, state.tally)
+    seen = max(int(state.tally.seen), 1)
+    return {
+        "stage": stage.name,
+        "step": int(state.step),
+        "epoch": int(state.step) / stage.steps_per_epoch,
+        "loss": float(state.tally.loss) / seen,
+        "train_accuracy": int(state.tally.correct) / seen,
+        "validation_accuracy": validation,
+        "sparsity": sparsity(state),
+        "seconds": round(seconds, 3),
+    }
+
+
+def masks_of(state: TrainState) -> Any:
+    """Masks in the optimizer's state, or None where it has none."""
+    return optax.tree.get(state.opt_state, "masks", None)
+
+
+def sparsity(state: TrainState) -> float:
+    """Fraction removed over the leaves that have dead weights at all; 0 without masks."""
+    masks = masks_of(state)
+    pruned = {} if masks is None else {n: m for n, m in tree.named_leaves(masks).items() if not bool(jnp.all(m))}
+    return float(jp.sparsity_of(pruned)) if pruned else 0.0

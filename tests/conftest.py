@@ -1,0 +1,59 @@
+"""What every test runs under: strict JAX, eight fake devices, annotations checked, one hypothesis profile.
+
+This file is imported before any test module, and must come before jax: devices are counted once, at its import.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Every annotation of the package, shapes included, is checked at every call. Not those of `lab.config`: pydantic reads
+# them, some name protocols of its own that cannot be checked.
+PACKAGE = Path(__file__).parents[1] / "jaxprune"
+MODULES = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - {"jaxprune", "jaxprune.lab"}
+jaxtyping.install_import_hook(sorted(NAMES - {"jaxprune.lab.config"}), "checker.checked")
+
+hypothesis.settings.register_profile(
+    "jaxprune",
+    deadline=None,  # the first example of a shape compiles
+    max_examples=25,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jaxprune")
+
+
+@pytest.fixture
+def relaxed():
+    """JAX as users have it, for libraries that promote dtypes or ranks themselves."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked: a caller's wrong type arrives where the package itself refuses it."""
+    with _unchecked():
+        yield
+
+
+@contextlib.contextmanager
+def _unchecked():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
