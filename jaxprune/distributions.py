@@ -286,7 +286,8 @@ class ByRule:
     the sparsity as it is.
 
     Attributes:
-        rules: (name pattern, sparsity or distribution) pairs; the first that matches wins. A mapping is taken too.
+        rules: (name pattern, sparsity or distribution) pairs; the first that matches wins. A mapping is taken too. A
+            leaf without a rule is refused, and a rule whose pattern matches no leaf.
     """
 
     rules: tuple[tuple[str, Any], ...]
@@ -309,6 +310,9 @@ class ByRule:
                     'Add one, such as "*", or leave the leaf out with `select`.'
                 )
             members.setdefault(rule, []).append(name)
+        for pattern, _ in self.rules:
+            if all(first_match([(pattern, True)], name) is None for name in groups):
+                raise ValueError(f"The rule {pattern!r} of `ByRule` matches no pruned leaf. There are: {list(groups)}.")
         kept: Kept = {}
         for i, names in members.items():
             distribution, share = self._rule(self.rules[i][1], sparsity)

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, UInt8
+from jax import lax
+from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from jaxprune import tree
 from jaxprune.types import Masks, Params
@@ -68,7 +69,15 @@ def _keep_straight_jvp(primals, tangents):
 
 def nonzero_masks(params: Params) -> Masks:
     """Masks of what is not zero: how a pruned tree from elsewhere, or from a file, gets its masks back."""
-    return jax.tree.map(lambda param: param != 0, params)
+    return jax.tree.map(_nonzero, params)
+
+
+def _nonzero(param: Array) -> Array:
+    if not jnp.issubdtype(param.dtype, jnp.floating) or param.dtype.itemsize == 1:
+        return param != 0
+    # By the bits but the sign's: processors that flush denormal numbers find them equal to zero.
+    bits = lax.bitcast_convert_type(param, jnp.dtype(f"uint{8 * param.dtype.itemsize}"))
+    return jnp.left_shift(bits, jnp.ones((), bits.dtype)) != 0
 
 
 def sparsity_of(masks: Masks, select: tree.Select | None = None) -> Float[Array, ""]:
@@ -112,12 +121,15 @@ def _count(leaves: list[Array]) -> Float[Array, ""]:
     return jnp.sum(jnp.stack([jnp.sum(leaf, dtype=jnp.uint32).astype(jnp.float32) for leaf in leaves]))
 
 
-def pack_masks(masks: Masks) -> PyTree[UInt8[Array, "bytes"]]:
+def pack_masks(masks: Masks) -> PyTree[UInt8[Array, "?bytes"]]:
     """One bit a weight: leaves of ceil(weights / 8) bytes, the first weight in the highest bit, flat in C order."""
     return jax.tree.map(lambda mask: jnp.packbits(jnp.ravel(mask)), masks)
 
 
-def unpack_masks(packed: PyTree[UInt8[Array, "bytes"]], like: Params) -> Masks:
+def unpack_masks(
+    packed: PyTree[UInt8[Array, "?bytes"]],
+    like: PyTree[Shaped[Array, "..."] | jax.ShapeDtypeStruct],
+) -> Masks:
     """Masks from `pack_masks`.
 
     Args:

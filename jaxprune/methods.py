@@ -89,10 +89,10 @@ def compute_masks(
 
 def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], axes: dict[str, layouts.Axes]) -> Any:
     """Evidence as the criterion sees it: by name and as views where it has the leaves of the params."""
-    if jax.tree_util.all_leaves([value]):
-        return value
     if key == "grads":
         tree.check_like("The `grads`", value, params)
+    if jax.tree_util.all_leaves([value]) and not _is_leaf_like(value, params):
+        return value
     named = tree.named_leaves(value)
     if not all(name in named for name in leaves):
         return value
@@ -100,6 +100,11 @@ def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], ax
         name: layouts.to_view(named[name], axes[name]) if jnp.shape(named[name]) == leaf.shape else named[name]
         for name, leaf in leaves.items()
     }
+
+
+def _is_leaf_like(value: Any, params: Params) -> bool:
+    """Whether the params are a single array, and `value` one of its shape."""
+    return jax.tree_util.all_leaves([params]) and jnp.shape(value) == jnp.shape(params)
 
 
 def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune import tree
+from jaxprune.masks import nonzero_masks
 from jaxprune.types import Masks, Params
 
 
@@ -96,7 +97,7 @@ def summarize(params: Params, masks: Masks | None = None) -> Report:
     """
     if masks is not None:
         tree.check_like("The masks", masks, params)
-    alive = tree.named_leaves(masks if masks is not None else params)
+    alive = tree.named_leaves(masks if masks is not None else nonzero_masks(params))
     leaves = tree.named_leaves(params)
     counts = {name: jnp.count_nonzero(alive[name]) for name in leaves}
     return Report(

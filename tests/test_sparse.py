@@ -98,8 +98,8 @@ def test_round_trip_of_odd_values(format):
 
 @each_format
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("batch", [(), (0,), (1,), (3, 5)])
+@pytest.mark.parametrize("density", [0.0, 0.3])
+@pytest.mark.parametrize("batch", [(), (0,), (3, 5)])
 def test_gradients_equal_dense(format, layout, density, batch):
     leaf, x = make_leaf((6, 9), density, "float32"), make_x((*batch, 6 if layout == "in_out" else 9))
     weight = compress_one(leaf, format, layout)
