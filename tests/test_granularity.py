@@ -1,0 +1,63 @@
+"""Groups: the mean of their weights, and one verdict for all of them."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxprune import Block, Element, Input, Output
+
+# rows, cols of a group (None: the whole axis), and whether it spans the window
+ORACLES = {
+    Element(): (1, 1, False),
+    Block(2, 3): (2, 3, False),
+    Block(1, 4): (1, 4, False),
+    Block(100, 100): (100, 100, False),
+    Input(): (1, None, True),
+    Output(): (None, 1, True),
+}
+SHAPES = [(1, 4, 6), (4, 5, 7), (3, 1, 5, 4)]
+
+each = pytest.mark.parametrize("granularity", ORACLES, ids=str)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@each
+@shapes
+def test_a_group_is_worth_the_mean_of_its_weights(granularity, shape):
+    rows, cols, spatial = ORACLES[granularity]
+    scores = np.random.default_rng(0).integers(0, 5, shape)
+    groups = granularity.pool(jnp.asarray(scores, jnp.float32))
+    want = oracle.pool(scores, rows, cols, spatial)
+    assert groups.shape == want.shape
+    assert groups.dtype == jnp.float32
+    # Sums of small integers are exact, so the quotient is the nearest float: equal means tie, whatever the size.
+    np.testing.assert_array_equal(groups, want.astype(np.float32))
+
+
+@each
+@shapes
+def test_the_verdict_reaches_every_weight_of_the_group(granularity, shape):
+    rows, cols, _ = ORACLES[granularity]
+    groups = granularity.pool(jnp.zeros(shape))
+    kept = np.random.default_rng(0).random(groups.shape) < 0.5
+    mask = granularity.expand(jnp.asarray(kept), shape)
+    assert mask.shape == shape
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, oracle.expand(kept, rows, cols, shape))
+
+
+@each
+@shapes
+def test_pool_undoes_expand(granularity, shape):
+    """A group of equal weights is worth what they are worth: sizes at the far edge do not matter."""
+    groups = granularity.pool(jnp.zeros(shape)).shape
+    kept = np.random.default_rng(1).random(groups) < 0.5
+    mask = granularity.expand(jnp.asarray(kept), shape)
+    np.testing.assert_array_equal(granularity.pool(mask.astype(jnp.float32)), kept)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 1), (1, 0), (-2, 4)])
+def test_empty_blocks_are_refused(rows, cols):
+    with pytest.raises(ValueError, match=rf"`Block` needs at least 1 row and 1 column, got {rows} x {cols}"):
+        Block(rows, cols)

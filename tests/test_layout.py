@@ -1,0 +1,89 @@
+"""Views: there and back for every layout, against NumPy's transpose."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxprune.layout import FLAX, TORCH, Axes, dims, from_view, to_view, view_shape
+
+STACKED = Axes(layers=(0,), inputs=(1,), outputs=(2,))
+HEADS = Axes(inputs=(0,), outputs=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "want", "view"),
+    [
+        (FLAX, (4, 3), Axes((), (), (0,), (1,)), (1, 4, 3)),
+        (FLAX, (2, 5, 4, 3), Axes((), (0, 1), (2,), (3,)), (10, 4, 3)),
+        (FLAX, (7, 4, 3), Axes((), (0,), (1,), (2,)), (7, 4, 3)),
+        (FLAX, (3,), Axes((), (), (), (0,)), (1, 1, 3)),
+        (FLAX, (), Axes(), (1, 1, 1)),
+        (TORCH, (3, 4), Axes((), (), (1,), (0,)), (1, 4, 3)),
+        (TORCH, (3, 4, 2, 5), Axes((), (2, 3), (1,), (0,)), (10, 4, 3)),
+        (TORCH, (3,), Axes((), (), (), (0,)), (1, 1, 3)),
+    ],
+)
+def test_axes(layout, shape, want, view):
+    assert layout.axes("w", shape) == want
+    assert view_shape(shape, want) == view
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "want"),
+    [
+        (STACKED, (6, 4, 3), (4, 3)),
+        (HEADS, (4, 2, 3), (4, 6)),
+        (FLAX.axes("w", (2, 5, 4, 3)), (2, 5, 4, 3), (2, 5, 4, 3)),
+        (TORCH.axes("w", (3, 4, 2, 5)), (3, 4, 2, 5), (2, 5, 4, 3)),
+    ],
+)
+def test_dims_are_those_of_one_layer(axes, shape, want):
+    assert dims(shape, axes) == want
+
+
+@given(st.data())
+def test_there_and_back(data):
+    """Any assignment of axes to meanings, in any order."""
+    shape = data.draw(st.sampled_from([(2, 3, 4), (2, 3), (2, 1, 3, 2)]))
+    order = data.draw(st.permutations(range(len(shape))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(shape)), min_size=3, max_size=3)))
+    axes = Axes(*(tuple(order[a:b]) for a, b in zip([0, *cuts], [*cuts, len(shape)], strict=True)))
+    leaf = np.arange(np.prod(shape)).reshape(shape)
+    view = to_view(jnp.asarray(leaf), axes)
+    np.testing.assert_array_equal(view, oracle.view(leaf, *axes))
+    assert view.shape == view_shape(shape, axes)
+    np.testing.assert_array_equal(from_view(view, axes, shape), leaf)
+
+
+def test_the_two_layouts_see_the_same_weight():
+    leaf = np.random.default_rng(0).random((3, 2, 4, 5)).astype(np.float32)  # HWIO
+    oihw = leaf.transpose(3, 2, 0, 1)
+    flax = to_view(jnp.asarray(leaf), FLAX.axes("w", leaf.shape))
+    torch = to_view(jnp.asarray(oihw), TORCH.axes("w", oihw.shape))
+    np.testing.assert_array_equal(flax, torch)
+
+
+def test_rules_go_first_and_the_newest_first_of_all():
+    layout = FLAX.with_rules({"blocks/*": STACKED})
+    assert layout.axes("blocks/kernel", (6, 4, 3)) == STACKED
+    assert layout.axes("head/kernel", (4, 3)) == FLAX.axes("", (4, 3))
+    assert layout.with_rules({"*": HEADS}).axes("blocks/kernel", (4, 2, 3)) == HEADS
+    assert FLAX.rules == ()
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (STACKED, (4, 3)),  # more axes than the leaf has
+        (Axes(inputs=(0,), outputs=(1,)), (6, 4, 3)),  # one left out
+        (Axes(inputs=(0,), outputs=(0,)), (4, 3)),  # one twice
+        (Axes(inputs=(-2,), outputs=(-1,)), (4, 3)),  # counted from the end
+    ],
+)
+def test_a_rule_that_does_not_fit_is_refused(axes, shape):
+    layout = FLAX.with_rules({"*": axes})
+    with pytest.raises(ValueError, match=rf"rule for 'a/w' must name each of its {len(shape)} axes once, it says Axes"):
+        layout.axes("a/w", shape)
