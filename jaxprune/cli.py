@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report", help="show a finished run, or compare several", **style,
-        description="Print what finished runs came to. One run: its summary and where its page lies. Several: a "
+        description="Print what finished runs came to. One run: its summary, and its page written anew. Several: a "
         "Markdown table, and with --out a page that compares them.",
     )  # fmt: skip
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
@@ -136,7 +136,7 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int:
         print(json.dumps(results, indent=1))
     elif len(results) == 1:
         print(html.summary_text(results[0]))
-        print(f"report: {arguments.runs[0] / 'report.html'}")
+        print(f"report: {publish.rewrite_page(arguments.runs[0])}")
     else:
         print(html.summary_markdown(results))
     return 0

@@ -75,19 +75,28 @@ def pruning_optimizer(
 ) -> optax.GradientTransformation:
     """`jp.prune` for the stage of a gradual or an iterative config; the last masks fall within its steps."""
     length, stage = prune.duration.steps(steps_per_epoch), prune_steps(prune, steps_per_epoch)
+    given = prune.sparsity is not None
     if prune.how == "iterative":
-        every = max(length, 1)
-        schedule = jp.rounds(prune.sparsity, count=prune.rounds, length=every) if prune.sparsity else None
+        every = length
+        schedule = jp.rounds(prune.sparsity, count=prune.rounds, length=every) if given else None
     else:
         every = max(prune.update_every.steps(steps_per_epoch), 1)
         # The ramp ends at the last update that the stage has.
-        end = max(stage - 1, 0) // every * every
-        schedule = jp.cubic(prune.sparsity, begin=0, end=end) if prune.sparsity else None
+        end = (stage - 1) // every * every
+        schedule = jp.cubic(prune.sparsity, begin=0, end=end) if given else None
     when = jp.every(every)
     return jp.prune(inner, method(prune), sparsity=schedule, update_when=when, key=key)
 
 
 def prune_steps(prune: cfg.Prune, steps_per_epoch: int) -> int:
-    """Training steps of the prune stage: none in one shot, the ramp if gradual, all rounds if iterative."""
+    """Training steps of the prune stage: none in one shot, the ramp if gradual, all rounds if iterative.
+
+    Raises:
+        ConfigError: `duration` comes to no step, so that nothing would be pruned.
+    """
     length = prune.duration.steps(steps_per_epoch)
+    if prune.how != "one-shot" and not length:
+        raise cfg.ConfigError(
+            f'prune.duration: "{prune.duration}" comes to 0 steps, at least 1 is needed to prune {prune.how}.'
+        )
     return {"one-shot": 0, "gradual": length, "iterative": prune.rounds * length}[prune.how]

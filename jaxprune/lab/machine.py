@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from jaxprune.lab import files
+
 PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "quax")
 
 
@@ -32,7 +34,7 @@ def record(path: Path, note: Callable[[str], None]) -> None:
     """
     now = describe()
     if not path.exists():
-        path.write_text(json.dumps(now, indent=1))
+        files.write_text(path, json.dumps(now, indent=1))
         return
     then = json.loads(path.read_text())
     changed = [f"{name} {then.get(name)} -> {text}" for name, text in now.items() if then.get(name) != text]

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, figures, html
+from jaxprune.lab import data, figures, files, html
 from jaxprune.types import Masks, Params
 
 MODELS = ("dense", "pruned", "finetuned", "sparse")
+FIGURES = ("weight_histograms", "training_curve", "leaf_sparsity")
 
 
 def results(
@@ -90,7 +91,7 @@ def write(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> 
     for name, picture in pictures.items():
         (folder / "figures" / f"{name}.png").write_bytes(picture)
     (folder / "report.html").write_text(page(folder, summary, pictures))
-    (folder / "results.json").write_text(json.dumps(summary, indent=1))
+    files.write_text(folder / "results.json", json.dumps(summary, indent=1))
 
 
 def page(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
@@ -98,6 +99,16 @@ def page(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> s
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     machine = json.loads((folder / "machine.json").read_text())
     return html.report_page(summary, (folder / "config.toml").read_text(), machine, metrics, pictures)
+
+
+def rewrite_page(folder: Path) -> Path:
+    """The page of a finished run, written anew from what lies in its folder; returns where it is."""
+    pictures = {
+        path.stem: path.read_bytes() for name in FIGURES if (path := folder / "figures" / f"{name}.png").exists()
+    }
+    path = folder / "report.html"
+    path.write_text(page(folder, read_results(folder), pictures))
+    return path
 
 
 def read_results(folder: Path) -> dict[str, Any]:

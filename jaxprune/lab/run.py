@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ import optax
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import build, data, machine, models, train
+from jaxprune.lab import build, data, files, machine, models, train
 from jaxprune.lab import config as cfg
 from jaxprune.types import Masks, Params
 
@@ -35,7 +34,7 @@ TAYLOR_SAMPLES = 2048  # of the training data, for one-shot criteria that look a
 STAGES = ("train", "prune", "finetune")
 
 
-class RunError(RuntimeError):
+class RunError(ValueError):
     """A run folder that cannot be used; says why, and the way out."""
 
 
@@ -87,7 +86,7 @@ def run(config: cfg.Config, folder: Path, command: str, watcher: Watcher | None 
         if (folder / "results.json").exists():
             watcher.note(f"{folder} is finished; delete the folder to run it again.")
             return json.loads((folder / "results.json").read_text())
-        _write(folder / "config.toml", cfg.dump(config))
+        files.write_text(folder / "config.toml", cfg.dump(config))
         machine.record(folder / "machine.json", watcher.note)
         return _run_seeds(config, folder, command, watcher)
 
@@ -152,6 +151,7 @@ class _SeedStages:
         self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
         self.validation = samples_of(*validation, held_in.scale)
         self.apply = jax.jit(network.apply)
+        self.prune_steps = build.prune_steps(config.prune, self._per_epoch(config.train))
 
     def trained(self) -> Params:
         """Dense training; the params it ends with."""
@@ -162,7 +162,7 @@ class _SeedStages:
     def pruned(self, dense: Params) -> tuple[Params, Masks]:
         """Pruned params, and the masks that did it."""
         phase, prune = self.config.train, self.config.prune
-        steps = build.prune_steps(prune, self._per_epoch(phase))
+        steps = self.prune_steps
         if prune.how == "one-shot":
             masks = self._one_shot(dense)
             dense, tx = jp.apply_masks(dense, masks), jp.keep_params_sparse(masks)
@@ -238,7 +238,7 @@ class _MetricsLog:
     def __init__(self, path: Path, before: list[dict[str, Any]], seed: int):
         self.path, self.seed, self.earlier_steps = path, seed, 0
         self.records: list[dict[str, Any]] = []
-        _write(path, "".join(json.dumps(record) + "\n" for record in before))
+        files.write_text(path, "".join(json.dumps(record) + "\n" for record in before))
 
     def add(self, record: dict[str, Any]) -> None:
         """A record of this stage, with the step counted through all stages."""
@@ -276,7 +276,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "bytes": sum(bytes_of.values()),
         "dense_bytes": table["total"]["bytes"],
     }
-    _write(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
+    files.write_text(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
     return result
 
 
@@ -287,9 +287,7 @@ def _last_of_stages(records: list[dict[str, Any]]) -> list[float]:
 
 def _claim(folder: Path, config: cfg.Config) -> None:
     """Refuse a folder that holds something else."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        return
+    folder.mkdir(parents=True, exist_ok=True)
     written = folder / "config.toml"
     if not written.exists():
         if any(p.name not in (".lock", "metrics.jsonl") and not p.name.startswith(".tmp") for p in folder.iterdir()):
@@ -311,14 +309,6 @@ def _only_process(folder: Path) -> Iterator[None]:
         except OSError:
             raise RunError(f"Another process is running in {folder}. Wait for it, or stop it.") from None
         yield
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _now() -> str:
