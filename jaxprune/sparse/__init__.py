@@ -18,22 +18,25 @@ Times are those of CPU at 90 % sparsity in float32 against XLA's dense product, 
 0.10.2. Fast CPU kernels, convolutions and a measured choice of format are not here yet.
 """
 
-from jaxprune.sparse import reference
+from jaxprune.sparse import native, reference
 from jaxprune.sparse.apply import apply
 from jaxprune.sparse.compress import compress, decompress, nbytes
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
 from jaxprune.sparse.matmul import matmul, times, times_transposed
+from jaxprune.sparse.tiles import NativeWeight
 
 __all__ = [
     "FORMATS",
     "BCOOWeight",
     "BCSRWeight",
+    "NativeWeight",
     "SparseUseError",
     "SparseWeight",
     "apply",
     "compress",
     "decompress",
     "matmul",
+    "native",
     "nbytes",
     "reference",
     "times",

@@ -16,6 +16,7 @@ an infinity or NaN in x, which a dense product turns into a NaN even under a zer
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO, BCSR, bcoo_dot_general, bcsr_dot_general
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, ArrayLike, Inexact, Int32, Num
+from jaxtyping import Array, ArrayLike, Inexact, Num
 
 from jaxprune.sparse.formats import BCSRWeight, SparseWeight
 
@@ -90,7 +91,7 @@ def times_transposed(weight: SparseWeight, y: Inexact[Array, "n_out n"]) -> Inex
 
 @times.register(BCSRWeight)
 def _times_bcsr(weight: BCSRWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
-    return csr_times_p.bind(weight.values, weight.indices, weight.indptr, x)
+    return csr_times(weight.values, weight.indices, weight.indptr, x, n_out=weight.sizes[0])
 
 
 def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axis: int) -> Inexact[Array, "kept n"]:
@@ -99,61 +100,72 @@ def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axi
     return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((axis,), (0,)), ((), ()))))
 
 
-# A primitive of our own around `bcsr_dot_general`, whose batching rule would hand a third axis to a kernel that takes
-# two, and so leave Eigen for gather and scatter without a word. Here `vmap` over x adds columns.
-csr_times_p = Primitive("csr_times")
+def linear_product(
+    name: str, product: Callable[..., Array], coordinates: Callable[..., tuple[Array, Array]]
+) -> Callable[..., Array]:
+    """W @ x as a primitive of its own, for a product that jax cannot differentiate or batch well.
+
+    Derivatives are taken in the values and in x, forward and reverse; `vmap` over x adds columns, where JAX's own rules
+    would call the kernel column by column, or leave it for gather and scatter without a word.
+
+    Args:
+        name: of the primitive.
+        product: (values, index, bounds, x, *, n_out) -> W @ x, for x (in, n).
+        coordinates: (index, bounds, *, n_out) -> output and input index of every value.
+
+    Returns:
+        A function with the arguments of `product`.
+    """
+    primitive = Primitive(name)
+
+    def transpose(ct: Array, values: Any, index: Array, bounds: Array, x: Any, *, n_out: int) -> tuple[Any, ...]:
+        rows, cols = coordinates(index, bounds, n_out=n_out)
+        if ad.is_undefined_primal(values):
+            # The dense product of the two and a gather: many times faster on CPU than nse short sums.
+            return (ct @ x.T)[rows, cols], None, None, None
+        # Likewise, than gathering and scattering whole rows of ct.
+        dense = jnp.zeros((n_out, x.aval.shape[0]), values.dtype).at[rows, cols].set(values, unique_indices=True)
+        return None, None, None, dense.T @ ct
+
+    def batch(args: tuple[Array, ...], axes: tuple[Any, ...], *, n_out: int) -> tuple[Array, int]:
+        *weight, x = args
+        if axes[:-1] != (None, None, None):
+            size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
+            stacked = tuple(
+                jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
+                for arg, axis in zip(args, axes, strict=True)
+            )
+            return lax.map(lambda one: primitive.bind(*one, n_out=n_out), stacked), 0
+        x = jnp.moveaxis(x, axes[-1], -1)
+        y = primitive.bind(*weight, x.reshape(x.shape[0], -1), n_out=n_out)
+        return y.reshape(y.shape[0], *x.shape[1:]), 2
+
+    primitive.def_impl(jax.jit(product, static_argnames="n_out"))
+    primitive.def_abstract_eval(lambda values, index, bounds, x, *, n_out: ShapedArray((n_out, x.shape[1]), x.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(product, multiple_results=False))
+    ad.defjvp(
+        primitive,
+        lambda dot, values, index, bounds, x, **n_out: primitive.bind(dot, index, bounds, x, **n_out),
+        None,
+        None,
+        lambda dot, values, index, bounds, x, **n_out: primitive.bind(values, index, bounds, dot, **n_out),
+    )
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    return primitive.bind
 
 
-def _csr_times(
-    values: Inexact[Array, " nse"], indices: Int32[Array, " nse"], indptr: Int32[Array, " n_out_plus_1"], x: Array
-) -> Array:
-    matrix = BCSR((values, indices, indptr), shape=(indptr.shape[0] - 1, x.shape[0]))
+def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out: int) -> Array:
+    matrix = BCSR((values, index, bounds), shape=(n_out, x.shape[0]))
     return bcsr_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ())))
 
 
-def _csr_rows(indices: Array, indptr: Array) -> Array:
-    outputs = jnp.arange(indptr.shape[0] - 1, dtype=jnp.int32)
-    return jnp.repeat(outputs, jnp.diff(indptr), total_repeat_length=indices.shape[0])
+def _csr_coordinates(index: Array, bounds: Array, *, n_out: int) -> tuple[Array, Array]:
+    outputs = jnp.arange(n_out, dtype=jnp.int32)
+    return jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0]), index
 
 
-def _csr_times_transpose(ct: Array, values: Any, indices: Array, indptr: Array, x: Any) -> tuple[Any, None, None, Any]:
-    rows = _csr_rows(indices, indptr)
-    if ad.is_undefined_primal(values):
-        # The dense product of the two and a gather: many times faster on CPU than nse short sums.
-        return (ct @ x.T)[rows, indices], None, None, None
-    shape = (indptr.shape[0] - 1, x.aval.shape[0])
-    matrix = BCOO((values, jnp.stack([rows, indices], axis=-1)), shape=shape, indices_sorted=True, unique_indices=True)
-    return None, None, None, bcoo_dot_general(matrix, ct, dimension_numbers=(((0,), (0,)), ((), ())))
-
-
-def _csr_times_batch(args: tuple[Array, ...], axes: tuple[Any, ...]) -> tuple[Array, int]:
-    *weight, x = args
-    if axes[:-1] != (None, None, None):
-        size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
-        stacked = tuple(
-            jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
-            for arg, axis in zip(args, axes, strict=True)
-        )
-        return lax.map(lambda one: csr_times_p.bind(*one), stacked), 0
-    x = jnp.moveaxis(x, axes[-1], -1)
-    y = csr_times_p.bind(*weight, x.reshape(x.shape[0], -1))
-    return y.reshape(y.shape[0], *x.shape[1:]), 2
-
-
-csr_times_p.def_impl(jax.jit(_csr_times))
-csr_times_p.def_abstract_eval(
-    lambda values, indices, indptr, x: ShapedArray((indptr.shape[0] - 1, x.shape[1]), x.dtype)
-)
-mlir.register_lowering(csr_times_p, mlir.lower_fun(_csr_times, multiple_results=False))
-ad.defjvp(
-    csr_times_p,
-    lambda dot, values, indices, indptr, x: csr_times_p.bind(dot, indices, indptr, x),
-    None,
-    None,
-    lambda dot, values, indices, indptr, x: csr_times_p.bind(values, indices, indptr, dot),
-)
-ad.primitive_transposes[csr_times_p] = _csr_times_transpose
-batching.primitive_batchers[csr_times_p] = _csr_times_batch
+csr_times = linear_product("csr_times", _csr_product, _csr_coordinates)
 
 
 @quax.register(lax.dot_general_p)
