@@ -43,10 +43,10 @@ def check_leaves(what: str, leaves: dict[str, Any], *, non_negative: bool = Fals
         ValueError: a value is not as asked.
     """
     known = {name: leaf for name, leaf in leaves.items() if is_concrete(leaf)}
-    if not known:
-        return
     # All leaves are dispatched before the first is looked at: one wait, not one a leaf.
     finite = {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in known.items()}
+    if not all(is_concrete(flag) for flag in finite.values()):
+        return  # known leaves, closed over by a function being traced: what is computed from them is not known
     fine = {name: jnp.all(leaf >= 0) for name, leaf in known.items()} if non_negative else finite
     for name, leaf in known.items():
         if not finite[name]:

@@ -270,7 +270,9 @@ class SigmaThreshold:
         _refused(sparsity, self)
 
         def keep(scores: Array) -> Array:
-            mean = ordered_sum(scores * scores, LAYER) / max(_count(scores), 1)
+            # Without `maximum` a compiler may round product and sum at once, here and not there.
+            squares = jnp.maximum(scores * scores, 0.0)
+            mean = ordered_sum(squares, LAYER) * (1 / max(_count(scores), 1))
             return scores >= jnp.float32(self.k) * jnp.sqrt(mean)
 
         return {name: keep(scores) for name, scores in groups.items()}

@@ -8,6 +8,7 @@ A granularity is a pair of maps between weights and groups,
 and everything between the two (`jaxprune.distributions`) sees group scores only, so every granularity works with
 every distribution. Arrays arrive as views (*layers, spatial, in, out), see `jaxprune.layout`, and groups keep those
 axes, shortened. A group is worth the mean of its weights' scores, so that groups of different sizes compare fairly.
+Means are sums times a reciprocal: a division is rounded one way here and another there, as the compiler sees fit.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.numerics import ordered_sum
@@ -56,7 +58,7 @@ class _Slices:
     def pool(self, scores: View) -> Groups:
         """Mean over the group's axes, which stay as axes of size 1."""
         size = max(math.prod(scores.shape[axis] for axis in self._pooled), 1)
-        return ordered_sum(scores, self._pooled) / size
+        return ordered_sum(scores, self._pooled) * (1 / size)
 
     def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
         """The group's verdict, repeated along its axes."""
@@ -110,8 +112,11 @@ class Block:
 
     def pool(self, scores: View) -> Groups:
         """Mean of each tile, (*layers, spatial, ceil(in / rows), ceil(out / cols))."""
-        sums = self._tile_sums(scores)
-        return sums / self._tile_sums(jnp.ones((1,) * (scores.ndim - 2) + scores.shape[-2:], scores.dtype))
+        *lead, n_in, n_out = scores.shape
+        tall = np.minimum(self.rows, n_in - np.arange(0, n_in, self.rows))
+        wide = np.minimum(self.cols, n_out - np.arange(0, n_out, self.cols))
+        share = (1 / np.outer(tall, wide)).reshape((1,) * len(lead) + (len(tall), len(wide)))
+        return self._tile_sums(scores) * jnp.asarray(share, scores.dtype)
 
     def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
         """Each tile's verdict, repeated over its weights."""

@@ -74,7 +74,7 @@ def nonzero_masks(params: Params) -> Masks:
 
 def _nonzero(param: Array) -> Array:
     if not jnp.issubdtype(param.dtype, jnp.floating) or param.dtype.itemsize == 1:
-        return param != 0
+        return param.astype(bool)
     # By the bits but the sign's: processors that flush denormal numbers find them equal to zero.
     bits = lax.bitcast_convert_type(param, jnp.dtype(f"uint{8 * param.dtype.itemsize}"))
     return jnp.left_shift(bits, jnp.ones((), bits.dtype)) != 0
@@ -121,13 +121,13 @@ def _count(leaves: list[Array]) -> Float[Array, ""]:
     return jnp.sum(jnp.stack([jnp.sum(leaf, dtype=jnp.uint32).astype(jnp.float32) for leaf in leaves]))
 
 
-def pack_masks(masks: Masks) -> PyTree[UInt8[Array, "?bytes"]]:
+def pack_masks(masks: Masks) -> PyTree[UInt8[Array, "_"]]:
     """One bit a weight: leaves of ceil(weights / 8) bytes, the first weight in the highest bit, flat in C order."""
     return jax.tree.map(lambda mask: jnp.packbits(jnp.ravel(mask)), masks)
 
 
 def unpack_masks(
-    packed: PyTree[UInt8[Array, "?bytes"]],
+    packed: PyTree[UInt8[Array, "_"]],
     like: PyTree[Shaped[Array, "..."] | jax.ShapeDtypeStruct],
 ) -> Masks:
     """Masks from `pack_masks`.
@@ -142,7 +142,7 @@ def unpack_masks(
     sizes = tree.map_named(lambda name, leaf: jax.ShapeDtypeStruct(((math.prod(leaf.shape) + 7) // 8,), "uint8"), like)
     tree.check_like("The packed masks", packed, sizes)
 
-    def unpack(bits: Array, leaf: Array) -> Array:
+    def unpack(bits: Array, leaf: Any) -> Array:
         return jnp.unpackbits(bits, count=math.prod(leaf.shape)).astype(bool).reshape(leaf.shape)
 
     return jax.tree.map(unpack, tree.match(packed, like), like)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jaxprune import layout as layouts
 from jaxprune import tree
@@ -82,7 +82,7 @@ def compute_masks(
         if name not in kept:
             return jnp.ones_like(leaf, dtype=bool)
         view = method.granularity.expand(kept[name], views[name].shape)
-        return _placed(layouts.from_view(view, axes[name], leaf.shape), leaf)
+        return placed(layouts.from_view(view, axes[name], leaf.shape), leaf)
 
     return tree.map_named(mask_of, params)
 
@@ -117,7 +117,7 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
     return named
 
 
-def _placed(mask: Array, leaf: Any) -> Array:
+def placed(mask: Bool[Array, "..."], leaf: Any) -> Bool[Array, "..."]:
     """The mask laid out over devices as its leaf is; under jit that is the compiler's to decide."""
     if is_concrete(mask) and is_concrete(leaf) and isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding:
         return jax.device_put(mask, leaf.sharding)

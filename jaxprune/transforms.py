@@ -5,6 +5,7 @@ whatever the inner optimizer remembers. For that nothing may change the update a
 `keep_params_sparse` goes last, and `prune` goes around everything else.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from jaxprune import schedules, tree
-from jaxprune.methods import Method, compute_masks
+from jaxprune.checks import is_concrete
+from jaxprune.methods import Method, compute_masks, placed
 from jaxprune.types import Masks, Params, Schedule, UpdateWhen
 
 
@@ -90,7 +92,10 @@ def prune(
             known = {**drawn, **extra, "grads": updates}
             return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
 
-        masks = lax.cond(update_when(state.step), compute, lambda: state.masks)
+        due = update_when(state.step)
+        # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
+        choose = _choose if is_concrete(due) else lax.cond
+        masks = choose(due, compute, lambda: state.masks)
         alive = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros((), u.dtype)), updates, masks)
         steps, inner_state = inner.update(alive, state.inner_state, params, **extra)
         new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, inner_state)
@@ -118,7 +123,8 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
             return KeepSparseState(params)
         tree.check_like("The masks", masks, params)
         # Copies: a donated state must not take the caller's masks with it.
-        return KeepSparseState(jax.tree.map(lambda mask: jnp.array(mask, copy=True), tree.match(masks, params)))
+        copies = jax.tree.map(lambda mask: jnp.array(mask, copy=True), tree.match(masks, params))
+        return KeepSparseState(jax.tree.map(placed, copies, params))
 
     def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, KeepSparseState]:
         if params is None:
@@ -126,6 +132,10 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
         return jax.tree.map(_land, updates, params, state.masks), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _choose(due: Any, compute: Callable[[], Masks], keep: Callable[[], Masks]) -> Masks:
+    return compute() if due else keep()
 
 
 def _land(update: Array, param: Array, mask: Array) -> Array:

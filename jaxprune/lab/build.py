@@ -75,15 +75,14 @@ def pruning_optimizer(
 ) -> optax.GradientTransformation:
     """`jp.prune` for the stage of a gradual or an iterative config; the last masks fall within its steps."""
     length, stage = prune.duration.steps(steps_per_epoch), prune_steps(prune, steps_per_epoch)
-    given = prune.sparsity is not None
     if prune.how == "iterative":
         every = length
-        schedule = jp.rounds(prune.sparsity, count=prune.rounds, length=every) if given else None
+        schedule = jp.rounds(prune.sparsity, count=prune.rounds, length=every) if prune.sparsity is not None else None
     else:
         every = max(prune.update_every.steps(steps_per_epoch), 1)
         # The ramp ends at the last update that the stage has.
         end = (stage - 1) // every * every
-        schedule = jp.cubic(prune.sparsity, begin=0, end=end) if given else None
+        schedule = jp.cubic(prune.sparsity, begin=0, end=end) if prune.sparsity is not None else None
     when = jp.every(every)
     return jp.prune(inner, method(prune), sparsity=schedule, update_when=when, key=key)
 

@@ -30,6 +30,7 @@ class _BarWatcher(Watcher):
         self.bars, self.console, self.task = bars, console, None
 
     def stage(self, seed: int, name: str, steps: int) -> None:
+        self.bars.start()
         self.task = self.bars.add_task(f"seed {seed} {name:<8}", total=steps)
 
     def step(self, step: int) -> None:
@@ -44,8 +45,12 @@ class _BarWatcher(Watcher):
 def watcher(*, quiet: bool = False) -> Iterator[Watcher]:
     """A watcher for `jaxprune.lab.run.run`; notes are shown even if `quiet`, bars are not."""
     console = Console(stderr=True)
-    with _bars(console, quiet=quiet) as bars:
+    bars = _bars(console, quiet=quiet)
+    try:
         yield _BarWatcher(bars, console)
+    finally:
+        if bars.tasks:  # it ends with an empty line, also where nothing was shown
+            bars.stop()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
-from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
 
 Unsupported = Literal["refuse", "dense"]
 
@@ -35,7 +35,11 @@ class SparseUseError(TypeError):
 
 
 def check_unsupported(unsupported: str) -> None:
-    """Refuse any word but "refuse" and "dense"."""
+    """Refuse any word but "refuse" and "dense".
+
+    Raises:
+        ValueError: another word.
+    """
     if unsupported not in ("refuse", "dense"):
         raise ValueError(f'`unsupported` is "refuse" or "dense", {unsupported!r} arrived.')
 
@@ -72,7 +76,12 @@ class SparseWeight(quax.ArrayValue):
     @classmethod
     @abc.abstractmethod
     def pack(
-        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+        cls,
+        values: Any,
+        rows: Int[np.ndarray, " nse"],
+        cols: Int[np.ndarray, " nse"],
+        leaf_shape: tuple[int, int],
+        **fields: Any,
     ) -> "SparseWeight":
         """The weight with these sorted non-zeros; `fields` are those of `SparseWeight`."""
 
@@ -86,7 +95,9 @@ class SparseWeight(quax.ArrayValue):
         """W (out, in) as a `jax.experimental.sparse` array."""
 
     @classmethod
-    def from_leaf(cls, leaf: np.ndarray, *, outputs_last: bool = True, name: str = "") -> "SparseWeight":
+    def from_leaf(
+        cls, leaf: Shaped[np.ndarray, "first last"], *, outputs_last: bool = True, name: str = ""
+    ) -> "SparseWeight":
         """The non-zeros of a leaf (in, out), or (out, in) without `outputs_last`, in host memory."""
         matrix = leaf.T if outputs_last else leaf
         rows, cols = np.nonzero(matrix)
@@ -210,7 +221,12 @@ class BCOOWeight(SparseWeight):
 
     @classmethod
     def pack(
-        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+        cls,
+        values: Any,
+        rows: Int[np.ndarray, " nse"],
+        cols: Int[np.ndarray, " nse"],
+        leaf_shape: tuple[int, int],
+        **fields: Any,
     ) -> "SparseWeight":
         """See `SparseWeight.pack`."""
         return cls(values, np.stack([rows, cols], axis=-1), leaf_shape=leaf_shape, **fields)
@@ -242,7 +258,12 @@ class BCSRWeight(SparseWeight):
 
     @classmethod
     def pack(
-        cls, values: Any, rows: np.ndarray, cols: np.ndarray, leaf_shape: tuple[int, int], **fields: Any
+        cls,
+        values: Any,
+        rows: Int[np.ndarray, " nse"],
+        cols: Int[np.ndarray, " nse"],
+        leaf_shape: tuple[int, int],
+        **fields: Any,
     ) -> "SparseWeight":
         """See `SparseWeight.pack`."""
         n_out = leaf_shape[1 if fields.get("outputs_last", True) else 0]

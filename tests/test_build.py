@@ -1,0 +1,223 @@
+"""From words to objects: every word of a config builds what it names, and ramps end inside their stage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lab_helpers import tiny
+
+import jaxprune as jp
+from jaxprune.lab import build
+from jaxprune.lab import config as cfg
+
+pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes: decay ** count, 1 - count / steps
+
+PARAMS = {"a": {"kernel": jnp.full((6, 4), 2.0), "bias": jnp.full((4,), 2.0)}}
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def prune_section(folder, *words):
+    return tiny(folder, "--prune", "{sparsity = 0.5}", *words).prune
+
+
+# ---------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ([], jp.Method()),
+        (["--prune.criterion", "magnitude"], jp.Method(criterion=jp.magnitude)),
+        (["--prune.criterion", "random"], jp.Method(criterion=jp.random)),
+        (["--prune.criterion", "taylor"], jp.Method(criterion=jp.taylor)),
+        (["--prune.granularity", "element"], jp.Method(granularity=jp.Element())),
+        (["--prune.granularity", "{name='block', rows=4, cols=2}"], jp.Method(granularity=jp.Block(4, 2))),
+        (["--prune.granularity", "input"], jp.Method(granularity=jp.Input())),
+        (["--prune.granularity", "output"], jp.Method(granularity=jp.Output())),
+        (["--prune.distribution", "uniform"], jp.Method(distribution=jp.Uniform())),
+        (["--prune.distribution", "{name='global', floor=0.1}"], jp.Method(distribution=jp.Global(floor=0.1))),
+        (["--prune.distribution", "erk"], jp.Method(distribution=jp.ERK())),
+        (["--prune.distribution", "per_output"], jp.Method(distribution=jp.PerOutput())),
+        (["--prune.distribution", "{name='nm', n=2, m=4}"], jp.Method(distribution=jp.NM(2, 4))),
+        (["--prune.select", "['layers/*']"], jp.Method(select=("layers/*",))),
+        (
+            ["--prune", "{distribution={name='sigma_threshold', k=1.5}}"],
+            jp.Method(distribution=jp.SigmaThreshold(1.5)),
+        ),
+        (["--prune", "{distribution={name='threshold', t=0.03}}"], jp.Method(distribution=jp.Threshold(0.03))),
+        (
+            [
+                "--prune.distribution",
+                "{name='by_rule', rules={'z*'=0.25, 'a*'={name='by_rule', rules={'ab*'='uniform', '*'=0.75}},"
+                " '*'={name='nm', n=1, m=2}}}",
+            ],
+            jp.Method(
+                distribution=jp.ByRule(
+                    (
+                        ("z*", 0.25),
+                        ("a*", jp.ByRule((("ab*", jp.Uniform()), ("*", 0.75)))),
+                        ("*", jp.NM(1, 2)),
+                    )
+                )
+            ),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_build_the_method_they_name(tmp_path, words, method):
+    built = build.method(prune_section(tmp_path, *words))
+    assert built == method
+    # `==` of a by_rule ignores no order, since its rules are a tuple
+    if isinstance(method.distribution, jp.ByRule):
+        assert [pattern for pattern, _ in built.distribution.rules] == ["z*", "a*", "*"]
+
+
+def test_every_word_of_the_config_is_built():
+    def words(field):
+        return set(field.annotation.__args__)
+
+    assert set(build.CRITERIA) == words(cfg.Prune.model_fields["criterion"])
+    assert set(build.GRANULARITIES) == words(cfg.Granularity.model_fields["name"])
+    assert {*build.DISTRIBUTIONS, "by_rule"} == words(cfg.Distribution.model_fields["name"])
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+def rates(phase, steps):
+    """The learning rate of every step: SGD without momentum on a gradient of ones moves by it."""
+    tx = build.optimizer(phase, steps)
+    state, moved = tx.init(PARAMS), []
+    for _ in range(steps + 2):
+        updates, state = tx.update(ONES, state, PARAMS)
+        moved.append(-float(updates["a"]["bias"][0]))
+    return moved
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_learning_rates_decay_to_zero_at_the_end_of_the_phase(steps):
+    t = np.arange(steps + 2)
+    left = np.clip(1 - t / steps, 0, 1)
+    expected = {"constant": 0.5 + 0 * t, "linear": 0.5 * left, "cosine": 0.25 * (1 - np.cos(np.pi * left))}
+    for decay, curve in expected.items():
+        phase = cfg.Phase(optimizer="sgd", momentum=0.0, learning_rate=0.5, decay=decay)
+        np.testing.assert_allclose(rates(phase, steps), curve, atol=1e-6)
+
+
+def test_a_phase_of_no_steps_has_an_optimizer():
+    for decay in ("constant", "linear", "cosine"):
+        build.optimizer(cfg.Phase(decay=decay), 0).init(PARAMS)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weight_decay_acts_on_matrices_alone(optimizer):
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    phase = cfg.Phase(optimizer=optimizer, learning_rate=0.1, decay="constant", weight_decay=0.01)
+    tx = build.optimizer(phase, 10)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    assert np.all(np.asarray(updates["a"]["bias"]) == 0)
+    # 2 is the weight: sgd and adamw move by rate * decay * 2; adam by its rate, whatever the size of a gradient
+    expected = {"sgd": -0.1 * 0.01 * 2, "adamw": -0.1 * 0.01 * 2, "adam": -0.1}[optimizer]
+    np.testing.assert_allclose(updates["a"]["kernel"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"),
+    [("sgd", optax.sgd(0.1, momentum=0.7)), ("adam", optax.adam(0.1)), ("adamw", optax.adamw(0.1, weight_decay=0.0))],
+)
+def test_optimizers_are_those_of_optax(optimizer, reference):
+    given = {"momentum": 0.7} if optimizer == "sgd" else {}
+    tx = build.optimizer(cfg.Phase(optimizer=optimizer, learning_rate=0.1, decay="constant", **given), 9)
+    ours, theirs = (PARAMS, tx.init(PARAMS)), (PARAMS, reference.init(PARAMS))
+    for scale in (1.0, -3.0, 0.5):
+        grads = jax.tree.map(lambda one, scale=scale: one * scale, ONES)
+        (p, s), (q, r) = ours, theirs
+        up, s = tx.update(grads, s, p)
+        uq, r = reference.update(grads, r, q)
+        ours, theirs = (optax.apply_updates(p, up), s), (optax.apply_updates(q, uq), r)
+    for a, b in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(theirs[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- ramps
+
+
+def updates_of(monkeypatch, prune, per_epoch=10):
+    """[(step, sparsity)] of the mask updates that fall within the stage."""
+    caught = {}
+    monkeypatch.setattr(jp, "prune", lambda inner, method, **options: caught.update(options) or inner)
+    build.pruning_optimizer(optax.sgd(0.1), prune, per_epoch, None)
+    due = [step for step in range(build.prune_steps(prune, per_epoch)) if caught["update_when"](step)]
+    return [(step, float(caught["sparsity"](step))) for step in due]
+
+
+def steps_(n):
+    return cfg.Duration(float(n), "steps")
+
+
+@settings(max_examples=15)
+@given(length=st.integers(1, 40), every=st.integers(1, 45), sparsity=st.sampled_from([0.0, 0.5, 0.9, 0.999]))
+def test_a_gradual_ramp_ends_at_its_sparsity_inside_the_stage(length, every, sparsity):
+    prune = cfg.Prune(how="gradual", sparsity=sparsity, duration=steps_(length), update_every=steps_(every))
+    with pytest.MonkeyPatch.context() as patch:
+        updates = updates_of(patch, prune)
+    assert [step for step, _ in updates] == list(range(0, length, every))
+    ramp = [s for _, s in updates]
+    assert ramp[-1] == np.float32(sparsity)
+    assert ramp == sorted(ramp)
+    assert ramp[0] == (np.float32(sparsity) if len(ramp) == 1 else 0)
+
+
+@settings(max_examples=15)
+@given(length=st.integers(1, 20), rounds=st.integers(1, 6), sparsity=st.sampled_from([0.0, 0.5, 0.99]))
+def test_every_iterative_round_keeps_the_same_share(length, rounds, sparsity):
+    prune = cfg.Prune(how="iterative", sparsity=sparsity, duration=steps_(length), rounds=rounds)
+    assert build.prune_steps(prune, 10) == length * rounds
+    with pytest.MonkeyPatch.context() as patch:
+        updates = updates_of(patch, prune)
+    assert [step for step, _ in updates] == [round * length for round in range(rounds)]
+    expected = [1 - (1 - sparsity) ** ((round + 1) / rounds) for round in range(rounds)]
+    np.testing.assert_allclose([s for _, s in updates], expected, atol=1e-6)
+    assert updates[-1][1] == np.float32(sparsity)
+
+
+@pytest.mark.parametrize("how", ["gradual", "iterative"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_the_optimizer_built_arrives_at_the_sparsity(how, sparsity):
+    duration = cfg.Duration(0.7, "epochs")  # 7 steps of 10
+    options = {"update_every": steps_(3)} if how == "gradual" else {"rounds": 2}
+    prune = cfg.Prune(how=how, sparsity=sparsity, duration=duration, **options)
+    tx = build.pruning_optimizer(optax.adam(0.01), prune, 10, jax.random.key(0))
+    params = {"w": jax.random.normal(jax.random.key(1), (10, 9))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(build.prune_steps(prune, 10)):
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    dead = ~np.asarray(optax.tree.get(state, "masks")["w"])
+    assert dead.sum() == round(90 * sparsity)
+    assert np.array_equal(np.asarray(params["w"]) == 0, dead)
+
+
+def test_distributions_that_decide_by_themselves_are_given_no_sparsity(monkeypatch):
+    caught = {}
+    monkeypatch.setattr(jp, "prune", lambda inner, method, **options: caught.update(options) or inner)
+    distribution = cfg.Distribution(name="threshold", t=0.1)
+    for how in ("gradual", "iterative"):
+        build.pruning_optimizer(optax.sgd(0.1), cfg.Prune(how=how, distribution=distribution), 10, None)
+        assert caught["sparsity"] is None
+
+
+def test_stage_lengths():
+    assert build.prune_steps(cfg.Prune(sparsity=0.5), 10) == 0
+    assert build.prune_steps(cfg.Prune(how="gradual", sparsity=0.5), 10) == 100
+    assert build.prune_steps(cfg.Prune(how="iterative", sparsity=0.5), 10) == 500
+
+
+@pytest.mark.parametrize("how", ["gradual", "iterative"])
+@pytest.mark.parametrize("duration", [steps_(0), cfg.Duration(0.01, "epochs")])
+def test_a_stage_that_would_prune_nothing_is_refused(how, duration):
+    with pytest.raises(cfg.ConfigError, match=rf'prune\.duration: "{duration}" comes to 0 steps, .* {how}'):
+        build.prune_steps(cfg.Prune(how=how, sparsity=0.5, duration=duration), 10)

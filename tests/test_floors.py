@@ -1,0 +1,116 @@
+"""The house stands: imports go down only, siblings do not know each other, each library is known where it belongs."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "jaxprune"
+ROOMS = {
+    0: ["types"],
+    1: ["tree", "layout", "checks", "numerics", "ranking"],
+    2: ["criteria", "granularity", "distributions", "schedules", "masks"],
+    3: [
+        "methods",
+        "tracing",
+        *(f"sparse.{room}" for room in ("formats", "matmul", "conv", "reference", "native", "gpu")),
+    ],
+    4: ["transforms", "oneshot", "report", "compact", "storage", "sparse"],
+    5: ["lab"],
+    6: ["cli"],
+}
+FLOOR = {f"jaxprune.{room}": floor for floor, rooms in ROOMS.items() for room in rooms}
+CORE = {"jax", "numpy", "optax", "jaxtyping", "quax"}
+LAB_ONLY = {"flax", "orbax", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "pydantic"}
+# What sparse and storage may know of the rest, besides each other.
+SPARSE_KNOWS = {f"jaxprune.{room}" for room in (*ROOMS[0], *ROOMS[1], "masks", "sparse", "storage")}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS_OF_ALL = sorted(set(MODULES) - {"jaxprune"})  # the door itself may know everything
+
+
+def imports(tree, module, is_package, modules):
+    """Names of the modules that a source imports, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            up = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            inner = {f"{base}.{alias.name}" for alias in node.names} & set(modules)
+            found |= inner or {base}
+    return found
+
+
+IMPORTS = {
+    name: imports(ast.parse(path.read_text()), name, path.name == "__init__.py", MODULES)
+    for name, path in MODULES.items()
+}
+
+
+def ours(module):
+    return {name for name in IMPORTS[module] if name.split(".")[0] == "jaxprune"}
+
+
+def theirs(module):
+    return {name.split(".")[0] for name in IMPORTS[module]} - {"jaxprune"} - set(sys.stdlib_module_names)
+
+
+def room(module):
+    """The entry of the table that a module belongs to, the longest that fits."""
+    fits = [name for name in FLOOR if module == name or module.startswith(name + ".")]
+    assert fits, f"{module} stands on no floor: add it to ROOMS and to the design."
+    return max(fits, key=len)
+
+
+def test_imports_are_found_however_they_are_written():
+    lines = ["import a.b", "from jaxprune import tree", "def f():", " from jaxprune.tree import x"]
+    source = "\n".join([*lines, " from . import y", " from ..z import w"])
+    found = imports(ast.parse(source), "jaxprune.sparse.apply", False, {"jaxprune.tree", "jaxprune.sparse.y"})
+    assert found == {"a.b", "jaxprune.tree", "jaxprune.sparse.y", "jaxprune.z"}
+
+
+@pytest.mark.parametrize("module", ROOMS_OF_ALL)
+def test_imports_go_down(module):
+    floor = FLOOR[room(module)]
+    for other in ours(module):
+        if other == "jaxprune":
+            assert floor >= 5, f"{module} imports the door, which imports {module}."
+            continue
+        below = FLOOR[room(other)]
+        assert below <= floor, f"{module} (floor {floor}) imports {other} (floor {below}), which is above it."
+        same_floor = below == floor and room(other) != room(module)
+        assert not (same_floor and floor == 2), f"{module} imports its sibling {other}."
+
+
+@pytest.mark.parametrize("module", [name for name in ROOMS_OF_ALL if name.split(".")[1] in ("sparse", "storage")])
+def test_the_sparse_wing_does_not_know_the_pruners(module):
+    for other in ours(module):
+        assert any(other == name or other.startswith(name + ".") for name in SPARSE_KNOWS), f"{module} imports {other}."
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_libraries_are_known_where_they_belong(module):
+    wing = module.split(".")[1] if "." in module else ""
+    if wing == "lab":
+        return
+    if wing == "cli":
+        assert theirs(module) <= CORE | LAB_ONLY
+        return
+    # A value of quax is an Equinox module: quax brings Equinox along.
+    allowed = CORE | ({"equinox"} if wing == "sparse" else set())
+    assert theirs(module) <= allowed, f"{module} imports {theirs(module) - allowed}."
+
+
+def test_no_import_goes_in_circles():
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    graph = {name: (ours(name) & set(MODULES)) - packages for name in MODULES}
+    assert set(TopologicalSorter(graph).static_order()) == set(MODULES)
