@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.do(arguments, overrides)
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # Orbax, cut short in a save, complains when it is collected
         print("jaxprune: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:

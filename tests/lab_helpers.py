@@ -47,14 +47,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 saving, calls, real_save = [], [], checkpoint.save
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGKILL)
 
 def save(*args, **kwargs):
     saving.append(1)
     if how == "full" and len(saving) == int(argument):  # no file may grow beyond this from here on
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
     try:
-        if how == "arrays":  # save N, after so many milliseconds in it: TensorStore writes from threads of C++
+        if how in ("arrays", "interrupt"):  # save N, after so many milliseconds: TensorStore writes from threads of C++
             nth, after = argument.split("@")
             if len(saving) == int(nth):
                 threading.Timer(float(after) / 1000, die).start()

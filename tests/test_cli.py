@@ -205,14 +205,17 @@ def test_folders_that_are_not_this_runs_are_code_2(tmp_path, reference, capsys):
 
 
 def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path, reference, programs):
+    """Control-C in a save, where Orbax is cut short, and at a moment from outside."""
     words = ["run", reference[0].parent / "tiny.toml", "--out", tmp_path / "run", "--quiet"]
+    one_line = ["jaxprune: interrupted; the same command goes on from the last checkpoint"]
+    code, out, err = finish(spawn(words, programs, "interrupt", "2@8"))
+    assert (code, out, err.splitlines()) == (130, "", one_line)
     process = spawn(words, programs)
-    while process.poll() is None and not checkpoints(tmp_path / "run" / "seed_0" / "train"):
+    while process.poll() is None and not checkpoints(tmp_path / "run" / "seed_0" / "prune"):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    assert (code, out) == (130, "")
-    assert err.splitlines() == ["jaxprune: interrupted; the same command goes on from the last checkpoint"]
+    assert (code, out, err.splitlines()) == (130, "", one_line)
     assert finish(spawn(words, programs))[0] == 0
     assert_same_run(tmp_path / "run", reference[0])
 

@@ -8,7 +8,10 @@ Within an epoch nothing is fetched from the device: losses are summed there, and
 step behind, to be found at the end of the epoch.
 """
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,7 +207,8 @@ def run_stage(
         TrainingError: a loss was not finite.
         CheckpointError: nothing could be read or written; see `jaxprune.lab.checkpoint`.
     """
-    found, damaged = checkpoint.restore_latest(folder, before)
+    with _interrupts_wait():
+        found, damaged = checkpoint.restore_latest(folder, before)
     # A copy, since the first step gives its state away and `before` belongs to the caller.
     state, records = (found.state, list(found.meta["records"])) if found else (jax.tree.map(jnp.copy, before), [])
     step_fn, began = make_step(apply, stage), time.perf_counter()
@@ -216,7 +220,8 @@ def run_stage(
         state = state._replace(tally=_look(apply, state, samples))
         records.append(_record(stage, state, validate(state.params), 0.0))
         on_record(records[0])
-        checkpoint.save(folder, 0, state, {"records": records}, keep=stage.keep)
+        with _interrupts_wait():
+            checkpoint.save(folder, 0, state, {"records": records}, keep=stage.keep)
     for stop in _stops(now, stage):
         order = epoch_order(stage.key, samples.labels.shape[0], jnp.int32(now // stage.steps_per_epoch))
         while now < stop:
@@ -230,8 +235,25 @@ def run_stage(
             state = state._replace(tally=_no_tally())
         if now % stage.save_every == 0 or now == stage.steps:
             _refuse_bad_step(stage, state.tally)
-            checkpoint.save(folder, now, state, {"records": records}, keep=stage.keep)
+            with _interrupts_wait():
+                checkpoint.save(folder, now, state, {"records": records}, keep=stage.keep)
     return Outcome(state, records, damaged)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Control-C waits for the end of a save: Orbax, cut short, prints tracebacks from threads of its own."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to that one alone
+        yield
+        return
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, frame: arrived.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _stops(now: int, stage: Stage) -> Iterator[int]:
