@@ -15,7 +15,7 @@ ROOMS = {
     3: [
         "methods",
         "tracing",
-        *(f"sparse.{room}" for room in ("formats", "matmul", "conv", "reference", "native", "gpu")),
+        *(f"sparse.{room}" for room in ("formats", "matmul", "tiles", "conv", "reference", "native", "gpu")),
     ],
     4: ["transforms", "oneshot", "report", "compact", "storage", "sparse"],
     5: ["lab"],

@@ -1,0 +1,139 @@
+"""The native kernels: right for every instruction set, inside their buffers, and missing without harm."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import sparse
+from jaxprune.sparse import native
+from jaxprune.sparse.tiles import TILE
+
+pytestmark = pytest.mark.filterwarnings("error")
+needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
+
+# Around tiles of 128 inputs, panels of 64 columns, vectors of 4, 8 and 16.
+SHAPES = [(1, 1), (127, 5), (128, 3), (129, 66), (300, 257)]
+BATCHES = (1, 2, 7, 16, 17, 63, 64, 65, 130)
+CHECK = """
+import numpy as np, jax, jax.numpy as jnp
+from jaxprune import sparse
+rng = np.random.default_rng(0)
+for n_in, n_out in {shapes}:
+    dense = np.where(rng.random((n_in, n_out)) < 0.2, rng.normal(size=(n_in, n_out)), 0).astype(np.float32)
+    weight = sparse.compress({{"kernel": jnp.asarray(dense)}}, "native")["kernel"]
+    for batch in {batches}:
+        x = rng.normal(size=(batch, n_in)).astype(np.float32)
+        y = np.asarray(sparse.matmul(jnp.asarray(x), weight))
+        scale = np.abs(x).astype(np.float64) @ np.abs(dense)
+        assert np.all(np.abs(y - x.astype(np.float64) @ dense) <= 2e-6 * scale + 1e-30), (n_in, n_out, batch)
+print(sparse.native.instruction_set())
+"""
+
+
+def make_weight(n_in=300, n_out=40, density=0.2, seed=0):
+    rng = np.random.default_rng(seed)
+    dense = np.where(rng.random((n_in, n_out)) < density, rng.normal(size=(n_in, n_out)), 0).astype(np.float32)
+    return sparse.compress({"kernel": jnp.asarray(dense)}, "native")["kernel"], dense
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_equals_numpy(isa):
+    code = CHECK.format(shapes=SHAPES, batches=BATCHES)
+    environment = {**os.environ, "JAXPRUNE_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if done.stdout.strip() != isa:
+        pytest.skip(f"this processor has no {isa}: {done.stdout.strip()} ran")
+
+
+@needs_kernels
+def test_the_kernel_really_runs_under_jit_and_vmap():
+    weight, dense = make_weight()
+    x = jnp.ones((3, 5, dense.shape[0]))
+    program = jax.jit(jax.vmap(lambda x, w: sparse.matmul(x, w), (0, None))).lower(x, weight).compile().as_text()
+    assert program.count('custom_call_target="jaxprune_product"') == 1
+    assert "while" not in program
+
+
+@needs_kernels
+def test_layers_share_their_transposes():
+    weight, _ = make_weight(64, 64)
+
+    def three_layers(x, w):
+        for _ in range(3):
+            x = jax.nn.relu(sparse.matmul(x, w))
+        return x
+
+    program = jax.jit(three_layers).lower(jnp.ones((32, 64)), weight).compile().as_text()
+    assert program.count('custom_call_target="jaxprune_product"') == 3
+    # Between the layers the activations stay (features, batch): only the first and the last are turned.
+    assert program.count(" copy(") <= 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", ["x", "values"])
+def test_gradients_equal_the_dense_ones(what):
+    weight, dense = make_weight()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, dense.shape[0])).astype(np.float32))
+    rows, cols = weight.coordinates()
+    if what == "x":
+        got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(sparse.matmul(x, weight)))))(x)
+        want = jax.grad(lambda x: jnp.sum(jnp.sin(x @ dense)))(x)
+    else:
+        got = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(sparse.matmul(x, weight.with_values(v))))))(weight.values)
+        want = jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(jnp.asarray(dense))[cols, rows]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bounds": jnp.zeros(7, jnp.int32)}, "`ptr` must have"),
+        ({"index": jnp.zeros(3, jnp.uint16)}, "`values` and `index` must be of one length"),
+        ({"tile": 0}, "`tile` must be in"),
+        ({"tile": 2**17}, "`tile` must be in"),
+        ({"n_out": 41}, "`ptr` must have"),
+    ],
+)
+def test_the_custom_call_refuses_what_does_not_fit(unchecked, change, says):
+    weight, dense = make_weight()
+    parts = {"values": weight.values, "index": weight.index, "bounds": weight.bounds, "n_out": 40, "tile": TILE}
+    with pytest.raises(Exception, match=says):
+        jax.block_until_ready(native.product(**{**parts, **change}, x=jnp.ones((dense.shape[0], 3))))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("index", np.full(8, 9, np.uint16), "outside"),
+        ("index", np.zeros(8, np.uint16), "sorted"),
+        ("index", np.zeros(7, np.uint16), "do not fit"),
+        ("bounds", np.array([0, 4, 8, 9], np.int32), "do not fit"),
+        ("bounds", np.array([0, 9, 8], np.int32), "climb"),
+        ("bounds", np.array([1, 4, 8], np.int32), "climb"),
+    ],
+)
+def test_parts_that_point_outside_are_refused(part, value, says):
+    good = {"index": np.tile(np.arange(4, dtype=np.uint16), 2), "bounds": np.array([0, 4, 8], np.int32)}
+    sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), **good)
+    with pytest.raises(ValueError, match=says):
+        sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), **{**good, part: value})
+
+
+def test_without_kernels_the_reason_and_the_way_out_are_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
+    native._library.cache_clear()
+    try:
+        assert native.instruction_set() == ""
+        weight, dense = make_weight()
+        with pytest.raises(TypeError, match=r"'kernel'.*C\+\+ compiler"):
+            sparse.matmul(jnp.ones((2, dense.shape[0])), weight)
+    finally:
+        native._library.cache_clear()
