@@ -221,3 +221,19 @@ def test_stage_lengths():
 def test_a_stage_that_would_prune_nothing_is_refused(how, duration):
     with pytest.raises(cfg.ConfigError, match=rf'prune\.duration: "{duration}" comes to 0 steps, .* {how}'):
         build.prune_steps(cfg.Prune(how=how, sparsity=0.5, duration=duration), 10)
+
+
+@pytest.mark.parametrize(
+    ("prune", "says"),
+    [
+        ({"sparsity": 0.5, "select": ("nope*",)}, "'nope\\*', which matches no leaf"),
+        ({"distribution": {"name": "nm", "n": 2, "m": 7}}, "runs of 7 along the input axis"),
+        ({"sparsity": 0.9, "distribution": {"name": "nm", "n": 2, "m": 4}}, "removes at most 0.5"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_training(prune, says):
+    params = {"kernel": jnp.ones((10, 4))}
+    with pytest.raises(ValueError, match=says):
+        build.check(cfg.Prune(**prune), params)
+    build.check(cfg.Prune(sparsity=0.5, criterion="taylor"), params)
+    build.check(cfg.Prune(sparsity=0.5, criterion="random"), params)

@@ -143,6 +143,12 @@ def test_too_small_images_are_refused(image):
     assert shapes(Model(name="lenet_5"), SMALL)
 
 
+def test_the_tutorial_network_takes_smaller_ones():
+    with pytest.raises(ConfigError, match="4 x 4 pixels or more, got 3 x 4"):
+        models.build(Model(name="tf_tutorial_cnn"), (3, 4, 1), 10, KEY)
+    assert shapes(Model(name="tf_tutorial_cnn"), (4, 4, 1))
+
+
 @pytest.mark.parametrize("name", ["mlp", "lenet_5", "tf_tutorial_cnn"])
 def test_gradients_under_jit_and_strict_promotion(name):
     """conftest makes dtype and rank promotion strict: a float64 or a weak type that slips in raises."""

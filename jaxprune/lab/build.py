@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 import jaxprune as jp
@@ -30,6 +31,19 @@ def method(prune: cfg.Prune) -> jp.Method:
         distribution=distribution(prune.distribution),
         select=prune.select or jp.weights,
     )
+
+
+def check(prune: cfg.Prune, params: Params) -> None:
+    """Refuse a method that does not fit the params, before anything is trained.
+
+    Raises:
+        ValueError: a pattern that matches no leaf, an N:M that does not divide the inputs, ...: see `compute_masks`.
+    """
+
+    def masks(params: Params, key: Any) -> Any:
+        return jp.compute_masks(method(prune), params, prune.sparsity, grads=params, key=key)
+
+    jax.eval_shape(masks, params, jax.random.key(0))
 
 
 def distribution(given: cfg.Distribution) -> Any:

@@ -64,7 +64,10 @@ class ConvNet(nnx.Module):
         shrink = 4 if padding == "VALID" else 0
         height, width = (((side - shrink) // 2 - shrink) // 2 for side in image[:2])
         if min(height, width) < 1:
-            raise ConfigError(f"This network needs images of 16 x 16 pixels or more, got {image[0]} x {image[1]}.")
+            least = 16 if padding == "VALID" else 4
+            raise ConfigError(
+                f"This network needs images of {least} x {least} pixels or more, got {image[0]} x {image[1]}."
+            )
         self.fc1 = nnx.Linear(height * width * second, hidden, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, classes, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)

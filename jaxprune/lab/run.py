@@ -125,6 +125,7 @@ def run_seed(
     """
     held_in, validation = data.split_validation(dataset, config.data.validation, seed)
     network, keys = _network(config, seed, dataset)
+    build.check(config.prune, network.params)
     log = _MetricsLog(folder / "metrics.jsonl", before, seed)
     stages = _SeedStages(config, seed, network, held_in, validation, folder / f"seed_{seed}", keys, watcher, log)
     dense = stages.trained()
