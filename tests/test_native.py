@@ -11,7 +11,6 @@ import pytest
 
 from jaxprune import sparse
 from jaxprune.sparse import native
-from jaxprune.sparse.tiles import TILE
 
 pytestmark = pytest.mark.filterwarnings("error")
 needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
@@ -25,8 +24,8 @@ from jaxprune import sparse
 rng = np.random.default_rng(0)
 for n_in, n_out in {shapes}:
     dense = np.where(rng.random((n_in, n_out)) < 0.2, rng.normal(size=(n_in, n_out)), 0).astype(np.float32)
-    weight = sparse.compress({{"kernel": jnp.asarray(dense)}}, "native")["kernel"]
-    for batch in {batches}:
+    for batch, format in [(b, f) for b in {batches} for f in ("native", "native_row")]:
+        weight = sparse.compress({{"kernel": jnp.asarray(dense)}}, format)["kernel"]
         x = rng.normal(size=(batch, n_in)).astype(np.float32)
         y = np.asarray(sparse.matmul(jnp.asarray(x), weight))
         scale = np.abs(x).astype(np.float64) @ np.abs(dense)
@@ -104,7 +103,7 @@ def test_gradients_equal_the_dense_ones(what):
 )
 def test_the_custom_call_refuses_what_does_not_fit(unchecked, change, says):
     weight, dense = make_weight()
-    parts = {"values": weight.values, "index": weight.index, "bounds": weight.bounds, "n_out": 40, "tile": TILE}
+    parts = {"values": weight.values, "index": weight.index, "bounds": weight.bounds, "n_out": 40, "tile": 128}
     with pytest.raises(Exception, match=says):
         jax.block_until_ready(native.product(**{**parts, **change}, x=jnp.ones((dense.shape[0], 3))))
 

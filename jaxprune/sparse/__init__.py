@@ -23,12 +23,13 @@ from jaxprune.sparse.apply import apply
 from jaxprune.sparse.compress import compress, decompress, nbytes
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
 from jaxprune.sparse.matmul import matmul, times, times_transposed
-from jaxprune.sparse.tiles import NativeWeight
+from jaxprune.sparse.tiles import NativeRowWeight, NativeWeight
 
 __all__ = [
     "FORMATS",
     "BCOOWeight",
     "BCSRWeight",
+    "NativeRowWeight",
     "NativeWeight",
     "SparseUseError",
     "SparseWeight",

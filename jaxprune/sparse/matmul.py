@@ -110,24 +110,24 @@ def linear_product(
 
     Args:
         name: of the primitive.
-        product: (values, index, bounds, x, *, n_out) -> W @ x, for x (in, n).
-        coordinates: (index, bounds, *, n_out) -> output and input index of every value.
+        product: (values, index, bounds, x, *, n_out, **sizes) -> W @ x, for x (in, n); sizes are static.
+        coordinates: (index, bounds, *, n_out, **sizes) -> output and input index of every value.
 
     Returns:
         A function with the arguments of `product`.
     """
     primitive = Primitive(name)
 
-    def transpose(ct: Array, values: Any, index: Array, bounds: Array, x: Any, *, n_out: int) -> tuple[Any, ...]:
-        rows, cols = coordinates(index, bounds, n_out=n_out)
+    def transpose(ct: Array, values: Any, index: Array, bounds: Array, x: Any, **sizes: int) -> tuple[Any, ...]:
+        rows, cols = coordinates(index, bounds, **sizes)
         if ad.is_undefined_primal(values):
             # The dense product of the two and a gather: many times faster on CPU than nse short sums.
             return (ct @ x.T)[rows, cols], None, None, None
         # Likewise, than gathering and scattering whole rows of ct.
-        dense = jnp.zeros((n_out, x.aval.shape[0]), values.dtype).at[rows, cols].set(values, unique_indices=True)
-        return None, None, None, dense.T @ ct
+        dense = jnp.zeros((sizes["n_out"], x.aval.shape[0]), values.dtype)
+        return None, None, None, dense.at[rows, cols].set(values, unique_indices=True).T @ ct
 
-    def batch(args: tuple[Array, ...], axes: tuple[Any, ...], *, n_out: int) -> tuple[Array, int]:
+    def batch(args: tuple[Array, ...], axes: tuple[Any, ...], **sizes: int) -> tuple[Array, int]:
         *weight, x = args
         if axes[:-1] != (None, None, None):
             size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
@@ -135,20 +135,21 @@ def linear_product(
                 jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
                 for arg, axis in zip(args, axes, strict=True)
             )
-            return lax.map(lambda one: primitive.bind(*one, n_out=n_out), stacked), 0
+            return lax.map(lambda one: primitive.bind(*one, **sizes), stacked), 0
         x = jnp.moveaxis(x, axes[-1], -1)
-        y = primitive.bind(*weight, x.reshape(x.shape[0], -1), n_out=n_out)
+        y = primitive.bind(*weight, x.reshape(x.shape[0], -1), **sizes)
         return y.reshape(y.shape[0], *x.shape[1:]), 2
 
-    primitive.def_impl(jax.jit(product, static_argnames="n_out"))
-    primitive.def_abstract_eval(lambda values, index, bounds, x, *, n_out: ShapedArray((n_out, x.shape[1]), x.dtype))
+    eager = jax.jit(lambda sizes, *args: product(*args, **dict(sizes)), static_argnums=0)
+    primitive.def_impl(lambda *args, **sizes: eager(tuple(sizes.items()), *args))
+    primitive.def_abstract_eval(lambda *args, n_out, **_: ShapedArray((n_out, args[-1].shape[1]), args[-1].dtype))
     mlir.register_lowering(primitive, mlir.lower_fun(product, multiple_results=False))
     ad.defjvp(
         primitive,
-        lambda dot, values, index, bounds, x, **n_out: primitive.bind(dot, index, bounds, x, **n_out),
+        lambda dot, values, index, bounds, x, **sizes: primitive.bind(dot, index, bounds, x, **sizes),
         None,
         None,
-        lambda dot, values, index, bounds, x, **n_out: primitive.bind(values, index, bounds, dot, **n_out),
+        lambda dot, values, index, bounds, x, **sizes: primitive.bind(values, index, bounds, dot, **sizes),
     )
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch

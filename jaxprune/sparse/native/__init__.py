@@ -54,6 +54,7 @@ def product(
     index: UInt16[Array, " nse"],
     bounds: Int32[Array, " tiles_times_n_out_plus_1"],
     x: Float32[Array, "n_in n"],
+    *,
     n_out: int,
     tile: int,
 ) -> Float32[Array, "n_out n"]:

@@ -55,7 +55,7 @@ void Pack(const Weight& w, int64_t tile, const Task& task, const float* x, float
 
 void Product(const Weight& w, const Task& task, const float* x, float* y, float* panel, float* spill) {
   const int64_t padded = (task.width + kLanes - 1) / kLanes * kLanes;
-  const bool direct = padded == task.width;
+  const bool direct = SumsInPlace(task, kLanes);
   float* rows = y + task.first * task.batch + task.column;
   float* out = direct ? rows : spill;
   const int64_t stride = direct ? task.batch : padded;

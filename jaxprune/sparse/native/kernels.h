@@ -23,9 +23,15 @@ struct Task {
   int64_t first, last;    // outputs [first, last)
 };
 
+// Whether sums can live in y itself: where a panel is all of the batch, and its width fills whole vectors. The rows of a
+// wider y are far apart, often by a power of two, and would fall on few sets of the cache.
+inline bool SumsInPlace(const Task& task, int64_t lanes) {
+  return task.width == task.batch && task.width % lanes == 0;
+}
+
 struct Kernels {
   // y[first:last, column:column+width] = W[first:last] @ x[:, column:column+width]
-  // panel: tile * kPanel floats of scratch; spill: (last - first) * kPanel, unless width fills whole vectors.
+  // panel: tile * kPanel floats of scratch; spill: (last - first) * kPanel, unless SumsInPlace.
   void (*product)(const Weight&, const Task&, const float* x, float* y, float* panel, float* spill);
   // y[first:last] = W[first:last] @ x, for a single column.
   void (*vector)(const Weight&, const float* x, float* y, int64_t first, int64_t last);

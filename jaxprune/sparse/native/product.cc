@@ -101,7 +101,7 @@ void PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w
     task.first = std::min(t % splits * rows, w.n_out);
     task.last = std::min(task.first + rows, w.n_out);
     Scratch panel(std::min(w.tile, w.n_in) * kPanel);
-    Scratch spill(task.width % kernels.lanes ? (task.last - task.first) * kPanel : 0);
+    Scratch spill(SumsInPlace(task, kernels.lanes) ? 0 : (task.last - task.first) * kPanel);
     kernels.product(w, task, x, y, panel.get(), spill.get());
   });
 }
