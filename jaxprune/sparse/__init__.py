@@ -8,14 +8,16 @@ A compressed leaf stands in the params where its dense leaf stood, and any JAX f
 
 What has no sparse form is refused with the leaf's name, never quietly run dense; `reference` is what all formats equal.
 
-| format | stored per non-zero | pays |
+| format | stored per non-zero | pays, on CPU |
 |---|---|---|
-| "dense" | every weight | at small batches and small layers, where XLA is hard to beat |
-| "bcoo" | value, two int32 | in bytes from 67 % on; in time never on CPU: 2-4x slower at batch 1, 25x at 256 |
-| "bcsr" | value, one int32 | in bytes from 50 % on; in time at batch 256, 0.3-0.6x of dense, not at 1: 8-20x slower |
+| "dense" | every weight | in small layers and below 50 % sparsity, where XLA is hard to beat |
+| "bcoo" | value, two int32 | in bytes from 67 % on; in time never |
+| "bcsr" | value, one int32 | in bytes from 50 % on; in time only at batches of hundreds |
+| "native" | value, one uint16 (and bounds of runs) | in time from 50 % on at batches of 16 and more |
+| "native_row" | value, one uint16 | in time at a batch of one, from 70 % (4096 x 4096) or 90 % (1024 x 1024) on |
 
-Times are those of CPU at 90 % sparsity in float32 against XLA's dense product, measured on 2 AVX-512 cores with jax
-0.10.2. Fast CPU kernels, convolutions and a measured choice of format are not here yet.
+The native formats are float32 on CPU, C++ kernels called from the compiled program (`native`); the others are portable.
+BUILD_NOTES.md has the measurements. Convolutions and a measured choice of format are not here yet.
 """
 
 from jaxprune.sparse import native, reference

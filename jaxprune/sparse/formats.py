@@ -8,7 +8,8 @@ and stands in the tree where its leaf stood: an array-ish value with the leaf's 
 arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and gives
 them back; everything else follows.
 
-Not here yet: native CPU kernels, blocks. Each is one class, one line in `FORMATS`, and one `matmul.times.register`.
+The native formats are in `jaxprune.sparse.tiles`. A further one, such as blocks, is one class, one line in `FORMATS`,
+and one `matmul.times.register`.
 """
 
 import abc

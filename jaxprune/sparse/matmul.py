@@ -10,8 +10,9 @@ have run into one of them, and lets through what only renames the weight: casts,
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
-inside the program. Nothing else here has a kernel: BCOO, `times_transposed` (so gradients with respect to the
-activations) and BCSR on other platforms are gathers and scatter-additions. A weight that is not stored meets nothing:
+inside the program. The native formats bring kernels of their own (`jaxprune.sparse.tiles`). Nothing else has a kernel:
+BCOO, `times_transposed` and BCSR on other platforms are gathers and scatter-additions, and gradients with respect to
+the activations go through a dense copy of W. A weight that is not stored meets nothing:
 an infinity or NaN in x, which a dense product turns into a NaN even under a zero weight, stays out of the sum.
 """
 

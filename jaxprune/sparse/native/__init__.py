@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt16
 
-LIBRARY = Path(__file__).parent / "_kernels.so"
+# An editable install has two folders, that of the sources and that of what was built.
+_PLACES = [Path(folder) / "_kernels.so" for folder in __path__]
+LIBRARY = next((path for path in _PLACES if path.exists()), _PLACES[0])
 TARGET = "jaxprune_product"
 
 
