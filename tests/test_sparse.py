@@ -1,41 +1,23 @@
-"""Compressed weights: the same numbers as dense, from every framework, or a refusal that says why."""
+"""Compressed weights: the same numbers as dense, the same leaves back, or a refusal that says why."""
 
 import functools
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from sparse_helpers import FORMATS, LAYOUTS, compress_one, each_format, make_leaf, make_x, sparse_leaves
 
 from jaxprune import sparse
-from jaxprune.layout import FLAX, TORCH, Axes
+from jaxprune.layout import FLAX, Axes
 
-FORMATS = sorted(sparse.FORMATS)
-LAYOUTS = {"in_out": FLAX, "out_in": TORCH}
 # Half a unit in the last place for the rounding of inputs and result, the rest for the order of sums.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1.6e-2, "float16": 2e-3}
 DOT = jax.lax.dot_general
 
 pytestmark = pytest.mark.filterwarnings("error")
-each_format = pytest.mark.parametrize("format", FORMATS)
-
-
-def make_leaf(shape, density, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(np.where(rng.random(shape) < density, rng.normal(size=shape), 0), dtype)
-
-
-def make_x(shape, dtype="float32", seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def compress_one(leaf, format, layout="in_out"):
-    return sparse.compress({"kernel": leaf}, format, layout=LAYOUTS[layout])["kernel"]
 
 
 def in_out(leaf, layout):
@@ -119,41 +101,6 @@ def test_gradients_equal_dense(format, layout, density, batch):
     np.testing.assert_allclose(forward, jax.jvp(dense_loss, (leaf, x), (leaf, x))[1], rtol=1e-4, atol=1e-5)
 
 
-USES = {
-    "x @ w": lambda w, x: x @ w,
-    "dot": lambda w, x: jnp.dot(x, w),
-    "einsum": lambda w, x: jnp.einsum("bi,io->bo", x, w),
-    "einsum, outputs first": lambda w, x: jnp.einsum("io,bi->ob", w, x),
-    "tensordot of three axes": lambda w, x: jnp.tensordot(x.reshape(1, *x.shape), w, ((2,), (0,))),
-    "w.T @ x": lambda w, x: jax.vmap(lambda row: w.T @ row)(x),
-    "vmap in vmap": lambda w, x: jax.vmap(jax.vmap(lambda row: row @ w))(x.reshape(1, *x.shape)),
-    "back through w.T": lambda w, x: (x @ w) @ w.T,
-    "inner jit": lambda w, x: jax.jit(lambda w, x: jnp.maximum(x @ w, 0))(w, x),
-    "relu": lambda w, x: jax.nn.relu(x @ w),
-    "checkpoint": lambda w, x: jax.checkpoint(lambda w, x: jnp.sin(x @ w))(w, x),
-    "scan over x": lambda w, x: jax.lax.scan(lambda carry, row: (carry + 1, row @ w), 0, x)[1],
-    "cond": lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: 2 * x @ w, w),
-    "fori_loop": lambda w, x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w @ w.T), x),
-    "grad inside": lambda w, x: jax.grad(lambda x: jnp.sum((x @ w) ** 2))(x),
-    "no-op reshape, copy, stop_gradient": lambda w, x: x @ jax.lax.stop_gradient(jnp.array(w).reshape(7, 4)),
-    "reduce in float32": lambda w, x: jax.lax.dot(
-        x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32
-    ),
-}
-
-
-@each_format
-@pytest.mark.parametrize("use", USES)
-def test_apply_equals_dense(format, use):
-    leaf, x = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
-    weight, fn = compress_one(leaf, format), sparse.apply(USES[use])
-    want = USES[use](leaf, x)
-    for got in (jax.jit(fn)(weight, x), fn(weight, x), jax.vmap(fn, (None, 0))(weight, jnp.stack([x, x]))[1]):
-        assert type(got) is type(want)
-        assert got.dtype == want.dtype
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
 @each_format
 def test_vmap_over_stored_values(format):
     leaf, x = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
@@ -196,115 +143,6 @@ def test_float64():
         for format in FORMATS:
             y = jax.jit(sparse.matmul)(x, compress_one(leaf, format))
             np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(leaf), rtol=1e-13, atol=1e-13)
-
-
-# Every framework, its apply function unchanged: (apply_fn, params, layout, names of the compressed leaves).
-
-
-def nnx_model(dtype):
-    class Mlp(nnx.Module):
-        def __init__(self, rngs):
-            self.layers = nnx.List([nnx.Linear(6, 8, rngs=rngs, dtype=dtype), nnx.Linear(8, 3, rngs=rngs, dtype=dtype)])
-
-        def __call__(self, x):
-            return self.layers[1](nnx.relu(self.layers[0](x)))
-
-    graph, params = nnx.split(Mlp(nnx.Rngs(0)))
-    return lambda params, x: nnx.merge(graph, params)(x), params, FLAX, ["layers/0/kernel", "layers/1/kernel"]
-
-
-def nnx_module(dtype):
-    class Mlp(nnx.Module):
-        def __init__(self, rngs):
-            self.first = nnx.Linear(6, 3, rngs=rngs, dtype=dtype)
-
-        def __call__(self, x):
-            return jnp.tanh(self.first(x))
-
-    return lambda model, x: model(x), Mlp(nnx.Rngs(0)), FLAX, ["first/kernel"]
-
-
-def linen_model(dtype):
-    model = linen.Sequential([linen.Dense(8, dtype=dtype), linen.relu, linen.Dense(3, dtype=dtype)])
-    params = model.init(jax.random.key(0), jnp.zeros((1, 6)))
-    return model.apply, params, FLAX, ["params/layers_0/kernel", "params/layers_2/kernel"]
-
-
-def haiku_model(_):
-    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 3], name="mlp")(x)))
-    names = ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]
-    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 6))), FLAX, names
-
-
-def equinox_model(_):
-    arrays, rest = eqx.partition(eqx.nn.MLP(6, 3, 8, 1, key=jax.random.key(0)), eqx.is_array)
-    names = ["layers/0/weight", "layers/1/weight"]
-    return lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x), arrays, TORCH, names
-
-
-def plain_model(_):
-    params = [(make_x((6, 8), seed=1), make_x((8,), seed=2)), (make_x((8, 3), seed=3), make_x((3,), seed=4))]
-
-    def fn(params, x):
-        (w0, b0), (w1, b1) = params
-        return jnp.maximum(x @ w0 + b0[None], 0) @ w1 + b1[None]
-
-    return fn, params, FLAX, ["0/0", "1/0"]
-
-
-MODELS = [nnx_model, nnx_module, linen_model, haiku_model, equinox_model, plain_model]
-CASES = [(model, None) for model in MODELS] + [(model, jnp.bfloat16) for model in MODELS[:3]]
-
-
-def sparse_leaves(params):
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, sparse.SparseWeight))
-    return [leaf for leaf in leaves if isinstance(leaf, sparse.SparseWeight)]
-
-
-@each_format
-@pytest.mark.parametrize(("model", "dtype"), CASES)
-def test_frameworks(model, dtype, format):
-    with jax.numpy_rank_promotion("allow"):  # Flax and Haiku add their biases by rank promotion
-        fn, params, layout, names = model(dtype)
-        params = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 0.2, leaf, 0), params)
-        compressed = sparse.compress(params, format, layout=layout)
-        assert [weight.name for weight in sparse_leaves(compressed)] == names
-        x = make_x((5, 6))
-        with jax.numpy_dtype_promotion("strict" if dtype is None else "standard"):
-            want, got = jax.jit(fn)(params, x), jax.jit(sparse.apply(fn))(compressed, x)
-        assert got.dtype == want.dtype
-        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-5, atol=1e-5)
-    back = sparse.decompress(compressed)
-    assert jax.tree.structure(back) == jax.tree.structure(params)
-    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params)))
-
-
-@each_format
-def test_scan_over_layers_of_activations_holds_weights_as_constants(format):
-    leaf, xs = make_leaf((8, 8), 0.3, "float32"), make_x((6, 5, 8))
-
-    def fn(params, xs):
-        return jax.lax.scan(lambda h, x: (jnp.tanh(h @ params["w"] + x), None), jnp.zeros((5, 8)), xs)[0]
-
-    got = jax.jit(sparse.apply(fn))(sparse.compress({"w": leaf}, format), xs)
-    np.testing.assert_allclose(got, fn({"w": leaf}, xs), rtol=1e-4, atol=1e-5)
-
-
-@each_format
-def test_no_retrace_for_other_values_or_patterns_of_equal_nse(format):
-    traces = []
-
-    def fn(params, x):
-        traces.append(None)
-        return x @ params["w"]
-
-    predict, x = jax.jit(sparse.apply(fn)), make_x((5, 7))
-    base = np.zeros((7, 4), np.float32)
-    for cells in ([0, 1, 2], [5, 9, 27], [4, 8, 12]):
-        leaf = base.copy()
-        leaf.flat[cells] = [1.0, -2.0, 3.0]
-        np.testing.assert_allclose(predict(sparse.compress({"w": jnp.asarray(leaf)}, format), x), x @ leaf, rtol=1e-5)
-    assert len(traces) == 1
 
 
 @each_format
@@ -355,72 +193,6 @@ def test_bcsr_runs_eigen_under_jit_and_vmap(dtype):
     assert kernels(jax.vmap(sparse.matmul, (0, None)), x, weight) == 1
     assert kernels(jax.vmap(sparse.apply(jnp.matmul), (1, None)), x, weight) == 1
     assert kernels(sparse.apply(jax.vmap(lambda x, w: w.T @ x, (0, None))), x[:, 0], weight) == 1
-
-
-# Refusals, each read.
-
-REFUSED = {
-    "add": lambda w, x: x @ (w + 1),
-    "mul": lambda w, x: x @ (2 * w),
-    "slice": lambda w, x: w[0],
-    "gather": lambda w, x: w[jnp.array([1, 1])],
-    "reshape": lambda w, x: x[:, :4] @ w.reshape(4, 7),
-    "reduce_sum": lambda w, x: jnp.sum(w),
-    "conv_general_dilated": lambda w, x: jax.lax.conv(x[:, :4, None], w[:, :, None], (1,), "SAME"),
-    "dot_general": lambda w, x: jnp.einsum("bi,io->bio", x, w),
-    "dot_general, over both axes": lambda w, x: jnp.tensordot(x[:4].T, w, 2),
-    "dot_general, over none": lambda w, x: jnp.tensordot(x, w, 0),
-    "dot_general, twice": lambda w, x: w.T @ w,
-    "convert_element_type": lambda w, x: w.astype(jnp.int32),
-    "sort": lambda w, x: jnp.sort(w),
-}
-BEFORE = {"conv_general_dilated": "broadcast_in_dim|reshape", "sort": "sort"}
-
-
-@each_format
-@pytest.mark.parametrize("primitive", REFUSED)
-def test_other_uses_are_refused_or_decompressed(format, primitive):
-    leaf, x, fn = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7)), REFUSED[primitive]
-    compressed = sparse.compress({"layer": leaf}, format)
-
-    def on_params(params, x):
-        return fn(params["layer"], x)
-
-    name = BEFORE.get(primitive, primitive.split(",")[0])
-    message = rf"'layer' \((7, 4|4, 7)\).*{sparse.FORMATS[format].__name__}.*`({name})`.*select=.*unsupported=\"dense\""
-    with pytest.raises(sparse.SparseUseError, match=message):
-        jax.jit(sparse.apply(on_params))(compressed, x)
-    got = jax.jit(sparse.apply(on_params, unsupported="dense"))(compressed, x)
-    np.testing.assert_allclose(got, fn(leaf, x), rtol=1e-5, atol=1e-5)
-
-
-@each_format
-def test_a_convolution_kernel_is_refused_at_its_convolution(format):
-    weight = compress_one(make_leaf((3, 2), 0.9, "float32"), format)
-    x = make_x((1, 3))
-
-    def conv(weight, x):  # a window of no axes: the kernel goes into the convolution as it is
-        return jax.lax.conv_general_dilated(x, weight, (), "SAME", dimension_numbers=("NC", "IO", "NC"))
-
-    with pytest.raises(sparse.SparseUseError, match=r"'kernel'.*`conv_general_dilated`"):
-        jax.jit(sparse.apply(conv))(weight, x)
-
-
-def test_returned_leaf_keeps_its_structure_when_unsupported_is_dense():
-    weight = compress_one(make_leaf((3, 2), 0.9, "float32"), "bcsr")
-    back = sparse.apply(lambda weight: weight, unsupported="dense")(weight)
-    assert jax.tree.structure(back) == jax.tree.structure(weight)
-
-
-def test_custom_vjp_is_refused_with_a_way_out():
-    double = jax.custom_vjp(lambda x: 2 * x)
-    double.defvjp(lambda x: (2 * x, None), lambda _, ct: (2 * ct,))
-    leaf, x = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
-    weight = compress_one(leaf, "bcoo")
-    with pytest.raises(sparse.SparseUseError, match=r"custom_vjp.*jax\.jit"):
-        jax.jit(sparse.apply(lambda w, x: double(x @ w)))(weight, x)
-    got = jax.jit(sparse.apply(lambda w, x: jax.jit(double)(x @ w)))(weight, x)
-    np.testing.assert_allclose(got, 2 * x @ leaf, rtol=1e-5, atol=1e-6)
 
 
 def refuse_compress(error, message, params, *args, **options):

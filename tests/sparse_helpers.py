@@ -1,0 +1,32 @@
+"""Leaves, inputs and compressed weights; shared by the tests of sparse weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import sparse
+from jaxprune.layout import FLAX, TORCH
+
+FORMATS = sorted(sparse.FORMATS)
+LAYOUTS = {"in_out": FLAX, "out_in": TORCH}
+
+each_format = pytest.mark.parametrize("format", FORMATS)
+
+
+def make_leaf(shape, density, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(np.where(rng.random(shape) < density, rng.normal(size=shape), 0), dtype)
+
+
+def make_x(shape, dtype="float32", seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def compress_one(leaf, format, layout="in_out"):
+    return sparse.compress({"kernel": leaf}, format, layout=LAYOUTS[layout])["kernel"]
+
+
+def sparse_leaves(params):
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, sparse.SparseWeight))
+    return [leaf for leaf in leaves if isinstance(leaf, sparse.SparseWeight)]

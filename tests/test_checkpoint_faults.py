@@ -1,0 +1,230 @@
+"""A kill or a full disk leaves the checkpoint before; a save leaves the process around it as it was.
+
+Kills: the Python-level file operations of a save are the places to die (found with an audit hook; all of the last
+ones, where the renames are), and random moments reach those inside Orbax. One process imports everything and forks for
+each death, which costs 0.1 s instead of 1.5.
+"""
+
+import errno
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoint_helpers import assert_is_step, assert_same, names, save_steps, state_of
+
+from jaxprune.lab import checkpoint
+from jaxprune.lab.checkpoint import CheckpointError, load_arrays, restore_latest, save, save_arrays
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---------------------------------------------------------------- full disk
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FULL_AT = [
+    (os, "fsync", 0),
+    (os, "fsync", 5),
+    (os, "replace", 0),
+    (Path, "write_text", 0),
+    (Path, "mkdir", 1),
+    (checkpoint, "_write_arrays", 0),
+    (checkpoint, "write_manifest", 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("step", "where", "what", "nth"),
+    [(step, *place) for place in FULL_AT for step in (200, 100)] + [(100, os, "replace", 1)],
+)
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, step, where, what, nth):
+    save_steps(tmp_path, 100)
+    calls, real = itertools.count(), getattr(where, what)
+
+    def fail_at_nth(*args, **kwargs):
+        return full_disk() if next(calls) == nth else real(*args, **kwargs)
+
+    with monkeypatch.context() as full:
+        full.setattr(where, what, fail_at_nth)
+        with pytest.raises(CheckpointError, match=f"{step:08d} could not be written: No space left on device"):
+            save(tmp_path, step, state_of(step + 1), {"step": step + 1})
+    assert names(tmp_path) == ["00000100"]
+    found, rejected = restore_latest(tmp_path, state_of(0))
+    assert_is_step(found, 100)
+    assert rejected == []
+
+
+PRELUDE = """
+import itertools, os, sys, signal, resource
+import numpy as np, jax, orbax.checkpoint
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from jaxprune.lab import checkpoint
+def state_of(step):
+    return {{"w": np.full((50, 30), step, np.float32), "mask": np.arange(9) % 2 == step % 2, "step": step}}
+"""
+
+
+def python(code, *args, **kwargs):
+    prelude = PRELUDE.format(root=str(ROOT))
+    env = os.environ | {"PYTHONWARNINGS": "ignore", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", prelude + code, *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_a_write_beyond_the_file_size_limit_is_refused_in_one_line(tmp_path):
+    save_steps(tmp_path, 100)
+    child = python(
+        """
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+big = {str(i): np.random.default_rng(i).standard_normal(50_000) for i in range(8)}  # several writes fail at once
+for save in (lambda: checkpoint.save(folder, 200, big, {}), lambda: checkpoint.save_arrays(folder / "dense", big, {})):
+    try:
+        save()
+    except checkpoint.CheckpointError as error:
+        print(error)
+checkpoint.save(folder, 300, state_of(300), {"step": 300})
+print("small ones still fit")
+""",
+        tmp_path,
+    )
+    out, err = child.communicate(timeout=60)
+    assert err == ""
+    assert out.splitlines() == [
+        f"{tmp_path}/{name} could not be written: File too large. What was saved before is untouched."
+        for name in ("00000200", "dense")
+    ] + ["small ones still fit"]
+    assert names(tmp_path) == ["00000100", "00000300"]
+    assert_is_step(restore_latest(tmp_path, state_of(0))[0], 300)
+
+
+# ---------------------------------------------------------------- kills
+
+DIE_AT_FILE_OPERATIONS = """
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+work = {
+    "another step": lambda folder: checkpoint.save(folder, 300, state_of(300), {"step": 300}),
+    "the same step": lambda folder: checkpoint.save(folder, 200, state_of(200), {"step": 200}),
+    "snapshot": lambda folder: checkpoint.save_arrays(folder / "dense", state_of(9), {"step": 9}),
+}[sys.argv[1]]
+
+def run(folder, die_at):
+    # How many file operations the work took, or minus the signal that ended it.
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seen = itertools.count(1)
+    def hook(event, args):
+        if event in EVENTS and (str(folder) in str(args[0]) or event in ("os.rmdir", "os.remove")):
+            if next(seen) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    work(folder)
+    os._exit(next(seen) - 1)
+
+folders = [Path(line) for line in sys.argv[2:]]
+total = run(folders[0], None)
+points = [*range(2, total - 24, 5), *range(total - 24, total + 1)]  # the last ones are the renames and the clearing up
+deaths = [run(folder, point) for folder, point in zip(folders[1:], points)]
+print(total, *deaths)
+"""
+
+
+def make_and_kill(tmp_path, work, prepare):
+    """Folders in which a save died at one of its file operations, in the order of these."""
+    prepare(tmp_path / "base")
+    folders = [tmp_path / f"{n:04d}" for n in range(60)]
+    for folder in folders:
+        shutil.copytree(tmp_path / "base", folder)
+    child = python(DIE_AT_FILE_OPERATIONS, work, *folders)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    total, *deaths = map(int, out.split())
+    assert total > 50
+    assert deaths.count(-signal.SIGKILL) > 30
+    return folders[1 : len(deaths) + 1]
+
+
+@pytest.mark.parametrize("work", ["another step", "the same step"])
+def test_a_save_killed_at_any_file_operation(tmp_path, work):
+    folders = make_and_kill(tmp_path, work, lambda base: save_steps(base, 100, 200))
+    steps = []
+    for folder in folders:
+        found, rejected = restore_latest(folder, state_of(0))
+        assert rejected == []
+        assert_is_step(found, found.step)
+        steps.append(found.step)
+    assert steps == sorted(steps)
+    assert set(steps) == ({200, 300} if work == "another step" else {200})
+    save_steps(folders[-20], 300, keep=1)
+    assert names(folders[-20]) == ["00000300"]
+
+
+def test_a_snapshot_killed_at_any_file_operation(tmp_path):
+    folders = make_and_kill(tmp_path, "snapshot", lambda base: save_arrays(base / "dense", state_of(8), {"step": 8}))
+    versions = []
+    for folder in folders:
+        found = load_arrays(folder / "dense", state_of(0))
+        versions.append(found.meta["step"])
+        assert_same(found.state, state_of(versions[-1]))
+    assert versions == sorted(versions)
+    assert set(versions) == {8, 9}
+    assert any(not (folder / "dense").exists() for folder in folders)  # between the two renames
+    save_arrays(folders[-20] / "dense", state_of(9), {"step": 9})
+    assert names(folders[-20]) == ["dense"]
+
+
+def test_killed_at_random_moments_it_goes_on_from_a_good_one(tmp_path):
+    loop = """
+folder, start = Path(sys.argv[1]), int(sys.argv[2])
+for step in range(start, start + 10_000):
+    checkpoint.save(folder, step, state_of(step), {"step": step})
+    if step == start: print("going", flush=True)
+"""
+    rng, last = random.Random(0), 0
+    for _ in range(4):
+        child = python(loop, tmp_path, last + 1)
+        assert child.stdout.readline() == "going\n"
+        time.sleep(rng.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        found, rejected = restore_latest(tmp_path, state_of(0))
+        assert rejected == []
+        assert found.step > last
+        assert_is_step(found, found.step)
+        last = found.step
+        assert len([name for name in names(tmp_path) if not name.startswith(".")]) <= 3
+
+
+# ---------------------------------------------------------------- manners
+
+
+def test_orbax_is_imported_when_needed_says_nothing_and_holds_nothing_up(tmp_path):
+    child = python(
+        """
+import logging, threading
+def settings():
+    loggers = map(logging.getLogger, ("", "absl", "asyncio"))
+    return sys.unraisablehook, [(logger.disabled, logger.level, logger.filters) for logger in loggers]
+before = settings()
+checkpoint.save(Path(sys.argv[1]), 1, {"w": np.ones(3)}, {})
+checkpoint.restore_latest(Path(sys.argv[1]), {"w": np.ones(3)})
+assert before == settings()
+""",
+        tmp_path,
+    )
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (0, "", "")
+    code = "import sys, jaxprune.lab.checkpoint; print('orbax' in sys.modules, 'tensorstore' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False False\n"
