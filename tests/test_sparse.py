@@ -206,7 +206,7 @@ def test_compress_refusals(unchecked):
         {"conv": {"kernel": jnp.ones((3, 3, 1, 2))}, "d": leaf},
         FLAX.with_rules({"s": Axes((0,), (), (1,), (2,))}),
     )
-    refuse_compress(ValueError, r"'csc'.*'bcoo', 'bcsr', 'dense'", {"w": leaf}, "csc")
+    refuse_compress(ValueError, r"'csc'.*'bcoo', 'bcsr', 'native', 'native_row', 'dense'", {"w": leaf}, "csc")
     refuse_compress(ValueError, r"`unsupported`.*'maybe'", {"w": leaf}, unsupported="maybe")
     refuse_compress(ValueError, r"'conv/kernel' \(3, 3, 1, 2\) is a convolution kernel.*select.*unsupported", conv)
     refuse_compress(ValueError, r"'s' \(2, 3, 4\) is stacked layers", {"s": jnp.ones((2, 3, 4))}, layout=stacked)
