@@ -10,7 +10,7 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 
 | format | stored per non-zero | pays, on CPU |
 |---|---|---|
-| "dense" | every weight | in small layers and below 50 % sparsity, where XLA is hard to beat |
+| "dense" | every weight | in small layers and at low sparsity, where XLA is hard to beat |
 | "bcoo" | value, two int32 | in bytes from 67 % on; in time never |
 | "bcsr" | value, one int32 | in bytes from 50 % on; in time only at batches of hundreds |
 | "native" | value, one uint16 (and bounds of runs) | in time from 50 % on at batches of 16 and more |
