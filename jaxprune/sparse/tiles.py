@@ -47,11 +47,10 @@ class NativeWeight(SparseWeight):
     ) -> "NativeWeight":
         """See `SparseWeight.pack`."""
         n_out, n_in = leaf_shape[::-1] if fields.get("outputs_last", True) else leaf_shape
-        tiles = cols // cls.tile
+        tiles, n_tiles = cols // cls.tile, -(-n_in // cls.tile)
         order = np.lexsort((cols, rows, tiles))
-        counts = np.bincount(tiles * n_out + rows, minlength=-(-n_in // cls.tile) * n_out)
-        ends = np.cumsum(counts).reshape(-1, n_out)
-        starts = np.concatenate([[0], ends[:-1, -1]]) if n_out and len(ends) else np.zeros(len(ends), np.int64)
+        ends = np.cumsum(np.bincount(tiles * n_out + rows, minlength=n_tiles * n_out)).reshape(n_tiles, n_out)
+        starts = np.concatenate([[0], ends[:-1, -1]]) if ends.size else np.zeros(n_tiles, np.int64)
         bounds = np.concatenate([starts[:, None], ends], axis=1).astype(np.int32)
         index = (cols - tiles * cls.tile).astype(np.uint16)
         return cls(np.asarray(values)[order], index[order], bounds.ravel(), leaf_shape=leaf_shape, **fields)

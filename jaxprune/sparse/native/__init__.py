@@ -7,6 +7,7 @@ or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt16
 
-# An editable install has two folders, that of the sources and that of what was built.
-_PLACES = [Path(folder) / "_kernels.so" for folder in __path__]
-LIBRARY = next((path for path in _PLACES if path.exists()), _PLACES[0])
+# Beside this file; or, where the sources are used in place, where the package was installed.
+_BESIDE = Path(__file__).parent / "_kernels.so"
+_INSTALLED = [Path(entry) / "jaxprune" / "sparse" / "native" / "_kernels.so" for entry in sys.path]
+LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
 
 
