@@ -39,7 +39,7 @@ from jaxprune.lab.manifest import (
     write_manifest,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "has_arrays", "load_arrays", "restore_latest", "save", "save_arrays"]
+__all__ = ["Checkpoint", "CheckpointError", "restore_latest", "save"]
 
 ARRAYS = "state"
 
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        step: the step it was saved at; 0 for a snapshot of `save_arrays`.
+        step: the step it was saved at.
         state: arrays in the structure of the template they were read with.
         meta: plain JSON, as it was saved.
     """
@@ -117,37 +117,6 @@ def restore_latest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str
             f"Put a good copy back, or delete the folder to start from the beginning."
         )
     return None, []
-
-
-def save_arrays(path: Path, state: Any, meta: dict[str, Any]) -> Path:
-    """Write one named snapshot, such as `stages/dense`, replacing the one that is there.
-
-    A kill at any moment leaves the old snapshot or the new one to `load_arrays`. Arguments and errors: as `save`.
-
-    Returns:
-        `path`.
-    """
-    _write(Path(path), 0, state, meta)
-    return Path(path)
-
-
-def load_arrays(path: Path, like: Any) -> Checkpoint:
-    """Read a snapshot of `save_arrays`; `like` is a template as in `restore_latest`.
-
-    Raises:
-        CheckpointError: it is missing, damaged, of a newer version, or has other leaves than `like`.
-    """
-    if not has_arrays(path):
-        raise CheckpointError(f"{path}: there is no such snapshot.")
-    try:
-        return _read(_where(Path(path)), like)
-    except Damaged as damage:
-        raise CheckpointError(f"{path}: {damage}. Put a good copy back, or delete it to have it made anew.") from None
-
-
-def has_arrays(path: Path) -> bool:
-    """Whether `load_arrays` has something to read, sound or not; True also in the middle of a replacement."""
-    return _where(Path(path)).is_dir()
 
 
 def _write(path: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
