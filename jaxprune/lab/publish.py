@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, figures, files, html
+from jaxprune.lab import data, figures, files, html, train
 from jaxprune.types import Masks, Params
 
 MODELS = ("dense", "pruned", "finetuned", "sparse")
@@ -64,7 +64,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def histogram_weights(models: dict[str, Params], masks: Masks) -> dict[str, np.ndarray]:
     """The weights of the pruned leaves, one flat array a model."""
-    pruned = [name for name, mask in tree.named_leaves(masks).items() if not bool(mask.all())]
+    pruned = train.pruned_leaves(masks)
 
     def flat(params: Params) -> np.ndarray:
         leaves = tree.named_leaves(params)

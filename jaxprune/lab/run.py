@@ -262,7 +262,6 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     }
     stored = jp.sparse.compress(done.finetuned, format=config.sparse.format, unsupported="dense")
     classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), stored, test)
-    pruned = [name for name, mask in tree.named_leaves(done.masks).items() if not bool(jnp.all(mask))]
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     stored_leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda x: isinstance(x, jp.sparse.SparseWeight))
     bytes_of = {tree.leaf_name(path): jp.sparse.nbytes(leaf) for path, leaf in stored_leaves}
@@ -270,7 +269,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "seed": seed,
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
         "agreement": int(np.sum(classes["sparse"] == classes["finetuned"])) / len(classes["sparse"]),
-        "sparsity": float(jp.sparsity_of(done.masks, lambda name, _: name in pruned)) if pruned else 0.0,
+        "sparsity": train.sparsity(done.masks),
         "seconds": sum(_last_of_stages(done.records)),
         "overall_sparsity": table["total"]["sparsity"],
         "leaves": [{**leaf, "sparse_bytes": bytes_of[leaf["name"]]} for leaf in table["leaves"]],

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import checkpoint
-from jaxprune.types import Params
+from jaxprune.types import Masks, Params
 
 CHUNK = 1000  # images evaluated at once
 
@@ -282,7 +282,7 @@ def _record(stage: Stage, state: TrainState, validation: float | None, seconds: 
         "loss": float(state.tally.loss) / seen,
         "train_accuracy": int(state.tally.correct) / seen,
         "validation_accuracy": validation,
-        "sparsity": sparsity(state),
+        "sparsity": sparsity(masks_of(state)),
         "seconds": round(seconds, 3),
     }
 
@@ -292,8 +292,13 @@ def masks_of(state: TrainState) -> Any:
     return optax.tree.get(state.opt_state, "masks", None)
 
 
-def sparsity(state: TrainState) -> float:
+def pruned_leaves(masks: Masks | None) -> dict[str, Array]:
+    """Leaf name -> mask of the leaves that have dead weights at all; none without masks."""
+    named = {} if masks is None else tree.named_leaves(masks)
+    return {name: mask for name, mask in named.items() if not bool(jnp.all(mask))}
+
+
+def sparsity(masks: Masks | None) -> float:
     """Fraction removed over the leaves that have dead weights at all; 0 without masks."""
-    masks = masks_of(state)
-    pruned = {} if masks is None else {n: m for n, m in tree.named_leaves(masks).items() if not bool(jnp.all(m))}
+    pruned = pruned_leaves(masks)
     return float(jp.sparsity_of(pruned)) if pruned else 0.0

@@ -165,7 +165,7 @@ class SparseWeight(quax.ArrayValue):
         rows, cols = self.coordinates()
         zeros = jnp.zeros(self.sizes, self.values.dtype)
         # Set, not add as `todense` does: an addition on CPU flushes subnormal weights to zero.
-        matrix = zeros.at[rows, cols].set(self.values, indices_are_sorted=True, unique_indices=True)
+        matrix = zeros.at[rows, cols].set(self.values, unique_indices=True)
         return matrix.T if self.outputs_last else matrix
 
     def with_values(self, values: Inexact[Array, " nse"]) -> "SparseWeight":
