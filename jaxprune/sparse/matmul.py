@@ -10,9 +10,10 @@ have run into one of them, and lets through what only renames the weight: casts,
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
-inside the program. The native formats bring kernels of their own (`jaxprune.sparse.tiles`). Nothing else has a kernel:
-BCOO, `times_transposed` and BCSR on other platforms are gathers and scatter-additions, and gradients with respect to
-the activations go through a dense copy of W. A weight that is not stored meets nothing:
+inside the program. On CUDA `times` of BCOO and BCSR weights is cuSPARSE's (`jaxprune.sparse.gpu`). Native and block
+formats bring kernels of their own (`jaxprune.sparse.tiles`, `blocks`). Nothing else has a kernel: `times_transposed`,
+and BCOO and BCSR elsewhere, are gathers and scatter-additions, and gradients with respect to the activations go
+through a dense copy of W. A weight that is not stored meets nothing:
 an infinity or NaN in x, which a dense product turns into a NaN even under a zero weight, stays out of the sum.
 """
 
@@ -30,7 +31,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, ArrayLike, Inexact, Num
 
-from jaxprune.sparse.formats import BCSRWeight, SparseWeight
+from jaxprune.sparse import gpu
+from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
 
 
 def matmul(x: Num[ArrayLike, "*batch n_in"], weight: SparseWeight) -> Inexact[Array, "*batch n_out"]:
@@ -167,7 +169,25 @@ def _csr_coordinates(index: Array, bounds: Array, *, n_out: int) -> tuple[Array,
     return jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0]), index
 
 
-csr_times = linear_product("csr_times", _csr_product, _csr_coordinates)
+csr_times = linear_product("csr_times", gpu.csr_product("csr_product", _csr_product), _csr_coordinates)
+
+
+def _coo_product(values: Array, cols: Array, rows: Array, x: Array, *, n_out: int) -> Array:
+    matrix = BCOO((values, jnp.stack([rows, cols], axis=-1)), shape=(n_out, x.shape[0]), indices_sorted=True)
+    return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ()))))
+
+
+def _coo_coordinates(cols: Array, rows: Array, *, n_out: int) -> tuple[Array, Array]:
+    return rows, cols
+
+
+coo_times = linear_product("coo_times", gpu.coo_product("coo_product", _coo_product), _coo_coordinates)
+
+
+@times.register(BCOOWeight)
+def _times_bcoo(weight: BCOOWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
+    rows, cols = weight.coordinates()
+    return coo_times(weight.values, cols, rows, x, n_out=weight.sizes[0])
 
 
 @quax.register(lax.dot_general_p)
