@@ -6,8 +6,8 @@ W (out, in) in blocks of `tall` inputs x `wide` outputs, the blocks of output bl
 
 One program makes one output block for a panel of columns: it walks its own run of blocks, keeps the sum in float32
 registers, and writes once. What is not stored is not read, neither weight nor activation, and nothing is scattered.
-The kernel is lowered by Pallas's Triton backend. Its Mosaic backend no longer takes a `pallas_call` without a warning,
-and is Hopper's alone.
+The kernel is lowered by Pallas's Triton backend: a `pallas_call` for its Mosaic backend is deprecated, and would need a
+kernel of its own.
 
 cuSPARSE: JAX's BCOO and BCSR products reach it only under `jax_bcoo_cusparse_lowering`, which is read when a program
 is *lowered*, for a user's `jit` long after our call returned, and is not part of jit's cache key. So no context around
@@ -33,7 +33,7 @@ from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int32
 
 # Powers of two, at least the smallest tile of a tensor core; a bigger block would not stay in registers.
-TILES = (16, 32, 64, 128)
+TILES = (16, 32, 64)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 CUSPARSE_DTYPES = ("float32", "float64")
 _PANEL = 64  # columns a program makes; with blocks of 64 its sums are 32 registers a thread
@@ -86,8 +86,8 @@ def block_times(
 ) -> Float[Array, "n_out n"]:
     """W @ x for a block-sparse W, on an NVIDIA GPU; see the top of this file.
 
-    Products of float32 are as exact as XLA's dense ones on the same GPU, by the same `jax_default_matmul_precision`;
-    products of 16-bit floats are exact. Sums are float32, rounded once at the end. Has no derivative of its own.
+    Products of float32 are of the precision that `jax_default_matmul_precision` names, TF32 if none; products of
+    16-bit floats are exact. Sums are float32, rounded once at the end. Has no derivative of its own.
 
     Args:
         values: blocks one after the other, each (outputs, inputs).
