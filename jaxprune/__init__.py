@@ -39,6 +39,7 @@ from jaxprune.masks import (
 from jaxprune.methods import Method, compute_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import at, constant, cubic, every, one_shot, rounds
+from jaxprune.tracing import trace
 from jaxprune.transforms import keep_params_sparse, prune
 from jaxprune.tree import weights
 
@@ -83,6 +84,7 @@ __all__ = [
     "summarize",
     "taylor",
     "top_k_mask",
+    "trace",
     "unpack_masks",
     "weights",
 ]

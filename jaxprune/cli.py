@@ -1,4 +1,4 @@
-"""The command `jaxprune`: run experiments, look at them, bring data in.
+"""The command `jaxprune`: run experiments, look at them, bring data in, measure.
 
 Everything printed by this project is printed here. Problems are one line on standard error, without a traceback;
 `--debug` shows it.
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxprune.lab.bench import options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
     own, overrides = _split(argv) if argv[:1] == ["run"] else (argv, [])
-    return parser.parse_args(own), overrides
+    return parser.parse_args(own, argparse.Namespace(command=["jaxprune", *argv])), overrides
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -107,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
     load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
     load.set_defaults(do=_import)
+
+    options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     return parser
 
 
@@ -148,6 +152,29 @@ def _import(arguments: argparse.Namespace, _: list[str]) -> int:
     with terminal.progress(f"importing {arguments.name}") as advance:
         folder = data.import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
     print(f"{arguments.name} is ready in {folder}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab.bench import bar, session
+
+    plan = options.plan_of(arguments)
+    measure = session.prepare(plan)
+    try:
+        with bar.bar(quiet=arguments.quiet) as progress:
+            text = session.run(plan, measure, arguments.out, shlex.join(arguments.command), progress)
+    except KeyboardInterrupt:
+        print(f"jaxprune: interrupted; what was measured is in {arguments.out / session.FILE}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(text)
+    return 0
+
+
+def _bench_plot(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab.bench import session
+
+    for path in session.draw(arguments.file, arguments.out or arguments.file.parent):
+        print(f"figure: {path}")
     return 0
 
 

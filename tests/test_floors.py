@@ -15,7 +15,8 @@ ROOMS = {
     3: [
         "methods",
         "tracing",
-        *(f"sparse.{room}" for room in ("formats", "matmul", "tiles", "conv", "reference", "native", "gpu")),
+        *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
+        *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
     4: ["transforms", "oneshot", "report", "compact", "storage", "sparse"],
     5: ["lab"],
@@ -24,8 +25,9 @@ ROOMS = {
 FLOOR = {f"jaxprune.{room}": floor for floor, rooms in ROOMS.items() for room in rooms}
 CORE = {"jax", "numpy", "optax", "jaxtyping", "quax"}
 LAB_ONLY = {"flax", "orbax", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "pydantic"}
-# What sparse and storage may know of the rest, besides each other.
-SPARSE_KNOWS = {f"jaxprune.{room}" for room in (*ROOMS[0], *ROOMS[1], "masks", "sparse", "storage")}
+# What sparse and storage may know of the rest, besides each other. `tracing` knows no pruner either: it says where a
+# model uses its weights, and `sparse.tune` measures there.
+SPARSE_KNOWS = {f"jaxprune.{room}" for room in (*ROOMS[0], *ROOMS[1], "masks", "tracing", "sparse", "storage")}
 
 
 def module_name(path):

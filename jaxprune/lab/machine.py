@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxprune.lab import files
+from jaxprune.sparse import machine
 
 PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "quax")
 
@@ -21,7 +22,7 @@ def describe() -> dict[str, str]:
         **versions,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": machine.processor(),
         "cores": str(os.cpu_count()),
         "devices": ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()),
     }
@@ -40,11 +41,3 @@ def record(path: Path, note: Callable[[str], None]) -> None:
     changed = [f"{name} {then.get(name)} -> {text}" for name, text in now.items() if then.get(name) != text]
     if changed:
         note(f"This run was begun with other versions or on another machine: {'; '.join(changed)}.")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

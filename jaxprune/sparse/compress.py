@@ -11,12 +11,13 @@ from jax.core import Tracer
 from jaxprune import tree
 from jaxprune.layout import FLAX, Layout
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
+from jaxprune.sparse.plan import Plan
 from jaxprune.types import Params
 
 
 def compress(
     params: Params,
-    format: Literal["bcoo", "bcsr", "dense"] | str = "bcoo",
+    format: Literal["bcoo", "bcsr", "dense"] | str | Plan = "bcoo",
     *,
     select: tree.Select = tree.weights,
     layout: Layout = FLAX,
@@ -30,29 +31,34 @@ def compress(
 
     Args:
         params: any pytree of arrays (NNX State, Linen or Haiku dict, a filtered Equinox module).
-        format: a name in `FORMATS`, or "dense", which leaves everything as it is.
+        format: a name in `FORMATS`, or "dense", which leaves everything as it is; or a plan of `tune`, which says
+            which leaf gets which format, and by which layout, instead of `select` and `layout`.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
         layout: which axis of a matrix is summed over; `FLAX` (in, out) or `TORCH` (out, in), also Equinox's.
         unsupported: what becomes of a selected leaf that is no matrix, such as a convolution kernel or stacked layers:
             "refuse", or "dense" to leave it as it is.
 
     Raises:
-        ValueError: an unknown format; a selected leaf is no matrix or holds a NaN; nothing is selected.
+        ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN;
+            nothing is selected.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)
-    if format != "dense" and format not in FORMATS:
+    if not isinstance(format, Plan) and format != "dense" and format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
     for weight in _weights(params):
         raise TypeError(f"Leaf {weight.name!r} is compressed already. Call `decompress(params)` first.")
     if format == "dense":
         return params
-    selected = set(tree.selected_leaves(select, params))
+    if isinstance(format, Plan):
+        formats, layout = format.formats_for(params), format.layout
+    else:
+        formats = dict.fromkeys(tree.selected_leaves(select, params), format)
 
     def one(name: str, leaf: Any) -> Any:
-        if name not in selected or not _has_form(name, leaf, FORMATS[format], layout, unsupported):
+        if name not in formats or not _has_form(name, leaf, FORMATS[formats[name]], layout, unsupported):
             return leaf
-        return _compress_leaf(name, leaf, FORMATS[format], layout)
+        return _compress_leaf(name, leaf, FORMATS[formats[name]], layout)
 
     return tree.map_named(one, params)
 

@@ -65,7 +65,7 @@ def _convolve(
     first = 0 if weight.outputs_last else 2
     window = weight.leaf_shape[first : first + len(y_shape) - 2]
     numbers = (window, params["window_strides"], [before for before, _ in params["padding"]], params["rhs_dilation"])
-    ones = ((1, 1, 0, 1) if flat else ())
+    ones = (1, 1, 0, 1) if flat else ()
     pairs = [(*ones[i : i + 1], *map(int, pair)) for i, pair in enumerate(numbers)]
     pixels = (*ones[:1], *y_shape[1:-1])
     n_out, n_in = weight.sizes

@@ -129,9 +129,7 @@ def _with_chains(jaxpr: Jaxpr) -> Jaxpr:
     chains = {chain.steps[-1]: chain for chain in find_chains(jaxpr)}
     inside = {step for chain in chains.values() for step in chain.steps[:-1]}
     eqns = [
-        _one_equation(chains[i], jaxpr) if i in chains else eqn
-        for i, eqn in enumerate(jaxpr.eqns)
-        if i not in inside
+        _one_equation(chains[i], jaxpr) if i in chains else eqn for i, eqn in enumerate(jaxpr.eqns) if i not in inside
     ]
     return jaxpr.replace(eqns=eqns)
 
@@ -152,6 +150,12 @@ def _one_equation(chain: Chain, jaxpr: Jaxpr) -> JaxprEqn:
     inputs, outputs = [*product.invars, *added], end.outvars
     eqns = [jaxpr.eqns[step] for step in chain.steps]
     steps = Steps(chain.bias is not None, chain.residual is not None, chain.relu, end.outvars[0].aval.shape)
-    apart = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns, debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None))
+    apart = jaxpr.replace(
+        constvars=[],
+        invars=inputs,
+        outvars=outputs,
+        eqns=eqns,
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
     params = {"sizes": product.params["sizes"], "steps": steps, "apart": ClosedJaxpr(apart, ())}
     return product.replace(primitive=fused_product_p, invars=inputs, outvars=outputs, params=params)

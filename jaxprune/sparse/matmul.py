@@ -10,10 +10,10 @@ have run into one of them, and lets through what only renames the weight: casts,
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
-inside the program. The native formats bring kernels of their own (`jaxprune.sparse.tiles`), also for convolutions
-(`jaxprune.sparse.conv`). Nothing else has a kernel:
-BCOO, `times_transposed` and BCSR on other platforms are gathers and scatter-additions, and gradients with respect to
-the activations go through a dense copy of W. A weight that is not stored meets nothing:
+inside the program. On CUDA `times` of BCOO and BCSR weights is cuSPARSE's (`jaxprune.sparse.gpu`). Native and block
+formats bring kernels of their own (`jaxprune.sparse.native_product`, `conv`, `blocks`). Nothing else has a kernel:
+`times_transposed`, and BCOO and BCSR elsewhere, are gathers and scatter-additions, and gradients with respect to the
+activations go through a dense copy of W. A weight that is not stored meets nothing:
 an infinity or NaN in x, which a dense product turns into a NaN even under a zero weight, stays out of the sum.
 """
 
@@ -28,8 +28,9 @@ from jax import lax
 from jax.experimental.sparse import BCOO, BCSR, bcoo_dot_general, bcsr_dot_general
 from jaxtyping import Array, ArrayLike, Inexact, Num
 
-from jaxprune.sparse.formats import BCSRWeight, SparseWeight
-from jaxprune.sparse.primitives import sparse_product
+from jaxprune.sparse import gpu
+from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
+from jaxprune.sparse.primitives import columns_product
 
 
 def matmul(x: Num[ArrayLike, "*batch n_in"], weight: SparseWeight) -> Inexact[Array, "*batch n_out"]:
@@ -101,8 +102,7 @@ def times_transposed(weight: SparseWeight, y: Inexact[Array, "n_out n"]) -> Inex
 
 @times.register(BCSRWeight)
 def _times_bcsr(weight: BCSRWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
-    n_out, n_in = weight.sizes
-    return csr_times_p.bind(weight.values, weight.indices, weight.indptr, x, n_out=n_out, n_in=n_in)
+    return csr_times(weight.values, weight.indices, weight.indptr, x, n_out=weight.sizes[0])
 
 
 def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axis: int) -> Inexact[Array, "kept n"]:
@@ -111,20 +111,35 @@ def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axi
     return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((axis,), (0,)), ((), ()))))
 
 
-def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out: int, n_in: int) -> Array:
-    matrix = BCSR((values, index, bounds), shape=(n_out, n_in))
+def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out: int) -> Array:
+    matrix = BCSR((values, index, bounds), shape=(n_out, x.shape[0]))
     return bcsr_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ())))
 
 
-def _csr_matrix(values: Array, index: Array, bounds: Array, *, n_out: int, n_in: int) -> Array:
+def _csr_coordinates(index: Array, bounds: Array, *, n_out: int) -> tuple[Array, Array]:
     outputs = jnp.arange(n_out, dtype=jnp.int32)
-    rows = jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0])
-    return jnp.zeros((n_out, n_in), values.dtype).at[rows, index].add(values, unique_indices=True)
+    return jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0]), index
 
 
-csr_times_p = sparse_product(
-    "csr_times", _csr_product, _csr_matrix, lambda matrix, x, **_: matrix @ x, batch_axis=1
-)
+csr_times = columns_product("csr_times", gpu.csr_product("csr_product", _csr_product), _csr_coordinates)
+
+
+def _coo_product(values: Array, cols: Array, rows: Array, x: Array, *, n_out: int) -> Array:
+    matrix = BCOO((values, jnp.stack([rows, cols], axis=-1)), shape=(n_out, x.shape[0]), indices_sorted=True)
+    return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ()))))
+
+
+def _coo_coordinates(cols: Array, rows: Array, *, n_out: int) -> tuple[Array, Array]:
+    return rows, cols
+
+
+coo_times = columns_product("coo_times", gpu.coo_product("coo_product", _coo_product), _coo_coordinates)
+
+
+@times.register(BCOOWeight)
+def _times_bcoo(weight: BCOOWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
+    rows, cols = weight.coordinates()
+    return coo_times(weight.values, cols, rows, x, n_out=weight.sizes[0])
 
 
 @quax.register(lax.dot_general_p)

@@ -76,7 +76,7 @@ def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJax
     return y.reshape(steps.shape)
 
 
-def _matrix(values: Array, index: Array, bounds: Array, scale: Array, *, sizes: Sizes) -> Array:
+def _matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, sizes: Sizes) -> Array:
     rows, cols = coordinates(index, bounds, n_out=sizes.n_out, tile=sizes.tile, group=sizes.group)
     values = values.astype(jnp.float32)
     matrix = jnp.zeros((sizes.n_out, sizes.n_in)).at[rows, cols].add(values, unique_indices=True)
@@ -127,9 +127,7 @@ def _fused_primitive() -> Primitive:
 fused_product_p = _fused_primitive()
 
 
-def operands(
-    weight: NativeWeight, x: Float[Array, "*batch channels"]
-) -> tuple[Shaped[Array, "..."], ...]:
+def operands(weight: NativeWeight, x: Float[Array, "*batch channels"]) -> tuple[Shaped[Array, "..."], ...]:
     """What `native_product` takes, for a weight and x that the kernels can run.
 
     Raises:

@@ -32,7 +32,7 @@ def sparse_product(
     Args:
         name: of the primitive.
         product: (values, *pattern, x, **sizes) -> y, the kernel; sizes are static and hashable.
-        to_matrix: (values, *pattern, **sizes) -> W dense, linear in `values`.
+        to_matrix: (values, *pattern, x, **sizes) -> W dense, linear in `values`; of x only the shape is looked at.
         dense_product: (W, x, **sizes) -> y, the same y.
         batch_axis: axis of x and of y along which independent rows, columns or images lie.
 
@@ -46,10 +46,11 @@ def sparse_product(
         nothing = (None,) * len(pattern)
         if ad.is_undefined_primal(values):
             like = jax.ShapeDtypeStruct(values.aval.shape, values.aval.dtype)
-            of_values = jax.linear_transpose(lambda v: dense_product(to_matrix(v, *pattern, **sizes), x, **sizes), like)
+            dense = lambda v: dense_product(to_matrix(v, *pattern, x, **sizes), x, **sizes)  # noqa: E731
+            of_values = jax.linear_transpose(dense, like)
             return (*of_values(ct), *nothing, None)
         like = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
-        matrix = to_matrix(values, *pattern, **sizes)
+        matrix = to_matrix(values, *pattern, like, **sizes)
         of_x = jax.linear_transpose(lambda x: dense_product(matrix, x, **sizes), like)
         return (None, *nothing, *of_x(ct))
 
@@ -84,6 +85,28 @@ def sparse_product(
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+def columns_product(
+    name: str, product: Callable[..., Array], coordinates: Callable[..., tuple[Array, Array]]
+) -> Callable[..., Array]:
+    """`sparse_product` for W @ x with x (in, n).
+
+    Args:
+        name: of the primitive.
+        product: (values, *pattern, x, *, n_out, **sizes) -> W @ x.
+        coordinates: (*pattern, n_out, **sizes) -> output and input index of every value.
+
+    Returns:
+        A function with the arguments of `product`.
+    """
+
+    def to_matrix(values: Array, *pattern_and_x: Any, n_out: int, **sizes: Any) -> Array:
+        *pattern, x = pattern_and_x
+        rows, cols = coordinates(*pattern, n_out=n_out, **sizes)
+        return jnp.zeros((n_out, x.shape[0]), values.dtype).at[rows, cols].add(values, unique_indices=True)
+
+    return sparse_product(name, product, to_matrix, lambda matrix, x, **_: matrix @ x, batch_axis=1).bind
 
 
 def _one_by_one(primitive: Primitive, args: tuple[Array, ...], axes: tuple[Any, ...], sizes: dict[str, Any]) -> Array:

@@ -95,5 +95,10 @@ def product(
         XlaRuntimeError: when the call runs: an operand that does not fit, by name.
     """
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, dtype))
-    attributes = {"tile": np.int64(tile), "group": np.int64(group), "window": np.asarray(window, np.int64), "relu": bool(relu)}
+    attributes = {
+        "tile": np.int64(tile),
+        "group": np.int64(group),
+        "window": np.asarray(window, np.int64),
+        "relu": bool(relu),
+    }
     return call(values, index, bounds, scale, bias, residual, x, **attributes)

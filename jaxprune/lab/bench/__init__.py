@@ -1,0 +1,7 @@
+"""Where sparsity pays: dense against sparse, measured on this machine, with what else can be compared.
+
+    row = one contestant (a format, dense, a rival) in one case (weights, sparsity, batch)
+
+`layers` and `models` make the cases, `contest` measures one, `rows` says what the numbers come to, `table` and
+`figures` show them. `jaxprune bench` is the way in.
+"""

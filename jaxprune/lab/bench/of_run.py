@@ -1,0 +1,47 @@
+"""The model a finished run came to, read back from its folder: `jaxprune bench model --run FOLDER`."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
+from jaxprune.lab import build, checkpoint, data_files, train
+from jaxprune.lab import config as cfg
+from jaxprune.lab.bench.networks import Network, of_config
+
+IMAGES = {"digits": (8, 8, 1), **data_files.SHAPES}
+
+
+def of_run(folder: Path) -> Network:
+    """The fine-tuned model of the run's first seed, with its zeros.
+
+    Args:
+        folder: of `jaxprune run`, finished.
+
+    Raises:
+        ValueError: it is no run folder, or not finished.
+        CheckpointError: its last checkpoint is damaged.
+    """
+    if not (folder / "results.json").exists():
+        state = "is not finished, run its command again" if (folder / "config.toml").exists() else "is no run folder"
+        raise ValueError(f"{folder} {state}: it has no results.json.")
+    config = cfg.load(folder / "config.toml")
+    network = of_config(
+        config.name, config.model, IMAGES[config.data.name], data_files.CLASSES, jax.random.key(config.seeds[0])
+    )
+    found, _ = checkpoint.restore_latest(
+        folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)
+    )
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint of its fine-tuning any more. Run its command again.")
+    return network._replace(params=jax.tree.map(jnp.asarray, found.state.params))
+
+
+def _template(config: cfg.Config, params: Any) -> Any:
+    """What the last stage saves, as far as shapes go; the number of steps decides no shape."""
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    tx = optax.chain(build.optimizer(config.finetune, 1), jp.keep_params_sparse(masks))
+    return train.start(params, tx)

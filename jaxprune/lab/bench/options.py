@@ -1,0 +1,165 @@
+"""The words of `jaxprune bench`: its parsers, and what the words mean. Nothing heavy is imported to show help."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxprune.lab.bench.layers import Layers
+    from jaxprune.lab.bench.whole import Whole
+
+ABOUT = """\
+Measure where sparsity pays on this machine: dense against the sparse formats, in turns, in one process.
+
+  jaxprune bench layers                            products: sizes x sparsities x batches x formats
+  jaxprune bench model resnet50 --batch 1 16       whole networks, end to end
+  jaxprune bench plot bench/bench.jsonl            draw the figures again
+"""
+LAYERS = """\
+Time three equal layers with ReLU in one jitted function, dense and in each sparse format; zeros at random positions.
+SciPy and PyTorch run beside them where they are installed. Nothing else should run on the machine meanwhile.
+
+  jaxprune bench layers --sizes 1024 4096 --batches 1 16 64 256 --formats native native_row
+  jaxprune bench layers --sizes 768x3072 --batches 64 --sparsities 0.5 0.9 --no-rivals --out results
+"""
+MODEL = """\
+Time a network end to end, dense and with its leaves in each sparse format. Weights are random; zeros are at random
+positions, as many as --sparsity or --profile say, or those of a finished run of `jaxprune run`.
+
+  jaxprune bench model resnet50 --batch 1 16 --profile experiments/benchmarks/profiles/resnet50.csv:pruned_83
+  jaxprune bench model tf_tutorial_cnn --batch 64 --sparsity 0.95 --tune
+  jaxprune bench model --run runs/quickstart-1a2b3c4d
+
+Models: resnet50, vgg19 (images 224 x 224), tf_tutorial_cnn, lenet_300_100, lenet_5, mlp (28 x 28).
+"""
+PLOT = """\
+Draw the figures of FILE, lines that `jaxprune bench` wrote, again: speed-up over sparsity, whole models, roofline.
+
+  jaxprune bench plot bench/bench.jsonl --out figures
+"""
+
+SPARSITIES = ["0.5", "0.7", "0.9", "0.95", "0.99"]
+
+
+def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None:
+    """Add `bench` and its subcommands.
+
+    Args:
+        commands: what `add_subparsers` gave.
+        style: keywords of every parser.
+        do: "measure" and "plot" -> function (arguments, overrides) -> exit code.
+    """
+    bench = commands.add_parser("bench", help="measure where sparsity pays on this machine", description=ABOUT, **style)
+    kinds = bench.add_subparsers(required=True, metavar="COMMAND")
+
+    layers = kinds.add_parser(
+        "layers", help="layers: sizes x sparsities x batches x formats", description=LAYERS, **style
+    )
+    layers.add_argument(
+        "--sizes", metavar="SIZE", nargs="+", default=["1024", "4096"], help="4096, or INxOUT: 768x3072"
+    )
+    layers.add_argument("--batches", "--batch", metavar="N", nargs="+", default=["1", "16", "64", "256"])
+    layers.add_argument("--sparsities", "--sparsity", metavar="S", nargs="+", default=SPARSITIES,
+                        help="fractions removed, in [0, 1)")  # fmt: skip
+    layers.add_argument("--layers", metavar="N", type=int, default=3, help="how many square layers (default: 3)")
+    layers.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="SciPy and PyTorch too")
+    _common(layers)
+    layers.set_defaults(do=do["measure"], plan=_layers)
+
+    model = kinds.add_parser("model", help="whole networks, end to end", description=MODEL, **style)
+    model.add_argument("name", metavar="NAME", nargs="?", default="", help="a model's name; none with --run")
+    model.add_argument("--batches", "--batch", metavar="N", nargs="+", default=["1", "16"])
+    model.add_argument(
+        "--sparsities", "--sparsity", metavar="S", nargs="+", default=[], help="of all layers (default: 0.9)"
+    )
+    model.add_argument(
+        "--profile", metavar="FILE:COLUMN", nargs="+", default=[], help="non-zeros per layer, from a csv"
+    )
+    model.add_argument("--run", metavar="FOLDER", type=Path, help="the fine-tuned model of a finished run")
+    model.add_argument("--tune", action="store_true", help="also the plan that jaxprune.sparse.tune finds here")
+    model.add_argument("--cache", metavar="FOLDER", type=Path, help="where tune keeps its timings")
+    model.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")
+    _common(model)
+    model.set_defaults(do=do["measure"], plan=_whole)
+
+    plot = kinds.add_parser("plot", help="draw the figures again", description=PLOT, **style)
+    plot.add_argument("file", metavar="FILE", type=Path, help="bench.jsonl")
+    plot.add_argument("--out", metavar="FOLDER", type=Path, help="where to draw (default: beside FILE)")
+    plot.set_defaults(do=do["plot"])
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--formats", "--format", metavar="FORMAT", nargs="+", default=[], help="default: all that suit the device"
+    )
+    parser.add_argument(
+        "--repeats", metavar="N", type=int, help="runs of each (default: as many as take a few seconds)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of weights, zeros and activations (default: 0)"
+    )
+    parser.add_argument("--platform", metavar="NAME", choices=["cpu", "gpu", "tpu"], help="cpu, gpu or tpu")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("bench"),
+                        help="where rows are added and figures drawn (default: bench)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+
+
+def plan_of(arguments: argparse.Namespace) -> "Layers | Whole":
+    """What the words ask for; from here on JAX runs on the chosen platform.
+
+    Raises:
+        ValueError: words that cannot be meant.
+    """
+    from jaxprune.lab.bench import session
+
+    platform = session.use_platform(arguments.platform)
+    formats = _words(arguments.formats) or session.default_formats(platform)
+    return arguments.plan(arguments, tuple(dict.fromkeys(name for name in formats if name != "dense")))
+
+
+def _layers(arguments: argparse.Namespace, formats: tuple[str, ...]) -> "Layers":
+    from jaxprune.lab.bench.layers import Layers, parse_size
+
+    return Layers(
+        sizes=tuple(map(parse_size, _words(arguments.sizes))),
+        batches=_numbers(arguments.batches, "--batches", int),
+        sparsities=_numbers(arguments.sparsities, "--sparsities", float),
+        formats=formats,
+        layers=arguments.layers,
+        repeats=arguments.repeats,
+        rivals=arguments.rivals,
+        seed=arguments.seed,
+    )
+
+
+def _whole(arguments: argparse.Namespace, formats: tuple[str, ...]) -> "Whole":
+    from jaxprune.lab.bench.whole import Whole
+
+    return Whole(
+        name=arguments.name,
+        batches=_numbers(arguments.batches, "--batch", int),
+        formats=formats,
+        sparsities=_numbers(arguments.sparsities, "--sparsity", float),
+        profiles=tuple(arguments.profile),
+        run=arguments.run,
+        tune=arguments.tune,
+        cache=arguments.cache,
+        side=arguments.image,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+    )
+
+
+def _words(given: Sequence[str]) -> list[str]:
+    """Words separated by spaces, by commas, or both."""
+    return [word for part in given for word in part.split(",") if word]
+
+
+def _numbers(given: Sequence[str], flag: str, kind: type[Any]) -> tuple[Any, ...]:
+    words = _words(given)
+    try:
+        return tuple(map(kind, words))
+    except ValueError:
+        expected = "whole numbers" if kind is int else "fractions in [0, 1)"
+        raise ValueError(f"{flag} takes {expected}, separated by spaces; {' '.join(words)!r} arrived.") from None
