@@ -15,7 +15,8 @@ ROOMS = {
     3: [
         "methods",
         "tracing",
-        *(f"sparse.{room}" for room in ("formats", "matmul", "tiles", "blocks", "conv", "reference", "native", "gpu")),
+        *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
+        *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
     4: ["transforms", "oneshot", "report", "compact", "storage", "sparse"],
     5: ["lab"],

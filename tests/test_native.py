@@ -62,7 +62,7 @@ def test_the_kernel_really_runs_under_jit_and_vmap():
 
 
 @needs_kernels
-def test_layers_share_their_transposes():
+def test_layers_need_no_transposes():
     weight, _ = make_weight(64, 64)
 
     def three_layers(x, w):
@@ -72,8 +72,8 @@ def test_layers_share_their_transposes():
 
     program = jax.jit(three_layers).lower(jnp.ones((32, 64)), weight).compile().as_text()
     assert program.count('custom_call_target="jaxprune_product"') == 3
-    # Between the layers the activations stay (features, batch): only the first and the last are turned.
-    assert program.count(" copy(") <= 2
+    # x and y lie as the user has them: nothing is turned before, between or after.
+    assert program.count(" copy(") == program.count(" transpose(") == 0
 
 
 @needs_kernels
@@ -91,22 +91,68 @@ def test_gradients_equal_the_dense_ones(what):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+def call(change):
+    """The custom call itself, with the parts of a good call, but for `change`."""
+    weight, dense = make_weight()
+    none = jnp.zeros(0, jnp.float32)
+    good = {
+        "values": weight.values, "index": weight.index, "bounds": weight.bounds, "scale": none, "bias": none,
+        "residual": none, "x": jnp.ones((3, dense.shape[0])), "shape": (3, 40), "dtype": jnp.float32,
+        "tile": weight.tile, "window": (),
+    }  # fmt: skip
+    return jax.block_until_ready(native.product(**{**good, **change}))
+
+
+WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
+BAD_CALLS = [
+    ({"bounds": jnp.zeros(7, jnp.int32)}, "`bounds` must have"),
+    ({"bounds": jnp.zeros(7, jnp.float32)}, "`bounds` must be int32"),
+    ({"index": jnp.zeros(3, jnp.uint8)}, "`values` and `index` must be of one length"),
+    ({"index": jnp.zeros(3, jnp.int32)}, "`index` must be uint8 or uint16"),
+    ({"values": jnp.zeros(3, jnp.float16)}, "`values` must be float32, bfloat16 or int8"),
+    ({"tile": 0}, "`tile` must be in"),
+    ({"tile": 2**17}, "`tile` must be in"),
+    ({"shape": (3, 41)}, "`bounds` must have"),
+    ({"shape": (4, 40)}, "same batch"),
+    ({"shape": (3, 1, 40)}, "the result must be"),
+    ({"dtype": jnp.int32}, "the result must be float32 or bfloat16"),
+    ({"x": jnp.ones((3, 300), jnp.int32)}, "`x` must be float32 or bfloat16"),
+    ({"x": jnp.ones(300)}, "`x` must be \\(batch, in\\)"),
+    ({"x": jnp.ones((3, 300, 1))}, "`x` must be \\(batch, in\\)"),
+    ({"scale": jnp.ones(39)}, "`scale` must have"),
+    ({"bias": jnp.ones(41)}, "`bias` must have"),
+    ({"bias": jnp.ones(40, jnp.bfloat16)}, "`bias` must be float32"),
+    ({"residual": jnp.ones((3, 39))}, "`residual` must have"),
+    ({"residual": jnp.ones((3, 40), jnp.bfloat16)}, "`residual` must be of the result's dtype"),
+    ({"window": (1, 1)}, "`window` must have 8 numbers"),
+    ({"window": WINDOW}, "`x` must be \\(batch, height"),
+    ({"window": (0, *WINDOW[1:]), "x": jnp.ones((3, 1, 1, 300)), "shape": (3, 1, 1, 40)}, "out of range"),
+]
+
+
 @needs_kernels
+@pytest.mark.parametrize(("change", "says"), BAD_CALLS)
+def test_the_custom_call_refuses_what_does_not_fit(unchecked, change, says):
+    with pytest.raises(Exception, match=says):
+        call(change)
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("change", "says"),
+    "part",
     [
-        ({"bounds": jnp.zeros(7, jnp.int32)}, "`ptr` must have"),
-        ({"index": jnp.zeros(3, jnp.uint16)}, "`values` and `index` must be of one length"),
-        ({"tile": 0}, "`tile` must be in"),
-        ({"tile": 2**17}, "`tile` must be in"),
-        ({"n_out": 41}, "`ptr` must have"),
+        lambda weight: {"index": weight.index.at[-1].set(255)},  # beyond the inputs of the last tile
+        lambda weight: {"bounds": weight.bounds.at[5].set(10**9)},
+        lambda weight: {"bounds": weight.bounds.at[5].set(-1)},
+        lambda weight: {"bounds": weight.bounds[::-1]},
     ],
 )
-def test_the_custom_call_refuses_what_does_not_fit(unchecked, change, says):
+def test_the_custom_call_finds_indices_that_lead_outside(unchecked, batch, part):
     weight, dense = make_weight()
-    parts = {"values": weight.values, "index": weight.index, "bounds": weight.bounds, "n_out": 40, "tile": 128}
-    with pytest.raises(Exception, match=says):
-        jax.block_until_ready(native.product(**{**parts, **change}, x=jnp.ones((dense.shape[0], 3))))
+    change = part(weight) | {"x": jnp.ones((batch, dense.shape[0])), "shape": (batch, 40)}
+    with pytest.raises(Exception, match="lead outside"):
+        call(change)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +168,9 @@ def test_the_custom_call_refuses_what_does_not_fit(unchecked, change, says):
 )
 def test_parts_that_point_outside_are_refused(part, value, says):
     good = {"index": np.tile(np.arange(4, dtype=np.uint16), 2), "bounds": np.array([0, 4, 8], np.int32)}
-    sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), **good)
+    sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), tile=128, **good)
     with pytest.raises(ValueError, match=says):
-        sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), **{**good, part: value})
+        sparse.NativeWeight(np.ones(8, np.float32), leaf_shape=(4, 2), tile=128, **{**good, part: value})
 
 
 def test_without_kernels_the_reason_and_the_way_out_are_said(monkeypatch, tmp_path):

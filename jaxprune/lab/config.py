@@ -223,7 +223,7 @@ class Prune(Table):
 class Sparse(Table):
     """How the pruned weights are stored when deployed."""
 
-    format: Literal["bcoo", "bcsr", "block", "native", "native_row", "dense"] = "bcoo"
+    format: Literal["bcoo", "bcsr", "block", "native", "native_row", "native_block", "native_int8", "dense"] = "bcoo"
 
 
 class Checkpoint(Table):

@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 import jax
 import quax
 
-import jaxprune.sparse.matmul  # noqa: F401  (registers its rules with quax)
+import jaxprune.sparse.conv  # noqa: F401  (these register their rules with quax)
+import jaxprune.sparse.matmul  # noqa: F401
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
+from jaxprune.sparse.fuse import fused
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +52,7 @@ def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
 
 def _quaxified(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
-        return quax.quaxify(fn)(*args, **kwargs)
+        return fused(quax.quaxify(fn))(*args, **kwargs)
     except NotImplementedError as error:
         if "custom_vjp" not in str(error):
             raise

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Inexact, Int, Int32
 
 from jaxprune.sparse import gpu
 from jaxprune.sparse.formats import FORMATS, SparseWeight
-from jaxprune.sparse.matmul import linear_product, times, times_transposed
+from jaxprune.sparse.matmul import times, times_transposed
+from jaxprune.sparse.primitives import columns_product
 
 
 class BlockWeight(SparseWeight):
@@ -163,7 +164,7 @@ def _on_cuda(*arrays: Array, n_out: int, tall: int, wide: int) -> Array:
     return block_product(*arrays, n_out=n_out, tall=tall, wide=wide)
 
 
-blocks_times = linear_product("blocks_times", gpu.on_cuda("blocks_product", _on_cuda, block_product), _coordinates)
+blocks_times = columns_product("blocks_times", gpu.on_cuda("blocks_product", _on_cuda, block_product), _coordinates)
 
 
 @times.register(BlockWeight)

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jaxprune import tree
 from jaxprune.layout import FLAX, Layout
-from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported
+from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
 from jaxprune.sparse.plan import Plan
 from jaxprune.types import Params
 
@@ -56,23 +56,30 @@ def compress(
         formats = dict.fromkeys(tree.selected_leaves(select, params), format)
 
     def one(name: str, leaf: Any) -> Any:
-        if name not in formats or not _is_matrix(name, leaf, layout, unsupported):
+        if name not in formats or not _has_form(name, leaf, FORMATS[formats[name]], layout, unsupported):
             return leaf
         return _compress_leaf(name, leaf, FORMATS[formats[name]], layout)
 
     return tree.map_named(one, params)
 
 
-def _is_matrix(name: str, leaf: Any, layout: Layout, unsupported: Unsupported) -> bool:
+def _has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
     axes = layout.axes(name, leaf.shape)
-    if not (axes.layers or axes.spatial) and len(axes.inputs) == len(axes.outputs) == 1:
-        return True
+    convolution = bool(axes.spatial)
+    one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
+    if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
+        why_not = format.why_not(*out_in(leaf.shape, axes.outputs == (leaf.ndim - 1,)))
+        if why_not and unsupported == "refuse":
+            raise ValueError(f"Leaf {name!r} {tuple(leaf.shape)} has no such form: {why_not}")
+        return not why_not
     if unsupported == "dense":
         return False
-    kind = "stacked layers" if axes.layers else "a convolution kernel" if axes.spatial else "no matrix"
+    kind = "stacked layers" if axes.layers else "a convolution kernel" if convolution else "no matrix"
+    able = sorted(name for name, one in FORMATS.items() if one.convolves)
     raise ValueError(
-        f"Leaf {name!r} {tuple(leaf.shape)} is {kind} by its layout, and only a matrix with one input and one output "
-        f"axis can be compressed. Leave it out with `select`, keep such leaves dense with "
+        f"Leaf {name!r} {tuple(leaf.shape)} is {kind} by its layout. Only a matrix with one input and one output axis "
+        f"can be compressed, and in the formats {', '.join(able)} a convolution kernel with one or two spatial axes. "
+        f"Leave it out with `select`, keep such leaves dense with "
         f'`compress(..., unsupported="dense")`, or correct `layout`.'
     )
 
@@ -86,7 +93,7 @@ def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Lay
     host = np.asarray(leaf)
     if np.isnan(host).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
-    outputs_last = layout.axes(name, leaf.shape).outputs == (1,)
+    outputs_last = layout.axes(name, leaf.shape).outputs == (leaf.ndim - 1,)
     weight = format.from_leaf(host, outputs_last=outputs_last, name=name)
     devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
     # A sharded leaf is gathered: its non-zeros do not fall evenly on its devices.

@@ -4,7 +4,8 @@ A weight is stored as the matrix W (out, in) of its non-zeros, sorted by output 
 
     W = {(row, col, value)},   leaf = W (out, in)   or   leaf = W.T (in, out), as the framework lays it out,
 
-and stands in the tree where its leaf stood: an array-ish value with the leaf's shape and dtype, itself a pytree of
+for a convolution with in = (*window, channels), flattened in this order whatever the leaf's: y = W times the window's
+activations. It stands in the tree where its leaf stood: an array-ish value with the leaf's shape and dtype, itself a pytree of
 arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and gives
 them back; everything else follows.
 
@@ -15,7 +16,7 @@ and one `matmul.times.register`.
 import abc
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -26,7 +27,7 @@ from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
-from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int8, Int32, Shaped
 
 Unsupported = Literal["refuse", "dense"]
 
@@ -45,6 +46,12 @@ def check_unsupported(unsupported: str) -> None:
         raise ValueError(f'`unsupported` is "refuse" or "dense", {unsupported!r} arrived.')
 
 
+def out_in(leaf_shape: tuple[int, ...], outputs_last: bool) -> tuple[int, int]:
+    """(out, in) of a leaf, the window of a convolution counted with the inputs."""
+    rest = leaf_shape[:-1] if outputs_last else leaf_shape[1:]
+    return leaf_shape[-1 if outputs_last else 0], math.prod(rest)
+
+
 def _index(array: Any) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"Indices of a sparse weight are integers, {array.dtype} arrived.")
@@ -59,7 +66,9 @@ class SparseWeight(quax.ArrayValue):
     Attributes:
         values: the stored weights, sorted by output, then input.
         leaf_shape: shape of the leaf this stands for.
-        outputs_last: True if the leaf is (in, out), False if it is (out, in).
+        outputs_last: True if the leaf is (*window, in, out), False if it is (out, in, *window); a matrix has no window.
+        convolves: whether the format has a convolution.
+        lossy: whether the format rounds the weights.
         name: the leaf's name, for messages.
         unsupported: "refuse", or "dense" to let operations without a sparse form have the dense leaf.
 
@@ -69,7 +78,11 @@ class SparseWeight(quax.ArrayValue):
     """
 
     values: Float[Array, " nse"] = eqx.field(converter=jnp.asarray)
-    leaf_shape: tuple[int, int] = eqx.field(static=True, kw_only=True)
+    convolves: ClassVar[bool] = False
+    lossy: ClassVar[bool] = False
+    stored_dtype: ClassVar[Any] = jnp.floating
+
+    leaf_shape: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     outputs_last: bool = eqx.field(static=True, kw_only=True, default=True)
     name: str = eqx.field(static=True, kw_only=True, default="")
     unsupported: Unsupported = eqx.field(static=True, kw_only=True, default="refuse")
@@ -81,7 +94,7 @@ class SparseWeight(quax.ArrayValue):
         values: Any,
         rows: Int[np.ndarray, " nse"],
         cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, int],
+        leaf_shape: tuple[int, ...],
         **fields: Any,
     ) -> "SparseWeight":
         """The weight with these sorted non-zeros; `fields` are those of `SparseWeight`."""
@@ -97,10 +110,11 @@ class SparseWeight(quax.ArrayValue):
 
     @classmethod
     def from_leaf(
-        cls, leaf: Shaped[np.ndarray, "first last"], *, outputs_last: bool = True, name: str = ""
+        cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, name: str = ""
     ) -> "SparseWeight":
-        """The non-zeros of a leaf (in, out), or (out, in) without `outputs_last`, in host memory."""
-        matrix = leaf.T if outputs_last else leaf
+        """The non-zeros of a leaf (*window, in, out), or (out, in, *window) without `outputs_last`, in host memory."""
+        channels_last = leaf if outputs_last else np.moveaxis(leaf, (1, 0), (-2, -1))
+        matrix = channels_last.reshape(out_in(leaf.shape, outputs_last)[::-1]).T
         rows, cols = np.nonzero(matrix)
         return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, name=name)
 
@@ -112,12 +126,15 @@ class SparseWeight(quax.ArrayValue):
                 f"{self._who} is made of traced parts, so its indices cannot be checked. Make it outside `jit` and "
                 f"pass it in as an argument; with other values: `weight.with_values(values)`."
             )
-        if self.values.ndim != 1 or not jnp.issubdtype(self.values.dtype, jnp.floating):
+        if self.values.ndim != 1 or not jnp.issubdtype(self.values.dtype, self.stored_dtype):
             raise TypeError(
-                f"{self._who} needs floating values of shape (nse,), {jax.typeof(self.values).str_short()} arrived."
+                f"{self._who} needs {self.stored_dtype.__name__} values of shape (nse,), {jax.typeof(self.values).str_short()} arrived."
             )
-        if len(self.leaf_shape) != 2 or max(*self.leaf_shape, self.nse) >= 2**31:
-            raise ValueError(f"{self._who} must be a matrix with sizes and nse below 2**31, not {self.leaf_shape}.")
+        if len(self.leaf_shape) < 2 or max(*self.sizes, self.nse) >= 2**31:
+            raise ValueError(
+                f"{self._who} must be a matrix or a convolution kernel with sizes and nse below 2**31, "
+                f"not {self.leaf_shape}."
+            )
         rows, cols = self._host_coordinates()
         n_out, n_in = self.sizes
         if rows.shape != (self.nse,) or cols.shape != (self.nse,):
@@ -138,12 +155,11 @@ class SparseWeight(quax.ArrayValue):
     @property
     def sizes(self) -> tuple[int, int]:
         """(out, in), the shape of W."""
-        first, second = self.leaf_shape
-        return (second, first) if self.outputs_last else (first, second)
+        return out_in(self.leaf_shape, self.outputs_last)
 
     @property
     def inputs_axis(self) -> int:
-        """Axis of the leaf that is summed over."""
+        """Axis of a matrix that is summed over."""
         return 0 if self.outputs_last else 1
 
     @property
@@ -156,17 +172,32 @@ class SparseWeight(quax.ArrayValue):
         """Bytes of values and indices."""
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(self))
 
+    @classmethod
+    def why_not(cls, n_out: int, n_in: int) -> str:
+        """Why a matrix of these sizes has no such form; "" if it has."""
+        return ""
+
     def aval(self) -> ShapedArray:
         """Shape and dtype of the leaf this stands for."""
         return ShapedArray(self.leaf_shape, self.values.dtype)
 
-    def decompress(self) -> Float[Array, "rows cols"]:
-        """The leaf as a dense array, bit for bit, except that a -0.0 comes back as 0.0."""
+    def matrix(self) -> Float[Array, "n_out n_in"]:
+        """W (out, in) as a dense array."""
         rows, cols = self.coordinates()
         zeros = jnp.zeros(self.sizes, self.values.dtype)
         # Set, not add as `todense` does: an addition on CPU flushes subnormal weights to zero.
-        matrix = zeros.at[rows, cols].set(self.values, unique_indices=True)
-        return matrix.T if self.outputs_last else matrix
+        return zeros.at[rows, cols].set(self.values, unique_indices=True)
+
+    def decompress(self) -> Float[Array, "*axes"]:
+        """The leaf as a dense array, bit for bit, except that a -0.0 comes back as 0.0."""
+        if self.outputs_last:
+            return self.matrix().T.reshape(self.leaf_shape)
+        n_out, channels, *window = self.leaf_shape
+        return jnp.moveaxis(self.matrix().reshape(n_out, *window, channels), -1, 1)
+
+    def astype(self, dtype: Any) -> "SparseWeight":
+        """The same weight for a leaf of another floating dtype."""
+        return self.with_values(self.values.astype(dtype))
 
     def with_values(self, values: Inexact[Array, " nse"]) -> "SparseWeight":
         """The same pattern with other values."""
@@ -192,7 +223,8 @@ class SparseWeight(quax.ArrayValue):
             return self.decompress()
         raise SparseUseError(
             f"Leaf {self.name!r} {self.leaf_shape} is compressed as {type(self).__name__} and was used by {use}, which "
-            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one. "
+            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, and "
+            f"in the native formats a convolution without groups. "
             f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
             f'`apply(fn, unsupported="dense")`.'
         )
@@ -226,7 +258,7 @@ class BCOOWeight(SparseWeight):
         values: Any,
         rows: Int[np.ndarray, " nse"],
         cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, int],
+        leaf_shape: tuple[int, ...],
         **fields: Any,
     ) -> "SparseWeight":
         """See `SparseWeight.pack`."""
@@ -263,11 +295,11 @@ class BCSRWeight(SparseWeight):
         values: Any,
         rows: Int[np.ndarray, " nse"],
         cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, int],
+        leaf_shape: tuple[int, ...],
         **fields: Any,
     ) -> "SparseWeight":
         """See `SparseWeight.pack`."""
-        n_out = leaf_shape[1 if fields.get("outputs_last", True) else 0]
+        n_out, _ = out_in(leaf_shape, fields.get("outputs_last", True))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_out))])
         return cls(values, cols, indptr, leaf_shape=leaf_shape, **fields)
 

@@ -52,7 +52,7 @@ def on_cuda(name: str, product: Callable[..., Array], elsewhere: Callable[..., A
         elsewhere: the same function of the same arguments.
 
     Returns:
-        A function of the same arguments, without derivatives: for `matmul.linear_product`.
+        A function of the same arguments, without derivatives: for `primitives.columns_product`.
     """
     primitive = Primitive(name)
     primitive.def_abstract_eval(lambda *args, n_out, **_: ShapedArray((n_out, args[-1].shape[1]), args[-1].dtype))

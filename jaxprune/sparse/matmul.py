@@ -5,15 +5,15 @@ Everything reduces to one of two products of W (out, in), the stored matrix, wit
     times(W, X) = W @ X       (in, n)  -> (out, n)      y = x W.T by Y = W X, X = x.T
     times_transposed(W, Y) = W.T @ Y   (out, n) -> (in, n)
 
-and a format is fast by registering its own `times`. The rest of this file turns each `dot_general` that XLA would
+and a format is fast by registering its own `times`, or its own `project`, which works on rows as they come. The rest of this file turns each `dot_general` that XLA would
 have run into one of them, and lets through what only renames the weight: casts, transposes, copies.
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
 inside the program. On CUDA `times` of BCOO and BCSR weights is cuSPARSE's (`jaxprune.sparse.gpu`). Native and block
-formats bring kernels of their own (`jaxprune.sparse.tiles`, `blocks`). Nothing else has a kernel: `times_transposed`,
-and BCOO and BCSR elsewhere, are gathers and scatter-additions, and gradients with respect to the activations go
-through a dense copy of W. A weight that is not stored meets nothing:
+formats bring kernels of their own (`jaxprune.sparse.native_product`, `conv`, `blocks`). Nothing else has a kernel:
+`times_transposed`, and BCOO and BCSR elsewhere, are gathers and scatter-additions, and gradients with respect to the
+activations go through a dense copy of W. A weight that is not stored meets nothing:
 an infinity or NaN in x, which a dense product turns into a NaN even under a zero weight, stays out of the sum.
 """
 
@@ -25,14 +25,12 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
-from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO, BCSR, bcoo_dot_general, bcsr_dot_general
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, ArrayLike, Inexact, Num
 
 from jaxprune.sparse import gpu
 from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
+from jaxprune.sparse.primitives import columns_product
 
 
 def matmul(x: Num[ArrayLike, "*batch n_in"], weight: SparseWeight) -> Inexact[Array, "*batch n_out"]:
@@ -65,19 +63,29 @@ def _contract(
     x: Num[Array, "..."], x_axis: int, weight: SparseWeight, weight_axis: int, dtype: Any, *, weight_first: bool
 ) -> Inexact[Array, "..."]:
     """Sum over `x_axis` of x and `weight_axis` of the leaf; the leaf's other axis comes first or last."""
-    columns = jnp.moveaxis(x, x_axis, 0)
-    rest = columns.shape[1:]
-    product = times if weight_axis == weight.inputs_axis else times_transposed
+    rows = jnp.moveaxis(x, x_axis, -1)
+    *rest, contracted = rows.shape
     n_new = weight.leaf_shape[1 - weight_axis]
-    if not weight.nse or 0 in columns.shape:
-        y = jnp.zeros((n_new, *rest), dtype)
+    if not weight.nse or 0 in rows.shape:
+        y = jnp.zeros((*rest, n_new), dtype)
+    elif weight_axis == weight.inputs_axis:
+        y = project(weight, rows.reshape(-1, contracted), dtype).reshape(*rest, n_new)
     else:
-        # 16-bit sums would round at every addition, and no kernel takes 16-bit values.
-        compute = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
-        weight = weight.with_values(weight.values.astype(compute))
-        y = product(weight, columns.reshape(columns.shape[0], -1).astype(compute))
-        y = y.astype(dtype).reshape(n_new, *rest)
-    return y if weight_first else jnp.moveaxis(y, 0, -1)
+        y = _columns(times_transposed, weight, rows.reshape(-1, contracted), dtype).reshape(*rest, n_new)
+    return jnp.moveaxis(y, -1, 0) if weight_first else y
+
+
+@functools.singledispatch
+def project(weight: SparseWeight, x: Inexact[Array, "n n_in"], dtype: Any) -> Inexact[Array, "n n_out"]:
+    """x @ W.T of this dtype, for nse > 0 and n > 0; by `times` unless the format works on rows."""
+    return _columns(times, weight, x, dtype)
+
+
+def _columns(product: Callable[..., Array], weight: SparseWeight, x: Array, dtype: Any) -> Array:
+    # 16-bit sums would round at every addition, and these products take no 16-bit values.
+    compute = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+    weight = weight.with_values(weight.values.astype(compute))
+    return product(weight, x.T.astype(compute)).T.astype(dtype)
 
 
 @functools.singledispatch
@@ -103,62 +111,6 @@ def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axi
     return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((axis,), (0,)), ((), ()))))
 
 
-def linear_product(
-    name: str, product: Callable[..., Array], coordinates: Callable[..., tuple[Array, Array]]
-) -> Callable[..., Array]:
-    """W @ x as a primitive of its own, for a product that jax cannot differentiate or batch well.
-
-    Derivatives are taken in the values and in x, forward and reverse; `vmap` over x adds columns, where JAX's own rules
-    would call the kernel column by column, or leave it for gather and scatter without a word.
-
-    Args:
-        name: of the primitive.
-        product: (values, index, bounds, x, *, n_out, **sizes) -> W @ x, for x (in, n); sizes are static.
-        coordinates: (index, bounds, *, n_out, **sizes) -> output and input index of every value.
-
-    Returns:
-        A function with the arguments of `product`.
-    """
-    primitive = Primitive(name)
-
-    def transpose(ct: Array, values: Any, index: Array, bounds: Array, x: Any, **sizes: int) -> tuple[Any, ...]:
-        rows, cols = coordinates(index, bounds, **sizes)
-        if ad.is_undefined_primal(values):
-            # The dense product of the two and a gather: many times faster on CPU than nse short sums.
-            return (ct @ x.T)[rows, cols], None, None, None
-        # Likewise, than gathering and scattering whole rows of ct.
-        dense = jnp.zeros((sizes["n_out"], x.aval.shape[0]), values.dtype)
-        return None, None, None, dense.at[rows, cols].set(values, unique_indices=True).T @ ct
-
-    def batch(args: tuple[Array, ...], axes: tuple[Any, ...], **sizes: int) -> tuple[Array, int]:
-        *weight, x = args
-        if axes[:-1] != (None, None, None):
-            size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
-            stacked = tuple(
-                jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
-                for arg, axis in zip(args, axes, strict=True)
-            )
-            return lax.map(lambda one: primitive.bind(*one, **sizes), stacked), 0
-        x = jnp.moveaxis(x, axes[-1], -1)
-        y = primitive.bind(*weight, x.reshape(x.shape[0], -1), **sizes)
-        return y.reshape(y.shape[0], *x.shape[1:]), 2
-
-    eager = jax.jit(lambda sizes, *args: product(*args, **dict(sizes)), static_argnums=0)
-    primitive.def_impl(lambda *args, **sizes: eager(tuple(sizes.items()), *args))
-    primitive.def_abstract_eval(lambda *args, n_out, **_: ShapedArray((n_out, args[-1].shape[1]), args[-1].dtype))
-    mlir.register_lowering(primitive, mlir.lower_fun(product, multiple_results=False))
-    ad.defjvp(
-        primitive,
-        lambda dot, values, index, bounds, x, **sizes: primitive.bind(dot, index, bounds, x, **sizes),
-        None,
-        None,
-        lambda dot, values, index, bounds, x, **sizes: primitive.bind(values, index, bounds, dot, **sizes),
-    )
-    ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batch
-    return primitive.bind
-
-
 def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out: int) -> Array:
     matrix = BCSR((values, index, bounds), shape=(n_out, x.shape[0]))
     return bcsr_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ())))
@@ -169,7 +121,7 @@ def _csr_coordinates(index: Array, bounds: Array, *, n_out: int) -> tuple[Array,
     return jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0]), index
 
 
-csr_times = linear_product("csr_times", gpu.csr_product("csr_product", _csr_product), _csr_coordinates)
+csr_times = columns_product("csr_times", gpu.csr_product("csr_product", _csr_product), _csr_coordinates)
 
 
 def _coo_product(values: Array, cols: Array, rows: Array, x: Array, *, n_out: int) -> Array:
@@ -181,7 +133,7 @@ def _coo_coordinates(cols: Array, rows: Array, *, n_out: int) -> tuple[Array, Ar
     return rows, cols
 
 
-coo_times = linear_product("coo_times", gpu.coo_product("coo_product", _coo_product), _coo_coordinates)
+coo_times = columns_product("coo_times", gpu.coo_product("coo_product", _coo_product), _coo_coordinates)
 
 
 @times.register(BCOOWeight)
@@ -204,7 +156,7 @@ def _dot_general(weight: SparseWeight, x: Any, params: dict[str, Any], *, weight
     operands = (weight, x) if weight_first else (x, weight)
     (contracted, batch) = params["dimension_numbers"]
     weight_axes, x_axes = contracted if weight_first else contracted[::-1]
-    if len(weight_axes) != 1 or batch[0] or params.get("out_sharding") is not None:
+    if len(weight_axes) != 1 or len(weight.leaf_shape) != 2 or batch[0] or params.get("out_sharding") is not None:
         return SparseWeight.default(lax.dot_general_p, operands, params)
     shapes = (jax.ShapeDtypeStruct(jnp.shape(operand), jnp.result_type(operand)) for operand in operands)
     dtype = jax.eval_shape(functools.partial(lax.dot_general_p.bind, **params), *shapes).dtype
@@ -215,20 +167,25 @@ def _dot_general(weight: SparseWeight, x: Any, params: dict[str, Any], *, weight
 def _cast(weight: SparseWeight, **params: Any) -> Any:
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         return SparseWeight.default(lax.convert_element_type_p, (weight,), params)
-    return weight.with_values(weight.values.astype(params["new_dtype"]))
+    return weight.astype(params["new_dtype"])
 
 
 @quax.register(lax.transpose_p)
-def _transpose(weight: SparseWeight, *, permutation: tuple[int, ...]) -> SparseWeight:
-    if tuple(permutation) == (0, 1):
+def _transpose(weight: SparseWeight, *, permutation: tuple[int, ...]) -> Any:
+    if tuple(permutation) == tuple(range(len(weight.leaf_shape))):
         return weight
+    if len(weight.leaf_shape) > 2:
+        return SparseWeight.default(lax.transpose_p, (weight,), {"permutation": permutation})
     return weight.replace(leaf_shape=weight.leaf_shape[::-1], outputs_last=not weight.outputs_last)
 
 
 @quax.register(lax.reshape_p)
 def _reshape(weight: SparseWeight, **params: Any) -> Any:
-    if tuple(params["new_sizes"]) == weight.leaf_shape and params["dimensions"] is None:
+    new_shape = tuple(params["new_sizes"])
+    if params["dimensions"] is None and new_shape == weight.leaf_shape:
         return weight
+    if params["dimensions"] is None and weight.outputs_last and new_shape == weight.sizes[::-1]:
+        return weight.replace(leaf_shape=new_shape)  # a kernel (*window, in, out) as a matrix
     return SparseWeight.default(lax.reshape_p, (weight,), params)
 
 

@@ -3,38 +3,49 @@
     W (out, in) = tiles of T inputs, one after the other; tile t holds run after run, one an output;
     a run holds (input - t T, value) pairs, sorted.
 
-For batches, T = 128: a tile's inputs, for 64 columns of the batch, stay in the first-level cache while all outputs go
-over them, so every non-zero costs a load and a multiply-add for each vector of columns and nothing else. For a single
-column memory is what counts, and runs should be long: T = 65536, all that 16-bit indices reach. Bounds of runs take
-4 (out + 1) ceil(in / T) bytes beside the 6 a non-zero.
+A panel of T inputs and 64 rows of the batch is packed into the cache, and all outputs go over it, so every non-zero costs
+a load and a multiply-add for each vector of rows and little else. T is small where there are many non-zeros, so that the
+panel stays in the first level, and larger where runs would have hardly any. For a batch of one memory is what counts, and
+runs should be long: T = 65536, all that 16-bit indices reach. Indices take a byte up to T = 256, two beyond; bounds of
+runs 4 (out + 1) ceil(in / T) bytes.
 """
 
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO
-from jaxtyping import Array, Float, Inexact, Int, Int32, UInt16
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8, UInt16
 
-from jaxprune.sparse import native
-from jaxprune.sparse.formats import FORMATS, SparseWeight
-from jaxprune.sparse.matmul import linear_product, times, times_transposed
+from jaxprune.sparse.formats import FORMATS, SparseWeight, out_in
+
+# Density from which on a tile of so many inputs was the fastest (Zen 4, 32 KiB and 1 MiB of cache).
+TILES = ((0.15, 128), (0.07, 192), (0.025, 256), (0.0, 1024))
 
 
 class NativeWeight(SparseWeight):
-    """Tiles of 128 inputs, for the C++ kernels at batches above one: float32 on CPU.
+    """Tiles of inputs, for the C++ kernels on CPU: float32 or bfloat16, matrices and convolutions.
 
     Attributes:
         index: input of every value, counted from its tile's first.
         bounds: where each run begins and ends, tile by tile, out + 1 a tile.
+        tile: T, the inputs of a tile.
+        group: outputs that share a run; each index then stands for so many values, side by side.
     """
 
-    tile: ClassVar[int] = 128  # x 64 columns x 4 bytes: 32 KiB, a first-level cache
+    convolves: ClassVar[bool] = True
+    group: ClassVar[int] = 1
 
-    index: UInt16[Array, " nse"] = eqx.field(converter=jnp.asarray)
-    bounds: Int32[Array, " tiles_times_n_out_plus_1"] = eqx.field(converter=jnp.asarray)
+    index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"] = eqx.field(converter=jnp.asarray)
+    bounds: Int32[Array, " tiles_times_groups_plus_1"] = eqx.field(converter=jnp.asarray)
+    tile: int = eqx.field(static=True, kw_only=True)
+
+    @staticmethod
+    def choose_tile(density: float) -> int:
+        """T for a weight of this density."""
+        return next(tile for least, tile in TILES if density >= least)
 
     @classmethod
     def pack(
@@ -42,28 +53,37 @@ class NativeWeight(SparseWeight):
         values: Any,
         rows: Int[np.ndarray, " nse"],
         cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, int],
+        leaf_shape: tuple[int, ...],
         **fields: Any,
     ) -> "NativeWeight":
         """See `SparseWeight.pack`."""
-        n_out, n_in = leaf_shape[::-1] if fields.get("outputs_last", True) else leaf_shape
-        tiles, n_tiles = cols // cls.tile, -(-n_in // cls.tile)
-        order = np.lexsort((cols, rows, tiles))
-        ends = np.cumsum(np.bincount(tiles * n_out + rows, minlength=n_tiles * n_out)).reshape(n_tiles, n_out)
+        n_out, n_in = out_in(leaf_shape, fields.get("outputs_last", True))
+        # One key for each (group, input) that has a weight, in this order; the inverse says whose each weight is.
+        keys, slots = np.unique(rows // cls.group * n_in + cols, return_inverse=True)
+        tile = cls.choose_tile(keys.size * cls.group / max(n_out * n_in, 1))
+        groups, inputs = keys // max(n_in, 1), keys % max(n_in, 1)
+        tiles, n_tiles, n_groups = inputs // tile, -(-n_in // tile), n_out // cls.group
+        ends = np.cumsum(np.bincount(tiles * n_groups + groups, minlength=n_tiles * n_groups))
+        ends = ends.reshape(n_tiles, n_groups)
         starts = np.concatenate([[0], ends[:-1, -1]]) if ends.size else np.zeros(n_tiles, np.int64)
         bounds = np.concatenate([starts[:, None], ends], axis=1).astype(np.int32)
-        index = (cols - tiles * cls.tile).astype(np.uint16)
-        return cls(np.asarray(values)[order], index[order], bounds.ravel(), leaf_shape=leaf_shape, **fields)
+        stored = np.zeros((keys.size, cls.group), np.asarray(values).dtype)
+        stored[slots, rows % cls.group] = values
+        order = np.lexsort((inputs, groups, tiles))
+        index = (inputs - tiles * tile).astype(np.uint8 if tile <= 256 else np.uint16)[order]
+        return cls(stored[order].ravel(), index, bounds.ravel(), leaf_shape=leaf_shape, tile=tile, **fields)
 
     def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         n_out, n_in = self.sizes
         bounds = np.asarray(self.bounds, np.int64)
-        if bounds.shape != (-(-n_in // self.tile) * (n_out + 1),) or self.index.shape != (self.nse,):
+        n_groups = n_out // self.group
+        fits = bounds.shape == (-(-n_in // self.tile) * (n_groups + 1),) and self.index.size * self.group == self.nse
+        if not fits:
             raise ValueError(f"{self._who} has {bounds.size} bounds and {self.index.size} indices, which do not fit.")
-        runs = bounds.reshape(-1, n_out + 1)
+        runs = bounds.reshape(-1, n_groups + 1)
         climbs = not np.any(np.diff(bounds) < 0) and np.array_equal(runs[1:, 0], runs[:-1, -1])
-        if runs.size and not (climbs and bounds[0] == 0 and bounds[-1] == self.nse):
-            raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {self.nse} values.")
+        if runs.size and not (climbs and bounds[0] == 0 and bounds[-1] == self.index.size):
+            raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {self.index.size} indices.")
         rows, cols = (np.asarray(part, np.int64) for part in self.coordinates())
         order = np.lexsort((cols, rows))
         # Checked as the base class checks any format, but in the order of outputs.
@@ -71,7 +91,11 @@ class NativeWeight(SparseWeight):
 
     def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
         """See `SparseWeight.coordinates`; in the order of the tiles."""
-        return _coordinates(self.index, self.bounds, n_out=self.sizes[0], tile=self.tile)
+        return coordinates(self.index, self.bounds, n_out=self.sizes[0], tile=self.tile, group=self.group)
+
+    def output_scale(self) -> Float32[Array, " n_out_or_0"]:
+        """What the sums of the stored values are multiplied by; nothing, so empty, unless the format rounds."""
+        return jnp.zeros(0, jnp.float32)
 
     @property
     def stored(self) -> BCOO:
@@ -82,41 +106,95 @@ class NativeWeight(SparseWeight):
 class NativeRowWeight(NativeWeight):
     """One tile of up to 65,536 inputs, for a batch of one; right at every batch, but slower than `NativeWeight`."""
 
-    tile: ClassVar[int] = 65536
+    @staticmethod
+    def choose_tile(density: float) -> int:
+        """T, whatever the density."""
+        return 65536
 
 
-def _coordinates(index: Array, bounds: Array, *, n_out: int, tile: int) -> tuple[Array, Array]:
-    starts = bounds.reshape(-1, n_out + 1)
-    lengths = jnp.diff(starts, axis=1).ravel()
+class NativeBlockWeight(NativeWeight):
+    """Four outputs share their inputs, for masks of `Block(rows, 4 n)`: a load from the panel serves four products.
+
+    An input that one of the four needs is stored for all; without such blocks that is more work, not less.
+    """
+
+    group: ClassVar[int] = 4
+
+    @classmethod
+    def why_not(cls, n_out: int, n_in: int) -> str:
+        """See `SparseWeight.why_not`."""
+        return f"it takes outputs in groups of {cls.group}, here are {n_out}." if n_out % cls.group else ""
+
+
+class NativeInt8Weight(NativeWeight):
+    """Weights rounded to 8 bits, W = scale * values with a scale for every output; activations stay as they are.
+
+    Symmetric, scale = max |W| / 127 of the output: an error of at most scale / 2 a weight. Lossy, so only used when named.
+
+    Attributes:
+        scale: of every output.
+        leaf_dtype: dtype of the leaf this stands for.
+    """
+
+    lossy: ClassVar[bool] = True
+    stored_dtype: ClassVar[Any] = jnp.int8
+
+    scale: Float32[Array, " n_out"] = eqx.field(converter=jnp.asarray)
+    leaf_dtype: str = eqx.field(static=True, kw_only=True, default="float32")
+
+    @classmethod
+    def pack(
+        cls,
+        values: Any,
+        rows: Int[np.ndarray, " nse"],
+        cols: Int[np.ndarray, " nse"],
+        leaf_shape: tuple[int, ...],
+        **fields: Any,
+    ) -> "NativeInt8Weight":
+        """See `SparseWeight.pack`; rounds."""
+        dtype, values = np.asarray(values).dtype.name, np.asarray(values, np.float32)
+        largest = np.zeros(out_in(leaf_shape, fields.get("outputs_last", True))[0], np.float32)
+        np.maximum.at(largest, rows, np.abs(values))
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        rounded = np.rint(values / scale[rows]).astype(np.int8)
+        return super().pack(rounded, rows, cols, leaf_shape, scale=scale, leaf_dtype=dtype, **fields)
+
+    def output_scale(self) -> Float32[Array, " n_out_or_0"]:
+        """See `NativeWeight.output_scale`."""
+        return self.scale
+
+    def aval(self) -> ShapedArray:
+        """See `SparseWeight.aval`."""
+        return ShapedArray(self.leaf_shape, jnp.dtype(self.leaf_dtype))
+
+    def astype(self, dtype: Any) -> "NativeInt8Weight":
+        """See `SparseWeight.astype`; the stored values stay."""
+        return self.replace(leaf_dtype=jnp.dtype(dtype).name)
+
+    def matrix(self) -> Float[Array, "n_out n_in"]:
+        """See `SparseWeight.matrix`."""
+        return (super().matrix() * self.scale[:, None]).astype(self.leaf_dtype)
+
+
+def coordinates(
+    index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"],
+    bounds: Int32[Array, " tiles_times_groups_plus_1"],
+    *,
+    n_out: int,
+    tile: int,
+    group: int,
+) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+    """Output and input of every value, from the index and bounds of a `NativeWeight`."""
+    n_groups = n_out // group
+    lengths = jnp.diff(bounds.reshape(-1, n_groups + 1), axis=1).ravel()
     run = jnp.repeat(jnp.arange(lengths.size, dtype=jnp.int32), lengths, total_repeat_length=index.shape[0])
-    n = max(n_out, 1)
-    return run % n, run // n * tile + index.astype(jnp.int32)
-
-
-tiles_times = linear_product("tiles_times", native.product, _coordinates)
-
-
-@times.register(NativeWeight)
-def _times_native(weight: NativeWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
-    if reason := _refusal(weight):
-        raise TypeError(f"Leaf {weight.name!r} is stored for the native kernels. {reason}")
-    return tiles_times(weight.values, weight.index, weight.bounds, x, n_out=weight.sizes[0], tile=weight.tile)
-
-
-def _refusal(weight: NativeWeight) -> str:
-    if weight.values.dtype != jnp.float32:
-        return f"They take float32, here {weight.values.dtype}: cast, or use another format."
-    if jax.default_backend() != "cpu":
-        return f'They run on CPU, not on {jax.default_backend()}: use the format "bcoo" or "bcsr".'
-    return native.why_missing()
-
-
-@times_transposed.register(NativeWeight)
-def _times_transposed_native(weight: NativeWeight, y: Inexact[Array, "n_out n"]) -> Float[Array, "n_in n"]:
-    # No kernel of its own yet; the dense product is many times faster on CPU than a gather and a scatter.
-    leaf = weight.decompress()
-    return (leaf if weight.outputs_last else leaf.T) @ y
+    n = max(n_groups, 1)
+    first, inputs = run % n * group, run // n * tile + index.astype(jnp.int32)
+    rows = first[:, None] + jnp.arange(group, dtype=jnp.int32)[None, :]
+    return rows.ravel(), jnp.repeat(inputs, group)
 
 
 FORMATS["native"] = NativeWeight
 FORMATS["native_row"] = NativeRowWeight
+FORMATS["native_block"] = NativeBlockWeight
+FORMATS["native_int8"] = NativeInt8Weight

@@ -9,11 +9,11 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt16
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
 
 # Beside this file; or, where the sources are used in place, where the package was installed.
 _BESIDE = Path(__file__).parent / "_kernels.so"
@@ -54,24 +54,51 @@ def instruction_set() -> str:
 
 
 def product(
-    values: Float32[Array, " nse"],
-    index: UInt16[Array, " nse"],
+    values: Shaped[Array, " nse"],
+    index: UInt8[Array, " nse"] | UInt16[Array, " nse"],
     bounds: Int32[Array, " tiles_times_n_out_plus_1"],
-    x: Float32[Array, "n_in n"],
+    scale: Float32[Array, " n_out_or_0"],
+    bias: Float32[Array, " n_out_or_0"],
+    residual: Float[Array, "..."],
+    x: Float[Array, "*batch_and_window channels"],
     *,
-    n_out: int,
+    shape: tuple[int, ...],
+    dtype: Any,
     tile: int,
-) -> Float32[Array, "n_out n"]:
-    """W @ x on this processor, for W stored in tiles as `jaxprune.sparse.tiles` says.
+    group: int = 1,
+    window: tuple[int, ...] = (),
+    relu: bool = False,
+) -> Float[Array, "..."]:
+    """relu(scale * W x + bias + residual) on this processor, for W in tiles as `jaxprune.sparse.tiles` says.
+
+    Everything but W x may be left out, an empty array then. Indices and bounds that lead outside are found in the call,
+    before anything is computed.
 
     Args:
-        values: non-zeros, tile by tile.
+        values: non-zeros, tile by tile: float32, bfloat16, or int8 with a scale for every output.
         index: their inputs, counted from the tile's first.
-        bounds: where each output's run begins, tile by tile, n_out + 1 a tile; trusted, as `index` is.
-        x: columns.
-        n_out: outputs.
+        bounds: where each output's run begins, tile by tile, n_out + 1 a tile.
+        scale: of every output.
+        bias: of every output.
+        residual: what is added, shaped as the result and of its dtype.
+        x: (n, in), or images (n, height, width, channels) where there is a window; float32 or bfloat16.
+        shape: of the result, (n, out) or (n, height, width, out).
+        dtype: of the result, float32 or bfloat16; sums are float32.
         tile: inputs of a tile.
+        group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for each
+            group instead of each output.
+        window: of a convolution, two numbers each: kernel, stride, padding before, dilation. Inputs are then (window,
+            channels).
+        relu: whether negative results become 0.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name.
     """
-    shape = jax.ShapeDtypeStruct((n_out, x.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call(TARGET, shape, vmap_method="sequential")
-    return call(values, index, bounds, x, tile=np.int64(tile))
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, dtype))
+    attributes = {
+        "tile": np.int64(tile),
+        "group": np.int64(group),
+        "window": np.asarray(window, np.int64),
+        "relu": bool(relu),
+    }
+    return call(values, index, bounds, scale, bias, residual, x, **attributes)

@@ -1,101 +1,340 @@
 // The loops. Compiled once for each instruction set: KERNELS names the table, VECTOR_BYTES the width of a vector.
 #include "kernels.h"
 
-#include <cstring>
+#include <algorithm>
+
+#include "vectors.h"
 
 namespace jaxprune {
 namespace {
 
-typedef float Vec __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
-constexpr int kLanes = VECTOR_BYTES / sizeof(float);
-constexpr int kMaxVecs = kPanel / kLanes;
+constexpr int kMaxVecs = VECTOR_BYTES == 64 ? 4 : 8;
+constexpr int kPanel = kMaxVecs * kLanes;
+constexpr int64_t kSums = 512;  // outputs whose sums are kept at once: with 64 columns 128 KiB of second-level cache
 
-inline Vec Load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-inline void Store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+int64_t Vecs(int64_t count) { return (count + kLanes - 1) / kLanes; }
 
-// One tile's runs times a packed panel of kVecs vectors a row. Sums stay in registers for a run, and come from and go
-// to y, which the second-level cache holds.
-template <int kVecs>
-void TileTimesPanel(const Weight& w, int64_t tile, const Task& task, const float* panel, float* y, int64_t stride) {
-  const int32_t* ptr = w.ptr + tile * (w.n_out + 1);
-  for (int64_t o = task.first; o < task.last; ++o) {
-    float* out = y + (o - task.first) * stride;
-    Vec sum[kVecs];
-    for (int v = 0; v < kVecs; ++v) sum[v] = tile == 0 ? Vec{} : Load(out + v * kLanes);
-    for (int32_t i = ptr[o]; i < ptr[o + 1]; ++i) {
-      const float* row = panel + int64_t{w.index[i]} * (kVecs * kLanes);
-      const float value = w.values[i];
-      for (int v = 0; v < kVecs; ++v) sum[v] += value * Load(row + v * kLanes);
+// ---- what may be trusted ----
+
+template <class Index>
+bool Within(const Index* index, int64_t n, int64_t rows) {
+  Index largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, index[i]);
+  return n <= 0 || largest < rows;
+}
+
+// Whether the runs of groups [first, last) of a tile stay within the index, and the index within the tile.
+bool Sound(const Weight& w, int64_t tile, int64_t first, int64_t last) {
+  const int32_t* bounds = w.bounds + tile * (w.groups() + 1);
+  bool climbs = bounds[first] >= 0 && bounds[last] <= w.inputs;
+  for (int64_t g = first; g < last; ++g) climbs &= bounds[g] <= bounds[g + 1];
+  if (!climbs) return false;
+  const int64_t rows = std::min(w.tile, w.n_in - tile * w.tile), begin = bounds[first], n = bounds[last] - begin;
+  return w.wide ? Within(static_cast<const uint16_t*>(w.index) + begin, n, rows)
+                : Within(static_cast<const uint8_t*>(w.index) + begin, n, rows);
+}
+
+bool SoundTiles(const Weight& w, int64_t first, int64_t last) {
+  for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+    if (!Sound(w, tile, first, last)) return false;
+  }
+  return true;
+}
+
+// ---- activations in: (position, channel) -> panel rows (input, position) ----
+
+// The corner of a position's window.
+template <class X>
+struct Corner {
+  const X* image;  // null: no position, zeros
+  int64_t h, w;
+};
+
+template <class X>
+void FindCorners(const Window& win, const X* x, const Task& task, int64_t padded, Corner<X>* corners) {
+  const int64_t plane = win.out_height * win.out_width;
+  for (int64_t p = 0; p < padded; ++p) {
+    if (p >= task.count) {
+      corners[p] = {nullptr, 0, 0};
+      continue;
     }
-    for (int v = 0; v < kVecs; ++v) Store(out + v * kLanes, sum[v]);
+    const int64_t position = task.position + p, image = position / plane, pixel = position % plane;
+    corners[p] = {x + image * win.height * win.width * win.channels,
+                  pixel / win.out_width * win.stride_h - win.pad_top,
+                  pixel % win.out_width * win.stride_w - win.pad_left};
   }
 }
 
-using TileLoop = void (*)(const Weight&, int64_t, const Task&, const float*, float*, int64_t);
+// Rows [0, n) of the panel: channels of one tap of the window.
+template <class X>
+void PackTap(const X* const* rows, int64_t n, int64_t vecs, float* panel) {
+  const int64_t stride = vecs * kLanes;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    for (int64_t v = 0; v < vecs; ++v) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const X* row = rows[v * kLanes + i];
+        square[i] = row ? Load(row + c) : Vec{};
+      }
+      Transpose(square);
+      for (int i = 0; i < kLanes; ++i) Store(panel + (c + i) * stride + v * kLanes, square[i]);
+    }
+  }
+  for (; c < n; ++c) {
+    for (int64_t p = 0; p < stride; ++p) panel[c * stride + p] = rows[p] ? Widen(rows[p][c]) : 0.0f;
+  }
+}
 
-template <int kVecs>
-TileLoop LoopFor(int64_t vecs) {
+template <class X>
+void PackTile(const Weight& w, const Window& win, const Corner<X>* corners, int64_t tile, int64_t vecs, float* panel) {
+  const int64_t begin = tile * w.tile, end = std::min(begin + w.tile, w.n_in), padded = vecs * kLanes;
+  for (int64_t r = begin; r < end;) {
+    const int64_t tap = r / win.channels, c = r % win.channels, n = std::min(win.channels - c, end - r);
+    const int64_t dh = tap / win.kernel_width * win.dilation_h, dw = tap % win.kernel_width * win.dilation_w;
+    const X* rows[kPanel];
+    for (int64_t p = 0; p < padded; ++p) {
+      const int64_t h = corners[p].h + dh, width = corners[p].w + dw;
+      const bool inside = corners[p].image && h >= 0 && h < win.height && width >= 0 && width < win.width;
+      rows[p] = inside ? corners[p].image + (h * win.width + width) * win.channels + c : nullptr;
+    }
+    PackTap(rows, n, vecs, panel + (r - begin) * padded);
+    r += n;
+  }
+}
+
+// ---- the product ----
+
+// One tile's runs times its packed panel of kVecs vectors a row. Sums stay in registers for a run, and come from and go
+// to `sums`, which the second-level cache holds. A group's outputs share the loads from the panel.
+template <class Value, class Index, int kOutputs, int kVecs>
+void Runs(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums, int64_t stride) {
+  const Value* values = static_cast<const Value*>(w.values);
+  const Index* index = static_cast<const Index*>(w.index);
+  const int32_t* bounds = w.bounds + tile * (w.groups() + 1);
+  for (int64_t g = first; g < last; ++g, sums += kOutputs * stride) {
+    Vec sum[kOutputs][kVecs];
+    for (int o = 0; o < kOutputs; ++o) {
+      for (int v = 0; v < kVecs; ++v) sum[o][v] = tile == 0 ? Vec{} : Load(sums + o * stride + v * kLanes);
+    }
+    for (int32_t i = bounds[g]; i < bounds[g + 1]; ++i) {
+      const float* row = panel + int64_t{index[i]} * stride;
+      for (int o = 0; o < kOutputs; ++o) {
+        const float value = Widen(values[int64_t{i} * kOutputs + o]);
+        for (int v = 0; v < kVecs; ++v) sum[o][v] += value * Load(row + v * kLanes);
+      }
+    }
+    for (int o = 0; o < kOutputs; ++o) {
+      for (int v = 0; v < kVecs; ++v) Store(sums + o * stride + v * kLanes, sum[o][v]);
+    }
+  }
+}
+
+// A panel of kVecs vectors, in parts whose sums fit the registers.
+template <class Value, class Index, int kOutputs, int kVecs>
+void TileTimesPanel(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums) {
+  constexpr int kPart = kOutputs == 1 ? kMaxVecs : kMaxVecs == 4 ? 4 : 2;
+  constexpr int kFull = kVecs / kPart * kPart, kRest = kVecs - kFull, kStride = kVecs * kLanes;
+  for (int v = 0; v < kFull; v += kPart) {
+    Runs<Value, Index, kOutputs, kPart>(w, tile, first, last, panel + v * kLanes, sums + v * kLanes, kStride);
+  }
+  if constexpr (kRest > 0) {
+    Runs<Value, Index, kOutputs, kRest>(w, tile, first, last, panel + kFull * kLanes, sums + kFull * kLanes, kStride);
+  }
+}
+
+using TileLoop = void (*)(const Weight&, int64_t, int64_t, int64_t, const float*, float*);
+
+template <class Value, class Index, int kOutputs, int kVecs = 1>
+TileLoop LoopOfWidth(int64_t vecs) {
   if constexpr (kVecs > kMaxVecs) {
     return nullptr;
   } else {
-    return vecs == kVecs ? &TileTimesPanel<kVecs> : LoopFor<kVecs + 1>(vecs);
+    return vecs == kVecs ? &TileTimesPanel<Value, Index, kOutputs, kVecs>
+                         : LoopOfWidth<Value, Index, kOutputs, kVecs + 1>(vecs);
   }
 }
 
-// A tile's rows of x, side by side, so that they fill the first-level cache evenly whatever the batch is.
-void Pack(const Weight& w, int64_t tile, const Task& task, const float* x, float* panel, int64_t padded) {
-  const int64_t begin = tile * w.tile;
-  const int64_t rows = begin + w.tile < w.n_in ? w.tile : w.n_in - begin;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = panel + r * padded;
-    std::memcpy(to, x + (begin + r) * task.batch + task.column, task.width * sizeof(float));
-    for (int64_t c = task.width; c < padded; ++c) to[c] = 0;
+template <class Value, class Index>
+TileLoop LoopOfIndex(const Weight& w, int64_t vecs) {
+  return w.group == 1 ? LoopOfWidth<Value, Index, 1>(vecs) : LoopOfWidth<Value, Index, kGroup>(vecs);
+}
+
+template <class Value>
+TileLoop LoopOfValue(const Weight& w, int64_t vecs) {
+  return w.wide ? LoopOfIndex<Value, uint16_t>(w, vecs) : LoopOfIndex<Value, uint8_t>(w, vecs);
+}
+
+TileLoop LoopFor(const Weight& w, int64_t vecs) {
+  return w.type == Type::kF32    ? LoopOfValue<float>(w, vecs)
+         : w.type == Type::kBF16 ? LoopOfValue<BF16>(w, vecs)
+                                 : LoopOfValue<int8_t>(w, vecs);
+}
+
+// ---- sums out: (output, position) -> (position, output), and what is done to them on the way ----
+
+template <class Y>
+void Finish(float sum, const Weight& w, const Operands& ops, int64_t position, int64_t o) {
+  if (w.scale) sum *= w.scale[o];
+  if (ops.bias) sum += ops.bias[o];
+  const int64_t at = position * w.n_out + o;
+  if (ops.residual) sum += Widen(static_cast<const Y*>(ops.residual)[at]);
+  Narrow(ops.relu && !(sum > 0) && sum == sum ? 0.0f : sum, static_cast<Y*>(ops.y) + at);
+}
+
+template <class Y>
+void FinishVec(Vec sum, const Weight& w, const Operands& ops, int64_t position, int64_t o) {
+  if (w.scale) sum *= Load(w.scale + o);
+  if (ops.bias) sum += Load(ops.bias + o);
+  const int64_t at = position * w.n_out + o;
+  if (ops.residual) sum += Load(static_cast<const Y*>(ops.residual) + at);
+  if (ops.relu) sum = (Vec)((Bits)sum & ~(Bits)(sum <= 0));  // a NaN stays one
+  Store(static_cast<Y*>(ops.y) + at, sum);
+}
+
+template <class Y>
+void WriteOut(const Weight& w, const Operands& ops, const Task& task, int64_t first, int64_t last, const float* sums) {
+  const int64_t stride = Vecs(task.count) * kLanes;
+  int64_t o = first;
+  for (; o + kLanes <= last; o += kLanes) {
+    for (int64_t p = 0; p < task.count; p += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = Load(sums + (o - first + i) * stride + p);
+      Transpose(square);
+      const int64_t n = std::min<int64_t>(kLanes, task.count - p);
+      for (int64_t i = 0; i < n; ++i) FinishVec<Y>(square[i], w, ops, task.position + p + i, o);
+    }
+  }
+  for (; o < last; ++o) {
+    for (int64_t p = 0; p < task.count; ++p) {
+      Finish<Y>(sums[(o - first) * stride + p], w, ops, task.position + p, o);
+    }
   }
 }
 
-void Product(const Weight& w, const Task& task, const float* x, float* y, float* panel, float* spill) {
-  const int64_t padded = (task.width + kLanes - 1) / kLanes * kLanes;
-  const bool direct = SumsInPlace(task, kLanes);
-  float* rows = y + task.first * task.batch + task.column;
-  float* out = direct ? rows : spill;
-  const int64_t stride = direct ? task.batch : padded;
-  const TileLoop loop = LoopFor<1>(padded / kLanes);
-  for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
-    Pack(w, tile, task, x, panel, padded);
-    loop(w, tile, task, panel, out, stride);
-  }
-  if (direct) return;
-  for (int64_t o = 0; o < task.last - task.first; ++o) {
-    std::memcpy(rows + o * task.batch, spill + o * padded, task.width * sizeof(float));
-  }
+// ---- the whole of it ----
+
+// Groups that are worked on at once. One tile needs no sums between tiles, so they stay in the first level.
+int64_t GroupsAtOnce(const Weight& w, int64_t groups) {
+  return std::min(groups, (w.n_tiles == 1 ? int64_t{64} : kSums) / w.group);
 }
 
-// Bound by memory: four sums, so that additions do not wait for each other.
-float Dot(const float* values, const uint16_t* index, int64_t n, const float* x) {
+int64_t PanelRows(const Weight& w, int64_t groups) {
+  return GroupsAtOnce(w, groups) < groups ? w.n_in : std::min(w.tile, w.n_in);
+}
+
+int64_t ScratchFloats(const Weight& w, int64_t count, int64_t groups) {
+  return (PanelRows(w, groups) + GroupsAtOnce(w, groups) * w.group) * Vecs(count) * kLanes;
+}
+
+template <class X, class Y>
+bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const Task& task, float* scratch) {
+  if (!SoundTiles(w, task.first, task.last)) return false;
+  const int64_t vecs = Vecs(task.count), stride = vecs * kLanes, groups = task.last - task.first;
+  const int64_t at_once = GroupsAtOnce(w, groups);
+  const bool keep = at_once < groups;  // the packed tiles, for the next groups
+  float* sums = scratch + PanelRows(w, groups) * stride;
+  Corner<X> corners[kPanel];
+  FindCorners(win, static_cast<const X*>(ops.x), task, stride, corners);
+  const TileLoop loop = LoopFor(w, vecs);
+  for (int64_t first = task.first; first < task.last; first += at_once) {
+    const int64_t last = std::min(first + at_once, task.last);
+    if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * stride, 0.0f);
+    for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+      float* panel = scratch + (keep ? tile * w.tile * stride : 0);
+      if (first == task.first || !keep) PackTile(w, win, corners, tile, vecs, panel);
+      loop(w, tile, first, last, panel, sums);
+    }
+    WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums);
+  }
+  return true;
+}
+
+bool Panel(const Weight& w, const Window& win, const Operands& ops, const Task& task, float* scratch) {
+  const bool x_wide = ops.x_type == Type::kF32, y_wide = ops.y_type == Type::kF32;
+  return (x_wide ? (y_wide ? &PanelProduct<float, float> : &PanelProduct<float, BF16>)
+                 : (y_wide ? &PanelProduct<BF16, float> : &PanelProduct<BF16, BF16>))(w, win, ops, task, scratch);
+}
+
+// ---- one position ----
+
+constexpr int64_t kAhead = 512;  // non-zeros between what is asked of memory and what is used
+constexpr int64_t kChecked = 8;    // groups whose indices are checked just before they are used
+
+// Bound by memory, so that is asked early; and four sums, so that additions do not wait for each other.
+template <class Value, class Index, class X>
+float Dot(const Value* values, const Index* index, int64_t n, const X* x) {
   float a = 0, b = 0, c = 0, d = 0;
+  const auto four = [&](int64_t i) {
+    a += Widen(values[i]) * Widen(x[index[i]]);
+    b += Widen(values[i + 1]) * Widen(x[index[i + 1]]);
+    c += Widen(values[i + 2]) * Widen(x[index[i + 2]]);
+    d += Widen(values[i + 3]) * Widen(x[index[i + 3]]);
+  };
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    a += values[i] * x[index[i]];
-    b += values[i + 1] * x[index[i + 1]];
-    c += values[i + 2] * x[index[i + 2]];
-    d += values[i + 3] * x[index[i + 3]];
+  for (; i + 16 <= n; i += 16) {
+    __builtin_prefetch(values + i + kAhead);
+    __builtin_prefetch(index + i + kAhead);
+    for (int64_t j = i; j < i + 16; j += 4) four(j);
   }
-  for (; i < n; ++i) a += values[i] * x[index[i]];
+  for (; i + 4 <= n; i += 4) four(i);
+  for (; i < n; ++i) a += Widen(values[i]) * Widen(x[index[i]]);
   return (a + b) + (c + d);
 }
 
-void Vector(const Weight& w, const float* x, float* y, int64_t first, int64_t last) {
-  for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
-    const int32_t* ptr = w.ptr + tile * (w.n_out + 1);
-    for (int64_t o = first; o < last; ++o) {
-      const float sum = Dot(w.values + ptr[o], w.index + ptr[o], ptr[o + 1] - ptr[o], x + tile * w.tile);
-      y[o] = tile == 0 ? sum : y[o] + sum;
+// The same for a group's outputs, side by side.
+template <class Value, class Index, class X>
+void GroupDot(const Value* values, const Index* index, int64_t n, const X* x, float* sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int o = 0; o < kGroup; ++o) sums[o] += Widen(values[i * kGroup + o]) * Widen(x[index[i]]);
+  }
+}
+
+template <class Value, class Index, class X>
+void Dots(const Weight& w, const Operands& ops, const Task& task) {
+  for (int64_t g = task.first; g < task.last; ++g) {
+    float sums[kGroup] = {};
+    for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+      const int32_t* bounds = w.bounds + tile * (w.groups() + 1) + g;
+      const Value* values = static_cast<const Value*>(w.values) + bounds[0] * w.group;
+      const Index* index = static_cast<const Index*>(w.index) + bounds[0];
+      const X* x = static_cast<const X*>(ops.x) + tile * w.tile;
+      const int64_t n = bounds[1] - bounds[0];
+      w.group == 1 ? void(sums[0] += Dot(values, index, n, x)) : GroupDot(values, index, n, x, sums);
+    }
+    for (int64_t i = 0; i < w.group; ++i) {
+      const int64_t o = g * w.group + i;
+      ops.y_type == Type::kF32 ? Finish<float>(sums[i], w, ops, 0, o) : Finish<BF16>(sums[i], w, ops, 0, o);
     }
   }
+}
+
+template <class Value, class Index>
+void DotsOf(const Weight& w, const Operands& ops, const Task& task) {
+  ops.x_type == Type::kF32 ? Dots<Value, Index, float>(w, ops, task) : Dots<Value, Index, BF16>(w, ops, task);
+}
+
+using DotsLoop = void (*)(const Weight&, const Operands&, const Task&);
+
+template <class Value>
+DotsLoop DotsOfValue(const Weight& w) {
+  return w.wide ? &DotsOf<Value, uint16_t> : &DotsOf<Value, uint8_t>;
+}
+
+bool Vector(const Weight& w, const Operands& ops, const Task& task) {
+  const DotsLoop dots = w.type == Type::kF32    ? DotsOfValue<float>(w)
+                        : w.type == Type::kBF16 ? DotsOfValue<BF16>(w)
+                                                : DotsOfValue<int8_t>(w);
+  for (int64_t first = task.first; first < task.last; first += kChecked) {
+    const int64_t last = std::min(first + kChecked, task.last);
+    if (!SoundTiles(w, first, last)) return false;
+    dots(w, ops, {0, 1, first, last});
+  }
+  return true;
 }
 
 }  // namespace
 
-const Kernels KERNELS = {&Product, &Vector, ISA_NAME, kLanes};
+const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, ISA_NAME, kLanes, kPanel};
 
 }  // namespace jaxprune

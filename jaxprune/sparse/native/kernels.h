@@ -1,42 +1,67 @@
-// A weight in tiles, and the loops over it; one set of loops for each instruction set, chosen at run time.
+// A weight in tiles, a window over the activations, and the loops over both; one set of loops for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace jaxprune {
 
-constexpr int64_t kPanel = 64;  // columns of the batch worked on at once
+enum class Type { kF32, kBF16, kS8 };
 
-// W (out, in), cut into tiles of `tile` inputs. The non-zeros lie tile by tile, within a tile output by output, within an
-// output by input; those of tile t and output o are the slots ptr[t * (n_out + 1) + o] up to the next bound.
+constexpr int64_t kGroup = 4;  // outputs of a group, where it is not a single one
+
+// W (out, in), cut into tiles of `tile` inputs, its outputs in groups of `group` that share their inputs. The non-zeros lie
+// tile by tile, within a tile group by group, within a group by input, and there side by side for the group's outputs; the
+// inputs of tile t and group g are index[bounds[t * (groups + 1) + g]] up to the next bound.
 struct Weight {
-  const float* values;
-  const uint16_t* index;  // input, counted from the tile's first
-  const int32_t* ptr;
-  int64_t n_in, n_out, tile, n_tiles;
+  const void* values;  // f32, bf16, or s8 to be multiplied by `scale`
+  const void* index;   // input, counted from the tile's first; u8, or u16 if `wide`
+  const int32_t* bounds;
+  const float* scale;  // of every output, or null
+  Type type;
+  bool wide;
+  int64_t n_in, n_out, tile, n_tiles, group;
+  int64_t inputs;  // length of `index`; there are `group` values for each
+
+  int64_t groups() const { return n_out / group; }
 };
 
-// What a task needs beside the weight; `columns` of x and y are `batch` apart from row to row.
+// Where the inputs of an output position are: input (kh, kw, c) of position (image, oh, ow) is the activation at
+// (image, oh * stride - pad + kh * dilation, ..., c), or 0 outside. A matrix product is a window of 1 x 1 over images of
+// one pixel.
+struct Window {
+  int64_t images = 0, height = 1, width = 1, channels = 0;
+  int64_t out_height = 1, out_width = 1;
+  int64_t kernel_height = 1, kernel_width = 1;
+  int64_t stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
+
+  int64_t positions() const { return images * out_height * out_width; }
+};
+
+// y = relu(scale * (W @ x) + bias + residual), all but W @ x optional; x, y and residual have channels last, as users do.
+struct Operands {
+  const void* x;
+  void* y;
+  const float* bias;
+  const void* residual;  // of the type of y
+  Type x_type, y_type;   // f32 or bf16
+  bool relu;
+};
+
+// A share of the work: positions [position, position + count), count <= the kernels' `panel_columns`, and groups of outputs
+// [first, last).
 struct Task {
-  int64_t batch;
-  int64_t column, width;  // columns [column, column + width), width <= kPanel
-  int64_t first, last;    // outputs [first, last)
+  int64_t position, count, first, last;
 };
-
-// Whether sums can live in y itself: where a panel is all of the batch, and its width fills whole vectors. The rows of a
-// wider y are far apart, often by a power of two, and would fall on few sets of the cache.
-inline bool SumsInPlace(const Task& task, int64_t lanes) {
-  return task.width == task.batch && task.width % lanes == 0;
-}
 
 struct Kernels {
-  // y[first:last, column:column+width] = W[first:last] @ x[:, column:column+width]
-  // panel: tile * kPanel floats of scratch; spill: (last - first) * kPanel, unless SumsInPlace.
-  void (*product)(const Weight&, const Task&, const float* x, float* y, float* panel, float* spill);
-  // y[first:last] = W[first:last] @ x, for a single column.
-  void (*vector)(const Weight&, const float* x, float* y, int64_t first, int64_t last);
+  // Computes a task; false if the weight's indices or bounds would lead outside, and nothing is read or written there.
+  bool (*panel)(const Weight&, const Window&, const Operands&, const Task&, float* scratch);
+  // Floats of scratch that `panel` needs for tasks of up to `count` positions and `groups` groups of outputs.
+  int64_t (*scratch)(const Weight&, int64_t count, int64_t groups);
+  // The same for a single position of a matrix product; only `first` and `last` of the task count.
+  bool (*vector)(const Weight&, const Operands&, const Task&);
   const char* name;
-  int64_t lanes;
+  int64_t lanes, panel_columns;
 };
 
 extern const Kernels kPortable;

@@ -1,15 +1,13 @@
-// The product W @ x as an XLA custom call: checks what it is handed, cuts the work up, and runs it on XLA's own threads.
-#include <algorithm>
+// The product W @ x, and the convolution, as an XLA custom call: checks what it is handed, cuts the work up, and runs it
+// on XLA's own threads.
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "kernels.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -38,102 +36,160 @@ const Kernels& BestKernels() {
 
 namespace {
 
-// Runs work(0), ..., work(n - 1) on the pool and on the calling thread, and returns when all are done. The caller takes
-// its share and waits only for tasks that somebody has begun, so a pool that is busy, or has no thread, holds nothing up.
-void ForEach(ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t)>& work) {
-  struct Progress {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;  // under `mutex`
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  auto progress = std::make_shared<Progress>();
-  // `work` is only touched while tasks are left, and then the caller is still here.
-  auto run = [progress, n, work = &work] {
-    int64_t mine = 0;
-    for (int64_t i; (i = progress->next.fetch_add(1)) < n; ++mine) (*work)(i);
-    std::lock_guard<std::mutex> lock(progress->mutex);
-    progress->done += mine;
-    if (progress->done == n) progress->all_done.notify_all();
-  };
-  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([run] { run(); });
-  run();
-  std::unique_lock<std::mutex> lock(progress->mutex);
-  progress->all_done.wait(lock, [&] { return progress->done == n; });
-}
-
 constexpr int64_t kAlign = 64;
+// Below this many multiply-adds of whole vectors a task is done before another thread is awake.
+constexpr int64_t kWorthAThread = 1 << 13;
 
-// Scratch on a cache line's boundary.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : bytes_(new char[floats * sizeof(float) + kAlign]) {}
-  float* get() {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
-    return reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);
+// This thread's scratch, on a cache line's boundary; kept, since fresh pages cost more than many a product.
+float* Scratch(int64_t floats) {
+  thread_local std::unique_ptr<char[]> bytes;
+  thread_local int64_t size = 0;
+  const int64_t wanted = floats * static_cast<int64_t>(sizeof(float)) + kAlign;
+  if (wanted > size) {
+    bytes.reset();
+    bytes.reset(new char[wanted]);
+    size = wanted;
   }
-
- private:
-  std::unique_ptr<char[]> bytes_;
-};
-
-void VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const float* x, float* y) {
-  const int64_t chunks = std::clamp<int64_t>(w.n_out / 64, 1, 4 * std::max<int64_t>(pool.num_threads(), 1));
-  const int64_t rows = (w.n_out + chunks - 1) / chunks;
-  ForEach(pool, chunks, [&](int64_t c) {
-    kernels.vector(w, x, y, std::min(c * rows, w.n_out), std::min((c + 1) * rows, w.n_out));
-  });
+  const auto address = reinterpret_cast<uintptr_t>(bytes.get());
+  return reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);
 }
 
-void PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, int64_t batch, const float* x,
-                  float* y) {
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The part of [0, n) that is i's of `parts`.
+std::pair<int64_t, int64_t> Part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
+
+bool VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Operands& ops) {
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t panels = (batch + kPanel - 1) / kPanel;
-  // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
-  const int64_t splits = panels % threads == 0 ? 1 : std::min(threads, w.n_out);
-  const int64_t rows = (w.n_out + splits - 1) / splits;
-  ForEach(pool, panels * splits, [&](int64_t t) {
-    Task task;
-    task.batch = batch;
-    task.column = t / splits * kPanel;
-    task.width = std::min(kPanel, batch - task.column);
-    task.first = std::min(t % splits * rows, w.n_out);
-    task.last = std::min(task.first + rows, w.n_out);
-    Scratch panel(std::min(w.tile, w.n_in) * kPanel);
-    Scratch spill(SumsInPlace(task, kernels.lanes) ? 0 : (task.last - task.first) * kPanel);
-    kernels.product(w, task, x, y, panel.get(), spill.get());
+  const int64_t parts = w.inputs * w.group < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  std::atomic<bool> sound{true};
+  ForEach(pool, parts, [&](int64_t i) {
+    const auto [first, last] = Part(w.groups(), parts, i);
+    if (!kernels.vector(w, ops, {0, 1, first, last})) sound = false;
   });
+  return sound;
 }
+
+bool PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
+                  const Operands& ops) {
+  const int64_t positions = window.positions(), vecs = CeilDiv(positions, kernels.lanes);
+  const int64_t work = (w.inputs * w.group + w.n_in) * vecs;
+  const int64_t threads = work < 2 * kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t panels = CeilDiv(positions, kernels.panel_columns);
+  // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
+  const int64_t splits = panels % threads == 0 || panels >= 8 * threads ? 1 : std::min(threads, w.groups());
+  std::atomic<bool> sound{true};
+  ForEach(pool, panels * splits, [&](int64_t i) {
+    // Whole vectors, the same number in every panel if it can be.
+    const auto [from, to] = Part(vecs, panels, i / splits);
+    const auto [first, last] = Part(w.groups(), splits, i % splits);
+    const int64_t begin = from * kernels.lanes, count = std::min(to * kernels.lanes, positions) - begin;
+    float* scratch = Scratch(kernels.scratch(w, count, last - first));
+    if (!kernels.panel(w, window, ops, {begin, count, first, last}, scratch)) sound = false;
+  });
+  return sound;
+}
+
+// ---- what arrives ----
 
 ffi::Error Refuse(const std::string& why) { return ffi::Error::InvalidArgument("jaxprune_product: " + why); }
 
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::U16> index,
-                   ffi::Buffer<ffi::S32> ptr, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y, int64_t tile) {
-  if (x.dimensions().size() != 2) return Refuse("`x` must be (in, batch)");
-  if (y->dimensions().size() != 2) return Refuse("the result must be (out, batch)");
-  const int64_t batch = x.dimensions()[1], n_in = x.dimensions()[0], n_out = y->dimensions()[0];
-  if (y->dimensions()[1] != batch) return Refuse("`x` and the result must have the same batch");
-  if (tile < 1 || tile > 65536) return Refuse("`tile` must be in [1, 65536]");
-  if (values.element_count() != index.element_count()) return Refuse("`values` and `index` must be of one length");
-  const int64_t n_tiles = (n_in + tile - 1) / tile;
-  if (static_cast<int64_t>(ptr.element_count()) != n_tiles * (n_out + 1)) {
-    return Refuse("`ptr` must have ceil(in / tile) * (out + 1) bounds");
+bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: *type = Type::kF32; return true;
+    case ffi::DataType::BF16: *type = Type::kBF16; return true;
+    case ffi::DataType::S8: *type = Type::kS8; return true;
+    default: return false;
   }
-  float* out = y->typed_data();
-  if (n_out == 0 || batch == 0) return ffi::Error::Success();
-  if (n_in == 0) {
-    std::fill_n(out, n_out * batch, 0.0f);
-    return ffi::Error::Success();
+}
+
+bool IsActivation(Type type) { return type == Type::kF32 || type == Type::kBF16; }
+
+int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
+
+// The window's numbers, as `jaxprune.sparse.native` lays them out: kernel, stride, padding before, dilation; of x and y
+// the shapes say the rest. Empty for a matrix product.
+std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, Window* out) {
+  const auto xs = x.dimensions(), ys = y.dimensions();
+  if (numbers.size() == 0) {
+    if (xs.size() != 2) return "`x` must be (batch, in)";
+    if (ys.size() != 2) return "the result must be (batch, out)";
+    out->images = xs[0];
+    out->channels = xs[1];
+    return xs[0] == ys[0] ? "" : "`x` and the result must have the same batch";
   }
-  const Weight w{values.typed_data(), index.typed_data(), ptr.typed_data(), n_in, n_out, tile, n_tiles};
+  if (numbers.size() != 8) return "`window` must have 8 numbers, or none";
+  if (xs.size() != 4) return "`x` must be (batch, height, width, channels)";
+  if (ys.size() != 4) return "the result must be (batch, height, width, out)";
+  if (xs[0] != ys[0]) return "`x` and the result must have the same batch";
+  for (int i = 0; i < 8; ++i) {
+    const bool padding = i == 4 || i == 5;
+    if (numbers[i] < (padding ? 0 : 1) || numbers[i] > (1 << 20)) return "`window` has a number out of range";
+  }
+  *out = {xs[0],      xs[1],      xs[2],      xs[3],      ys[1],      ys[2],     numbers[0],
+          numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]};
+  return "";
+}
+
+std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
+                       const ffi::AnyBuffer& scale, int64_t tile, int64_t group, Weight* w) {
+  if (!TypeOf(values, &w->type)) return "`values` must be float32, bfloat16 or int8";
+  const bool narrow = index.element_type() == ffi::DataType::U8;
+  if (!narrow && index.element_type() != ffi::DataType::U16) return "`index` must be uint8 or uint16";
+  if (bounds.element_type() != ffi::DataType::S32) return "`bounds` must be int32";
+  if (tile < 1 || tile > (narrow ? 256 : 65536)) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
+  if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
+  if (w->n_out % group != 0) return "`group` must divide the outputs";
+  if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
+  if (Count(values) > INT32_MAX) return "`values` must be fewer than 2^31";
+  w->n_tiles = CeilDiv(w->n_in, tile);
+  w->group = group;
+  if (Count(bounds) != w->n_tiles * (w->groups() + 1)) return "`bounds` must have ceil(in / tile) * (out / group + 1) numbers";
+  if (scale.element_type() != ffi::DataType::F32) return "`scale` must be float32";
+  if (Count(scale) != 0 && Count(scale) != w->n_out) return "`scale` must have one number for each output, or none";
+  w->values = values.untyped_data();
+  w->index = index.untyped_data();
+  w->bounds = static_cast<const int32_t*>(bounds.untyped_data());
+  w->scale = Count(scale) ? static_cast<const float*>(scale.untyped_data()) : nullptr;
+  w->wide = !narrow;
+  w->tile = tile;
+  w->inputs = Count(index);
+  return "";
+}
+
+std::string ReadOperands(const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual, const ffi::AnyBuffer& x,
+                         const ffi::AnyBuffer& y, int64_t n_out, bool relu, Operands* ops) {
+  if (!TypeOf(x, &ops->x_type) || !IsActivation(ops->x_type)) return "`x` must be float32 or bfloat16";
+  if (!TypeOf(y, &ops->y_type) || !IsActivation(ops->y_type)) return "the result must be float32 or bfloat16";
+  if (bias.element_type() != ffi::DataType::F32) return "`bias` must be float32";
+  if (Count(bias) != 0 && Count(bias) != n_out) return "`bias` must have one number for each output, or none";
+  if (residual.element_type() != y.element_type()) return "`residual` must be of the result's dtype";
+  if (Count(residual) != 0 && Count(residual) != Count(y)) return "`residual` must have the result's shape, or none";
+  ops->x = x.untyped_data();
+  ops->y = y.untyped_data();
+  ops->bias = Count(bias) ? static_cast<const float*>(bias.untyped_data()) : nullptr;
+  ops->residual = Count(residual) ? residual.untyped_data() : nullptr;
+  ops->relu = relu;
+  return "";
+}
+
+ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
+                   ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::AnyBuffer x,
+                   ffi::Result<ffi::AnyBuffer> y, int64_t tile, int64_t group, ffi::Span<const int64_t> numbers, bool relu) {
+  Window window;
+  Weight w;
+  Operands ops;
+  if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
+  w.n_in = window.kernel_height * window.kernel_width * window.channels;
+  w.n_out = y->dimensions().back();
+  if (std::string why = ReadWeight(values, index, bounds, scale, tile, group, &w); !why.empty()) return Refuse(why);
+  if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
+  const int64_t positions = window.positions();
+  if (positions == 0 || w.n_out == 0) return ffi::Error::Success();
   const Kernels& kernels = BestKernels();
-  if (batch == 1) {
-    VectorProduct(pool, kernels, w, x.typed_data(), out);
-  } else {
-    PanelProduct(pool, kernels, w, batch, x.typed_data(), out);
-  }
-  return ffi::Error::Success();
+  const bool sound = numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
+                                                           : PanelProduct(pool, kernels, w, window, ops);
+  return sound ? ffi::Error::Success() : Refuse("`index` or `bounds` lead outside of the weight");
 }
 
 }  // namespace
@@ -144,12 +200,18 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> values, ffi::Buff
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U16>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("tile"));
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("tile")
+                                  .Attr<int64_t>("group")
+                                  .Attr<ffi::Span<const int64_t>>("window")
+                                  .Attr<bool>("relu"));
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

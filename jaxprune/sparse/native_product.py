@@ -1,0 +1,165 @@
+"""The native product and convolution as jax primitives: plain, and with what follows in a layer.
+
+    native_product_p(values, index, bounds, scale, x)                    W x
+    fused_product_p(values, index, bounds, scale, x, *added)             relu(W x + bias + residual), each if wanted
+
+x is (n, in), or images (n, height, width, channels) where there is a window. Derivatives of the fused product are those
+of its parts, one after the other, and so is what `vmap` makes of it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, Shaped
+
+from jaxprune.sparse import native
+from jaxprune.sparse.matmul import project, times_transposed
+from jaxprune.sparse.primitives import sparse_product
+from jaxprune.sparse.tiles import NativeWeight, coordinates
+
+
+class Sizes(NamedTuple):
+    """What is static of a product.
+
+    Attributes:
+        n_out: outputs.
+        n_in: inputs, those of the window counted.
+        tile: inputs of a tile.
+        group: outputs that share a run.
+        dtype: of the result.
+        window: of a convolution, two numbers each: kernel, stride, padding before, dilation; empty for a matrix.
+        pixels: height and width of the result of a convolution.
+    """
+
+    n_out: int
+    n_in: int
+    tile: int
+    group: int
+    dtype: str
+    window: tuple[int, ...] = ()
+    pixels: tuple[int, ...] = ()
+
+
+class Steps(NamedTuple):
+    """What is done to a product's result, in this order.
+
+    Attributes:
+        bias: whether there is an operand of n_out numbers to add to every row.
+        residual: whether there is an operand as large as the result to add.
+        relu: whether negative results become 0.
+        shape: of the result in the end.
+    """
+
+    bias: bool
+    residual: bool
+    relu: bool
+    shape: tuple[int, ...]
+
+
+def _kernel(*operands: Array, sizes: Sizes) -> Array:
+    shape = (operands[-1].shape[0], *sizes.pixels, sizes.n_out)
+    return _fused_kernel(*operands, steps=Steps(False, False, False, shape), sizes=sizes)
+
+
+def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
+    weight, x, added = operands[:4], operands[4], list(operands[5:])
+    shape, dtype = (x.shape[0], *sizes.pixels, sizes.n_out), jnp.dtype(sizes.dtype)
+    bias = added.pop(0).reshape(-1).astype(jnp.float32) if steps.bias else jnp.zeros(0, jnp.float32)
+    residual = added.pop(0).reshape(shape) if steps.residual else jnp.zeros(0, dtype)
+    attributes = {"tile": sizes.tile, "group": sizes.group, "window": sizes.window, "relu": steps.relu}
+    y = native.product(*weight, bias, residual, x, shape=shape, dtype=dtype, **attributes)
+    return y.reshape(steps.shape)
+
+
+def _matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, sizes: Sizes) -> Array:
+    rows, cols = coordinates(index, bounds, n_out=sizes.n_out, tile=sizes.tile, group=sizes.group)
+    values = values.astype(jnp.float32)
+    matrix = jnp.zeros((sizes.n_out, sizes.n_in)).at[rows, cols].add(values, unique_indices=True)
+    return matrix * scale[:, None] if scale.size else matrix
+
+
+def _dense(matrix: Array, x: Array, *, sizes: Sizes) -> Array:
+    x = x.astype(jnp.float32)
+    if not sizes.window:
+        return (x @ matrix.T).astype(sizes.dtype)
+    kernel, stride, before, dilation = (sizes.window[i : i + 2] for i in range(0, 8, 2))
+    # What the shape of the result says; negative where the last pixels are not looked at.
+    after = [
+        (n - 1) * s + (k - 1) * d + 1 - size - p
+        for n, s, k, d, size, p in zip(sizes.pixels, stride, kernel, dilation, x.shape[1:3], before, strict=True)
+    ]
+    kernels = matrix.reshape(-1, *kernel, x.shape[3])
+    padding = list(zip(before, after, strict=True))
+    names = ("NHWC", "OHWI", "NHWC")
+    y = lax.conv_general_dilated(x, kernels, stride, padding, rhs_dilation=dilation, dimension_numbers=names)
+    return y.astype(sizes.dtype)
+
+
+native_product_p = sparse_product("native_product", _kernel, _matrix, _dense, batch_axis=0)
+
+
+def _fused_primitive() -> Primitive:
+    """Derivatives and batches are those of the steps apart, as the user's function has them."""
+    primitive = Primitive("native_fused_product")
+
+    def jvp(primals: Any, tangents: Any, *, apart: ClosedJaxpr, **_: Any) -> Any:
+        tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+        (y,), (dot,) = jax.jvp(jaxpr_as_fun(apart), primals, tangents)
+        return y, dot
+
+    def batch(args: Any, axes: Any, *, apart: ClosedJaxpr, **_: Any) -> Any:
+        (y,) = jax.vmap(jaxpr_as_fun(apart), axes)(*args)
+        return y, 0
+
+    primitive.def_impl(jax.jit(_fused_kernel, static_argnames=("steps", "sizes", "apart")))
+    primitive.def_abstract_eval(lambda *_, steps, sizes, apart: ShapedArray(steps.shape, jnp.dtype(sizes.dtype)))
+    mlir.register_lowering(primitive, mlir.lower_fun(_fused_kernel, multiple_results=False))
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+fused_product_p = _fused_primitive()
+
+
+def operands(weight: NativeWeight, x: Float[Array, "*batch channels"]) -> tuple[Shaped[Array, "..."], ...]:
+    """What `native_product` takes, for a weight and x that the kernels can run.
+
+    Raises:
+        TypeError: they cannot: another platform, another dtype, no kernels here.
+    """
+    if reason := _refusal(weight, x):
+        raise TypeError(f"Leaf {weight.name!r} is stored for the native kernels. {reason}")
+    return weight.values, weight.index, weight.bounds, weight.output_scale(), x
+
+
+def _refusal(weight: NativeWeight, x: Array) -> str:
+    for what, dtype in (("weights", weight.dtype), ("activations", x.dtype)):
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            return f"They take float32 and bfloat16, here are {what} of {dtype}: cast, or use another format."
+    if jax.default_backend() != "cpu":
+        return f'They run on CPU, not on {jax.default_backend()}: use the format "bcoo" or "bcsr".'
+    return native.why_missing()
+
+
+@project.register(NativeWeight)
+def _project_native(weight: NativeWeight, x: Float[Array, "n n_in"], dtype: Any) -> Float[Array, "n n_out"]:
+    n_out, n_in = weight.sizes
+    sizes = Sizes(n_out, n_in, weight.tile, weight.group, result_dtype(dtype))
+    return native_product_p.bind(*operands(weight, x), sizes=sizes).astype(dtype)
+
+
+def result_dtype(dtype: Any) -> str:
+    """The dtype in which the kernels give a result that is wanted in `dtype`."""
+    return "bfloat16" if dtype == jnp.bfloat16 else "float32"
+
+
+@times_transposed.register(NativeWeight)
+def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -> Float[Array, "n_in n"]:
+    # No kernel of its own; the dense product is many times faster on CPU than a gather and a scatter.
+    return weight.matrix().T @ y
