@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 import jax
 import quax
 
-import jaxprune.sparse.conv  # noqa: F401  (these register their rules with quax)
-import jaxprune.sparse.matmul  # noqa: F401
+from jaxprune.sparse import conv, matmul  # noqa: F401  (they register their rules with quax)
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
 from jaxprune.sparse.fuse import fused
 

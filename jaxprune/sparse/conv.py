@@ -2,9 +2,9 @@
 
     y[n, h, w, :] = W (out, (kh, kw, c)) times x[n, h * stride - padding + kh * dilation, ..., c]
 
-x and y have whatever axis order the layer has; the kernels take NHWC, so others are turned before and after. One spatial
-axis is a window of height 1. Grouped and depthwise convolutions, dilated inputs (transposed convolutions), negative
-padding and three spatial axes have no sparse form here.
+x and y have whatever axis order the layer has; the kernels take NHWC, so others are turned before and after. One
+spatial axis is a window of height 1. Grouped and depthwise convolutions, dilated inputs (transposed convolutions),
+negative padding and three spatial axes have no sparse form here.
 """
 
 from typing import Any

@@ -5,12 +5,12 @@ A weight is stored as the matrix W (out, in) of its non-zeros, sorted by output 
     W = {(row, col, value)},   leaf = W (out, in)   or   leaf = W.T (in, out), as the framework lays it out,
 
 for a convolution with in = (*window, channels), flattened in this order whatever the leaf's: y = W times the window's
-activations. It stands in the tree where its leaf stood: an array-ish value with the leaf's shape and dtype, itself a pytree of
-arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and gives
-them back; everything else follows.
+activations. It stands in the tree where its leaf stood: an array-ish value with the leaf's shape and dtype, itself a
+pytree of arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and
+gives them back; everything else follows.
 
-The native formats are in `jaxprune.sparse.tiles`. A further one, such as blocks, is one class, one line in `FORMATS`,
-and one `matmul.times.register`.
+The native formats are in `jaxprune.sparse.tiles`, blocks in `blocks`. A further one is one class, a line in `FORMATS`,
+and a registration with `matmul.times` or `matmul.project`.
 """
 
 import abc
@@ -27,7 +27,7 @@ from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
-from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int8, Int32, Shaped
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
 
 Unsupported = Literal["refuse", "dense"]
 
@@ -128,7 +128,8 @@ class SparseWeight(quax.ArrayValue):
             )
         if self.values.ndim != 1 or not jnp.issubdtype(self.values.dtype, self.stored_dtype):
             raise TypeError(
-                f"{self._who} needs {self.stored_dtype.__name__} values of shape (nse,), {jax.typeof(self.values).str_short()} arrived."
+                f"{self._who} needs {self.stored_dtype.__name__} values of shape (nse,), "
+                f"{jax.typeof(self.values).str_short()} arrived."
             )
         if len(self.leaf_shape) < 2 or max(*self.sizes, self.nse) >= 2**31:
             raise ValueError(
@@ -223,8 +224,8 @@ class SparseWeight(quax.ArrayValue):
             return self.decompress()
         raise SparseUseError(
             f"Leaf {self.name!r} {self.leaf_shape} is compressed as {type(self).__name__} and was used by {use}, which "
-            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, and "
-            f"in the native formats a convolution without groups. "
+            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, "
+            f"and in the native formats a convolution without groups. "
             f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
             f'`apply(fn, unsupported="dense")`.'
         )

@@ -2,14 +2,14 @@
 
     relu(W x + bias + residual)
 
-At the speed of a sparse product, what follows it in a layer costs as much as the product: each step reads and writes all
-activations. So `fused` looks in the traced function for native products that are only reshaped, added to and passed to
-`jax.nn.relu`, and has each such chain computed by one call:
+At the speed of a sparse product, what follows it in a layer costs as much as the product: each step reads and writes
+all activations. So `fused` looks in the traced function for native products that are only reshaped, added to and passed
+to `jax.nn.relu`, and has each such chain computed by one call:
 
     product -> [reshape] -> [+ (..., 1, n_out)] -> [+ same shape] -> [relu]        additions in any order
 
-A step joins the chain if nobody else uses its input. The result is the same but for rounding: 16-bit results are rounded
-once, not at every step.
+A step joins the chain if nobody else uses its input. The result is the same but for rounding: 16-bit results are
+rounded once, not at every step.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from jaxprune.sparse.native_product import Steps, fused_product_p, native_product_p
@@ -67,7 +67,7 @@ def fused(fn: F) -> F:
             closed, shape = jax.make_jaxpr(arrays, return_shape=True)(inputs)
         except _BRANCHES_ON_VALUES:  # as it may where only derivatives are traced
             return fn(*args, **kwargs)
-        outputs = jax.core.eval_jaxpr(_with_chains(closed.jaxpr), closed.consts, *jax.tree.leaves(inputs))
+        outputs = eval_jaxpr(_with_chains(closed.jaxpr), closed.consts, *jax.tree.leaves(inputs))
         return eqx.combine(jax.tree.unflatten(jax.tree.structure(shape), outputs), static[-1])
 
     return with_chains  # pyright: ignore[reportReturnType]
@@ -107,21 +107,25 @@ def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, n_out: int) -> Cha
     steps = (*chain.steps, number)
     if _is_relu(eqn):
         return chain._replace(steps=steps, relu=True)
-    shape = eqn.outvars[0].aval.shape
-    if shape[-1:] != (n_out,) or eqn.outvars[0].aval.dtype != var.aval.dtype:
+    shape = _aval(eqn.outvars[0]).shape
+    if shape[-1:] != (n_out,) or _aval(eqn.outvars[0]).dtype != _aval(var).dtype:
         return None
     if eqn.primitive is lax.reshape_p and eqn.params["dimensions"] is None:
         return chain._replace(steps=steps)
     if eqn.primitive is not lax.add_p:
         return None
     other = eqn.invars[0] if eqn.invars[1] is var else eqn.invars[1]
-    if isinstance(other, Literal) or shape != var.aval.shape:
+    if isinstance(other, Literal) or shape != _aval(var).shape:
         return None
-    if chain.bias is None and other.aval.size == n_out == other.aval.shape[-1]:
+    if chain.bias is None and _aval(other).size == n_out == _aval(other).shape[-1]:
         return chain._replace(steps=steps, bias=other)
-    if chain.residual is None and other.aval.shape == shape:
+    if chain.residual is None and _aval(other).shape == shape:
         return chain._replace(steps=steps, residual=other)
     return None
+
+
+def _aval(var: Any) -> ShapedArray:
+    return var.aval
 
 
 def _with_chains(jaxpr: Jaxpr) -> Jaxpr:
@@ -149,7 +153,7 @@ def _one_equation(chain: Chain, jaxpr: Jaxpr) -> JaxprEqn:
     added = [var for var in (chain.bias, chain.residual) if var is not None]
     inputs, outputs = [*product.invars, *added], end.outvars
     eqns = [jaxpr.eqns[step] for step in chain.steps]
-    steps = Steps(chain.bias is not None, chain.residual is not None, chain.relu, end.outvars[0].aval.shape)
+    steps = Steps(chain.bias is not None, chain.residual is not None, chain.relu, _aval(end.outvars[0]).shape)
     apart = jaxpr.replace(
         constvars=[],
         invars=inputs,

@@ -67,12 +67,12 @@ def _kernel(*operands: Array, sizes: Sizes) -> Array:
 
 
 def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
-    weight, x, added = operands[:4], operands[4], list(operands[5:])
+    values, index, bounds, scale, x, *added = operands
     shape, dtype = (x.shape[0], *sizes.pixels, sizes.n_out), jnp.dtype(sizes.dtype)
     bias = added.pop(0).reshape(-1).astype(jnp.float32) if steps.bias else jnp.zeros(0, jnp.float32)
     residual = added.pop(0).reshape(shape) if steps.residual else jnp.zeros(0, dtype)
     attributes = {"tile": sizes.tile, "group": sizes.group, "window": sizes.window, "relu": steps.relu}
-    y = native.product(*weight, bias, residual, x, shape=shape, dtype=dtype, **attributes)
+    y = native.product(values, index, bounds, scale, bias, residual, x, shape=shape, dtype=dtype, **attributes)
     return y.reshape(steps.shape)
 
 

@@ -2,9 +2,9 @@
 
     y = product(values, *pattern, x)      linear in `values`, linear in x
 
-A derivative in x is the same product of a tangent; the transposes are dense, since on CPU the dense product and a gather
-are many times faster than short sums over the non-zeros. `vmap` over x adds rows, or columns, to one call of the kernel,
-where JAX's own rules would call it one by one, or leave it without a word.
+A derivative in x is the same product of a tangent; the transposes are dense, since on CPU the dense product and a
+gather are many times faster than short sums over the non-zeros. `vmap` over x adds rows, or columns, to one call of the
+kernel, where JAX's own rules would call it one by one, or leave it without a word.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def sparse_product(
         if type(tangents[-1]) is not ad.Zero:
             dots.append(primitive.bind(values, *pattern, ad.instantiate_zeros(tangents[-1]), **sizes))
         y = primitive.bind(*primals, **sizes)
-        return y, sum(dots[1:], dots[0]) if dots else ad.Zero.from_primal_value(y)
+        return y, sum(dots[1:], dots[0]) if dots else ad.Zero(jax.typeof(y).to_tangent_aval())
 
     def abstract(*args: Any, **sizes: Any) -> ShapedArray:
         y = jax.eval_shape(lambda *args: product(*args, **sizes), *args)

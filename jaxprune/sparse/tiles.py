@@ -3,14 +3,14 @@
     W (out, in) = tiles of T inputs, one after the other; tile t holds run after run, one an output;
     a run holds (input - t T, value) pairs, sorted.
 
-A panel of T inputs and 64 rows of the batch is packed into the cache, and all outputs go over it, so every non-zero costs
-a load and a multiply-add for each vector of rows and little else. T is small where there are many non-zeros, so that the
-panel stays in the first level, and larger where runs would have hardly any. For a batch of one memory is what counts, and
-runs should be long: T = 65536, all that 16-bit indices reach. Indices take a byte up to T = 256, two beyond; bounds of
-runs 4 (out + 1) ceil(in / T) bytes.
+A panel of T inputs and 64 rows of the batch is packed into the cache, and all outputs go over it, so every non-zero
+costs a load and a multiply-add for each vector of rows and little else. T is small where there are many non-zeros, so
+that the panel stays in the first level, and larger where runs would have hardly any. For a batch of one memory is what
+counts, and runs should be long: T = 65536, all that 16-bit indices reach. Indices take a byte up to T = 256, two
+beyond; bounds of runs 4 (out + 1) ceil(in / T) bytes.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -129,7 +129,8 @@ class NativeBlockWeight(NativeWeight):
 class NativeInt8Weight(NativeWeight):
     """Weights rounded to 8 bits, W = scale * values with a scale for every output; activations stay as they are.
 
-    Symmetric, scale = max |W| / 127 of the output: an error of at most scale / 2 a weight. Lossy, so only used when named.
+    Symmetric, scale = max |W| / 127 of the output: an error of at most scale / 2 a weight. Lossy, so only used when
+    named.
 
     Attributes:
         scale: of every output.
@@ -157,7 +158,8 @@ class NativeInt8Weight(NativeWeight):
         np.maximum.at(largest, rows, np.abs(values))
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
         rounded = np.rint(values / scale[rows]).astype(np.int8)
-        return super().pack(rounded, rows, cols, leaf_shape, scale=scale, leaf_dtype=dtype, **fields)
+        weight = super().pack(rounded, rows, cols, leaf_shape, scale=scale, leaf_dtype=dtype, **fields)
+        return cast(NativeInt8Weight, weight)
 
     def output_scale(self) -> Float32[Array, " n_out_or_0"]:
         """See `NativeWeight.output_scale`."""
@@ -167,7 +169,7 @@ class NativeInt8Weight(NativeWeight):
         """See `SparseWeight.aval`."""
         return ShapedArray(self.leaf_shape, jnp.dtype(self.leaf_dtype))
 
-    def astype(self, dtype: Any) -> "NativeInt8Weight":
+    def astype(self, dtype: Any) -> SparseWeight:
         """See `SparseWeight.astype`; the stored values stay."""
         return self.replace(leaf_dtype=jnp.dtype(dtype).name)
 

@@ -55,10 +55,10 @@ def instruction_set() -> str:
 
 def product(
     values: Shaped[Array, " nse"],
-    index: UInt8[Array, " nse"] | UInt16[Array, " nse"],
-    bounds: Int32[Array, " tiles_times_n_out_plus_1"],
+    index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"],
+    bounds: Int32[Array, " tiles_times_groups_plus_1"],
     scale: Float32[Array, " n_out_or_0"],
-    bias: Float32[Array, " n_out_or_0"],
+    bias: Float32[Array, " n_out_or_none"],
     residual: Float[Array, "..."],
     x: Float[Array, "*batch_and_window channels"],
     *,
@@ -85,8 +85,8 @@ def product(
         shape: of the result, (n, out) or (n, height, width, out).
         dtype: of the result, float32 or bfloat16; sums are float32.
         tile: inputs of a tile.
-        group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for each
-            group instead of each output.
+        group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for
+            each group instead of each output.
         window: of a convolution, two numbers each: kernel, stride, padding before, dilation. Inputs are then (window,
             channels).
         relu: whether negative results become 0.
