@@ -43,34 +43,46 @@ bool SoundTiles(const Weight& w, int64_t first, int64_t last) {
 
 // ---- activations in: (position, channel) -> panel rows (input, position) ----
 
-// The corner of a position's window.
+// Neighbours in one row of the result: positions [first, first + count) of a panel, and the corner of the first's window.
 template <class X>
-struct Corner {
-  const X* image;  // null: no position, zeros
-  int64_t h, w;
+struct Segment {
+  const X* image;
+  int64_t h, w, first, count;
 };
 
+// Segments are at most as many as positions.
 template <class X>
-void FindCorners(const Window& win, const X* x, const Task& task, int64_t padded, Corner<X>* corners) {
+int64_t FindSegments(const Window& win, const X* x, const Task& task, Segment<X>* segments) {
   const int64_t plane = win.out_height * win.out_width;
-  for (int64_t p = 0; p < padded; ++p) {
-    if (p >= task.count) {
-      corners[p] = {nullptr, 0, 0};
-      continue;
-    }
+  int64_t n = 0;
+  for (int64_t p = 0; p < task.count; p += segments[n++].count) {
     const int64_t position = task.position + p, image = position / plane, pixel = position % plane;
-    corners[p] = {x + image * win.height * win.width * win.channels,
-                  pixel / win.out_width * win.stride_h - win.pad_top,
-                  pixel % win.out_width * win.stride_w - win.pad_left};
+    const int64_t row = pixel / win.out_width, column = pixel % win.out_width;
+    segments[n] = {x + image * win.height * win.width * win.channels, row * win.stride_h - win.pad_top,
+                   column * win.stride_w - win.pad_left, p, std::min(win.out_width - column, task.count - p)};
+  }
+  return n;
+}
+
+// Calls visit(first position, count, activation of the first, step to the next) for what one tap of the window, `dh` and
+// `dw` from its corner, sees of the image; elsewhere it sees zeros.
+template <class X, class Visit>
+void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_t dh, int64_t dw, const Visit& visit) {
+  const int64_t step = win.stride_w;
+  for (const Segment<X>* s = segments; s < segments + n; ++s) {
+    const int64_t h = s->h + dh, w = s->w + dw;
+    const int64_t begin = w < 0 ? (step - 1 - w) / step : 0;
+    const int64_t end = w < win.width ? std::min(s->count, (win.width - 1 - w) / step + 1) : 0;
+    if (h < 0 || h >= win.height || begin >= end) continue;
+    visit(s->first + begin, end - begin, s->image + (h * win.width + w + begin * step) * win.channels, step * win.channels);
   }
 }
 
-// Rows [0, n) of the panel: channels of one tap of the window.
+// Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, null for zeros.
 template <class X>
-void PackTap(const X* const* rows, int64_t n, int64_t vecs, float* panel) {
+void PackSquares(const X* const* rows, int64_t squares, int64_t vecs, float* panel) {
   const int64_t stride = vecs * kLanes;
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
+  for (int64_t c = 0; c < squares * kLanes; c += kLanes) {
     for (int64_t v = 0; v < vecs; ++v) {
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -81,24 +93,36 @@ void PackTap(const X* const* rows, int64_t n, int64_t vecs, float* panel) {
       for (int i = 0; i < kLanes; ++i) Store(panel + (c + i) * stride + v * kLanes, square[i]);
     }
   }
-  for (; c < n; ++c) {
-    for (int64_t p = 0; p < stride; ++p) panel[c * stride + p] = rows[p] ? Widen(rows[p][c]) : 0.0f;
-  }
 }
 
 template <class X>
-void PackTile(const Weight& w, const Window& win, const Corner<X>* corners, int64_t tile, int64_t vecs, float* panel) {
+void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, int64_t n_segments, int64_t tile,
+              int64_t vecs, float* panel) {
   const int64_t begin = tile * w.tile, end = std::min(begin + w.tile, w.n_in), padded = vecs * kLanes;
   for (int64_t r = begin; r < end;) {
-    const int64_t tap = r / win.channels, c = r % win.channels, n = std::min(win.channels - c, end - r);
+    const int64_t tap = r / win.channels, first = r % win.channels, n = std::min(win.channels - first, end - r);
     const int64_t dh = tap / win.kernel_width * win.dilation_h, dw = tap % win.kernel_width * win.dilation_w;
-    const X* rows[kPanel];
-    for (int64_t p = 0; p < padded; ++p) {
-      const int64_t h = corners[p].h + dh, width = corners[p].w + dw;
-      const bool inside = corners[p].image && h >= 0 && h < win.height && width >= 0 && width < win.width;
-      rows[p] = inside ? corners[p].image + (h * win.width + width) * win.channels + c : nullptr;
+    const int64_t squares = n / kLanes;
+    float* rows_of_panel = panel + (r - begin) * padded;
+    if (squares) {
+      const X* rows[kPanel] = {};
+      EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
+        for (int64_t i = 0; i < count; ++i) rows[p + i] = from + i * step + first;
+      });
+      PackSquares(rows, squares, vecs, rows_of_panel);
     }
-    PackTap(rows, n, vecs, panel + (r - begin) * padded);
+    for (int64_t c = squares * kLanes; c < n; ++c) {
+      float* row = rows_of_panel + c * padded;
+      for (int64_t v = 0; v < vecs; ++v) Store(row + v * kLanes, Vec{});
+      EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
+        from += first + c;
+        if (step == 1) {
+          for (int64_t i = 0; i < count; ++i) row[p + i] = Widen(from[i]);
+        } else {
+          for (int64_t i = 0; i < count; ++i) row[p + i] = Widen(from[i * step]);
+        }
+      });
+    }
     r += n;
   }
 }
@@ -234,15 +258,15 @@ bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const
   const int64_t at_once = GroupsAtOnce(w, groups);
   const bool keep = at_once < groups;  // the packed tiles, for the next groups
   float* sums = scratch + PanelRows(w, groups) * stride;
-  Corner<X> corners[kPanel];
-  FindCorners(win, static_cast<const X*>(ops.x), task, stride, corners);
+  Segment<X> segments[kPanel];
+  const int64_t n_segments = FindSegments(win, static_cast<const X*>(ops.x), task, segments);
   const TileLoop loop = LoopFor(w, vecs);
   for (int64_t first = task.first; first < task.last; first += at_once) {
     const int64_t last = std::min(first + at_once, task.last);
     if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * stride, 0.0f);
     for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
       float* panel = scratch + (keep ? tile * w.tile * stride : 0);
-      if (first == task.first || !keep) PackTile(w, win, corners, tile, vecs, panel);
+      if (first == task.first || !keep) PackTile(w, win, segments, n_segments, tile, vecs, panel);
       loop(w, tile, first, last, panel, sums);
     }
     WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums);

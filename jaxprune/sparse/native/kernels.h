@@ -26,8 +26,8 @@ struct Weight {
 };
 
 // Where the inputs of an output position are: input (kh, kw, c) of position (image, oh, ow) is the activation at
-// (image, oh * stride - pad + kh * dilation, ..., c), or 0 outside. A matrix product is a window of 1 x 1 over images of
-// one pixel.
+// (image, oh * stride - pad + kh * dilation, ..., c), or 0 outside. A matrix product is a window of 1 x 1 over one image
+// with the batch for a row.
 struct Window {
   int64_t images = 0, height = 1, width = 1, channels = 0;
   int64_t out_height = 1, out_width = 1;

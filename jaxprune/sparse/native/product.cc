@@ -114,7 +114,8 @@ std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x
   if (numbers.size() == 0) {
     if (xs.size() != 2) return "`x` must be (batch, in)";
     if (ys.size() != 2) return "the result must be (batch, out)";
-    out->images = xs[0];
+    out->images = 1;
+    out->width = out->out_width = xs[0];
     out->channels = xs[1];
     return xs[0] == ys[0] ? "" : "`x` and the result must have the same batch";
   }
@@ -128,6 +129,11 @@ std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x
   }
   *out = {xs[0],      xs[1],      xs[2],      xs[3],      ys[1],      ys[2],     numbers[0],
           numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]};
+  const bool each_pixel = numbers[0] * numbers[1] * numbers[2] * numbers[3] == 1 && numbers[4] + numbers[5] == 0;
+  if (each_pixel && xs[1] == ys[1] && xs[2] == ys[2]) {  // long rows are packed faster
+    out->width = out->out_width = out->positions();
+    out->images = out->height = out->out_height = 1;
+  }
   return "";
 }
 
