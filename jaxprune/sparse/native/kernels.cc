@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "vectors.h"
 
@@ -10,9 +11,11 @@ namespace {
 
 constexpr int kMaxVecs = VECTOR_BYTES == 64 ? 4 : 8;
 constexpr int kPanel = kMaxVecs * kLanes;
+// Columns of a panel come in units. Wide vectors are also used by half, since then a panel takes less of the cache.
+constexpr int kUnit = VECTOR_BYTES == 64 ? kLanes / 2 : kLanes;
 constexpr int64_t kSums = 512;  // outputs whose sums are kept at once: with 64 columns 128 KiB of second-level cache
 
-int64_t Vecs(int64_t count) { return (count + kLanes - 1) / kLanes; }
+int64_t Columns(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
 
 // ---- what may be trusted ----
 
@@ -80,40 +83,41 @@ void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_
 
 // Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, null for zeros.
 template <class X>
-void PackSquares(const X* const* rows, int64_t squares, int64_t vecs, float* panel) {
-  const int64_t stride = vecs * kLanes;
+void PackSquares(const X* const* rows, int64_t squares, int64_t columns, float* panel) {
   for (int64_t c = 0; c < squares * kLanes; c += kLanes) {
-    for (int64_t v = 0; v < vecs; ++v) {
+    for (int64_t p = 0; p < columns; p += kLanes) {
       Vec square[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const X* row = rows[v * kLanes + i];
-        square[i] = row ? Load(row + c) : Vec{};
-      }
+      for (int i = 0; i < kLanes; ++i) square[i] = rows[p + i] ? Load(rows[p + i] + c) : Vec{};
       Transpose(square);
-      for (int i = 0; i < kLanes; ++i) Store(panel + (c + i) * stride + v * kLanes, square[i]);
+      float* to = panel + c * columns + p;
+      if (p + kLanes <= columns) {
+        for (int i = 0; i < kLanes; ++i) Store(to + i * columns, square[i]);
+      } else {
+        for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * columns, &square[i], kUnit * sizeof(float));
+      }
     }
   }
 }
 
 template <class X>
 void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, int64_t n_segments, int64_t tile,
-              int64_t vecs, float* panel) {
-  const int64_t begin = tile * w.tile, end = std::min(begin + w.tile, w.n_in), padded = vecs * kLanes;
+              int64_t columns, float* panel) {
+  const int64_t begin = tile * w.tile, end = std::min(begin + w.tile, w.n_in);
   for (int64_t r = begin; r < end;) {
     const int64_t tap = r / win.channels, first = r % win.channels, n = std::min(win.channels - first, end - r);
     const int64_t dh = tap / win.kernel_width * win.dilation_h, dw = tap % win.kernel_width * win.dilation_w;
     const int64_t squares = n / kLanes;
-    float* rows_of_panel = panel + (r - begin) * padded;
+    float* rows_of_panel = panel + (r - begin) * columns;
     if (squares) {
       const X* rows[kPanel] = {};
       EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
         for (int64_t i = 0; i < count; ++i) rows[p + i] = from + i * step + first;
       });
-      PackSquares(rows, squares, vecs, rows_of_panel);
+      PackSquares(rows, squares, columns, rows_of_panel);
     }
     for (int64_t c = squares * kLanes; c < n; ++c) {
-      float* row = rows_of_panel + c * padded;
-      for (int64_t v = 0; v < vecs; ++v) Store(row + v * kLanes, Vec{});
+      float* row = rows_of_panel + c * columns;
+      std::fill_n(row, columns, 0.0f);
       EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
         from += first + c;
         if (step == 1) {
@@ -129,70 +133,85 @@ void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, in
 
 // ---- the product ----
 
-// One tile's runs times its packed panel of kVecs vectors a row. Sums stay in registers for a run, and come from and go
+// One tile's runs times its packed panel of kVecs vectors of kWidth floats a row. Sums stay in registers for a run, and come from and go
 // to `sums`, which the second-level cache holds. A group's outputs share the loads from the panel.
-template <class Value, class Index, int kOutputs, int kVecs>
+template <class Value, class Index, int kOutputs, int kWidth, int kVecs>
 void Runs(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums, int64_t stride) {
+  using V = typename Floats<kWidth>::Type;
+  constexpr int kSets = kOutputs * kVecs >= 4 ? 1 : kVecs == 1 ? 4 : 2;  // so that additions do not wait for each other
   const Value* values = static_cast<const Value*>(w.values);
   const Index* index = static_cast<const Index*>(w.index);
   const int32_t* bounds = w.bounds + tile * (w.groups() + 1);
   for (int64_t g = first; g < last; ++g, sums += kOutputs * stride) {
-    Vec sum[kOutputs][kVecs];
-    for (int o = 0; o < kOutputs; ++o) {
-      for (int v = 0; v < kVecs; ++v) sum[o][v] = tile == 0 ? Vec{} : Load(sums + o * stride + v * kLanes);
+    V sum[kSets][kOutputs][kVecs] = {};
+    if (tile > 0) {
+      for (int o = 0; o < kOutputs; ++o) {
+        for (int v = 0; v < kVecs; ++v) sum[0][o][v] = *reinterpret_cast<const V*>(sums + o * stride + v * kWidth);
+      }
     }
-    for (int32_t i = bounds[g]; i < bounds[g + 1]; ++i) {
+    const auto add = [&](int32_t i, V(&to)[kOutputs][kVecs]) {
       const float* row = panel + int64_t{index[i]} * stride;
       for (int o = 0; o < kOutputs; ++o) {
         const float value = Widen(values[int64_t{i} * kOutputs + o]);
-        for (int v = 0; v < kVecs; ++v) sum[o][v] += value * Load(row + v * kLanes);
+        for (int v = 0; v < kVecs; ++v) to[o][v] += value * *reinterpret_cast<const V*>(row + v * kWidth);
       }
+    };
+    int32_t i = bounds[g];
+    for (; i + kSets <= bounds[g + 1]; i += kSets) {
+      for (int s = 0; s < kSets; ++s) add(i + s, sum[s]);
     }
+    for (; kSets > 1 && i < bounds[g + 1]; ++i) add(i, sum[0]);
     for (int o = 0; o < kOutputs; ++o) {
-      for (int v = 0; v < kVecs; ++v) Store(sums + o * stride + v * kLanes, sum[o][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        V total = sum[0][o][v];
+        for (int s = 1; s < kSets; ++s) total += sum[s][o][v];
+        *reinterpret_cast<V*>(sums + o * stride + v * kWidth) = total;
+      }
     }
   }
 }
 
-// A panel of kVecs vectors, in parts whose sums fit the registers.
-template <class Value, class Index, int kOutputs, int kVecs>
+// A panel of kUnits units, in parts whose sums fit the registers.
+template <class Value, class Index, int kOutputs, int kUnits>
 void TileTimesPanel(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums) {
-  constexpr int kPart = kOutputs == 1 ? kMaxVecs : kMaxVecs == 4 ? 4 : 2;
-  constexpr int kFull = kVecs / kPart * kPart, kRest = kVecs - kFull, kStride = kVecs * kLanes;
+  constexpr int kColumns = kUnits * kUnit;
+  constexpr int kWidth = kColumns % kLanes == 0 ? kLanes : kUnit, kVecs = kColumns / kWidth;
+  constexpr int kPart = kOutputs == 1 || VECTOR_BYTES == 64 ? kVecs : std::min(kVecs, 2);
+  constexpr int kFull = kVecs / kPart * kPart, kRest = kVecs - kFull;
   for (int v = 0; v < kFull; v += kPart) {
-    Runs<Value, Index, kOutputs, kPart>(w, tile, first, last, panel + v * kLanes, sums + v * kLanes, kStride);
+    Runs<Value, Index, kOutputs, kWidth, kPart>(w, tile, first, last, panel + v * kWidth, sums + v * kWidth, kColumns);
   }
   if constexpr (kRest > 0) {
-    Runs<Value, Index, kOutputs, kRest>(w, tile, first, last, panel + kFull * kLanes, sums + kFull * kLanes, kStride);
+    Runs<Value, Index, kOutputs, kWidth, kRest>(w, tile, first, last, panel + kFull * kWidth, sums + kFull * kWidth, kColumns);
   }
 }
 
 using TileLoop = void (*)(const Weight&, int64_t, int64_t, int64_t, const float*, float*);
 
-template <class Value, class Index, int kOutputs, int kVecs = 1>
-TileLoop LoopOfWidth(int64_t vecs) {
-  if constexpr (kVecs > kMaxVecs) {
+template <class Value, class Index, int kOutputs, int kUnits = 1>
+TileLoop LoopOfWidth(int64_t columns) {
+  if constexpr (kUnits * kUnit > kPanel) {
     return nullptr;
   } else {
-    return vecs == kVecs ? &TileTimesPanel<Value, Index, kOutputs, kVecs>
-                         : LoopOfWidth<Value, Index, kOutputs, kVecs + 1>(vecs);
+    return columns == kUnits * kUnit ? &TileTimesPanel<Value, Index, kOutputs, kUnits>
+                                     : LoopOfWidth<Value, Index, kOutputs, kUnits + 1>(columns);
   }
 }
 
 template <class Value, class Index>
-TileLoop LoopOfIndex(const Weight& w, int64_t vecs) {
-  return w.group == 1 ? LoopOfWidth<Value, Index, 1>(vecs) : LoopOfWidth<Value, Index, kGroup>(vecs);
+TileLoop LoopOfIndex(const Weight& w, int64_t columns) {
+  return w.group == 1 ? LoopOfWidth<Value, Index, 1>(columns) : LoopOfWidth<Value, Index, kGroup>(columns);
 }
 
 template <class Value>
-TileLoop LoopOfValue(const Weight& w, int64_t vecs) {
-  return w.wide ? LoopOfIndex<Value, uint16_t>(w, vecs) : LoopOfIndex<Value, uint8_t>(w, vecs);
+TileLoop LoopOfValue(const Weight& w, int64_t columns) {
+  return w.wide ? LoopOfIndex<Value, uint16_t>(w, columns) : LoopOfIndex<Value, uint8_t>(w, columns);
 }
 
-TileLoop LoopFor(const Weight& w, int64_t vecs) {
-  return w.type == Type::kF32    ? LoopOfValue<float>(w, vecs)
-         : w.type == Type::kBF16 ? LoopOfValue<BF16>(w, vecs)
-                                 : LoopOfValue<int8_t>(w, vecs);
+TileLoop LoopFor(const Weight& w, int64_t columns) {
+  return w.type == Type::kF32    ? LoopOfValue<float>(w, columns)
+         : w.type == Type::kBF16 ? LoopOfValue<BF16>(w, columns)
+                                 : LoopOfValue<int8_t>(w, columns);
 }
 
 // ---- sums out: (output, position) -> (position, output), and what is done to them on the way ----
@@ -218,7 +237,7 @@ void FinishVec(Vec sum, const Weight& w, const Operands& ops, int64_t position, 
 
 template <class Y>
 void WriteOut(const Weight& w, const Operands& ops, const Task& task, int64_t first, int64_t last, const float* sums) {
-  const int64_t stride = Vecs(task.count) * kLanes;
+  const int64_t stride = Columns(task.count);
   int64_t o = first;
   for (; o + kLanes <= last; o += kLanes) {
     for (int64_t p = 0; p < task.count; p += kLanes) {
@@ -248,25 +267,26 @@ int64_t PanelRows(const Weight& w, int64_t groups) {
 }
 
 int64_t ScratchFloats(const Weight& w, int64_t count, int64_t groups) {
-  return (PanelRows(w, groups) + GroupsAtOnce(w, groups) * w.group) * Vecs(count) * kLanes;
+  const int64_t beyond = kLanes;  // what is read as whole vectors, but not used
+  return (PanelRows(w, groups) + GroupsAtOnce(w, groups) * w.group) * Columns(count) + beyond;
 }
 
 template <class X, class Y>
 bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const Task& task, float* scratch) {
   if (!SoundTiles(w, task.first, task.last)) return false;
-  const int64_t vecs = Vecs(task.count), stride = vecs * kLanes, groups = task.last - task.first;
+  const int64_t columns = Columns(task.count), groups = task.last - task.first;
   const int64_t at_once = GroupsAtOnce(w, groups);
   const bool keep = at_once < groups;  // the packed tiles, for the next groups
-  float* sums = scratch + PanelRows(w, groups) * stride;
+  float* sums = scratch + PanelRows(w, groups) * columns;
   Segment<X> segments[kPanel];
   const int64_t n_segments = FindSegments(win, static_cast<const X*>(ops.x), task, segments);
-  const TileLoop loop = LoopFor(w, vecs);
+  const TileLoop loop = LoopFor(w, columns);
   for (int64_t first = task.first; first < task.last; first += at_once) {
     const int64_t last = std::min(first + at_once, task.last);
-    if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * stride, 0.0f);
+    if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * columns, 0.0f);
     for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
-      float* panel = scratch + (keep ? tile * w.tile * stride : 0);
-      if (first == task.first || !keep) PackTile(w, win, segments, n_segments, tile, vecs, panel);
+      float* panel = scratch + (keep ? tile * w.tile * columns : 0);
+      if (first == task.first || !keep) PackTile(w, win, segments, n_segments, tile, columns, panel);
       loop(w, tile, first, last, panel, sums);
     }
     WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums);
@@ -359,6 +379,6 @@ bool Vector(const Weight& w, const Operands& ops, const Task& task) {
 
 }  // namespace
 
-const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, ISA_NAME, kLanes, kPanel};
+const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, ISA_NAME, kUnit, kPanel};
 
 }  // namespace jaxprune

@@ -61,7 +61,7 @@ struct Kernels {
   // The same for a single position of a matrix product; only `first` and `last` of the task count.
   bool (*vector)(const Weight&, const Operands&, const Task&);
   const char* name;
-  int64_t lanes, panel_columns;
+  int64_t unit, panel_columns;  // columns of a panel: a multiple of the first, at most the second
 };
 
 extern const Kernels kPortable;

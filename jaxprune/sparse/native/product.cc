@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "kernels.h"
@@ -40,54 +41,74 @@ constexpr int64_t kAlign = 64;
 // Below this many multiply-adds of whole vectors a task is done before another thread is awake.
 constexpr int64_t kWorthAThread = 1 << 13;
 
-// This thread's scratch, on a cache line's boundary; kept, since fresh pages cost more than many a product.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeepScratch = false;  // a product's own, so that no byte beyond it goes unseen
+#else
+constexpr bool kKeepScratch = true;
+#endif
+
+struct DeleteAligned {
+  void operator()(float* floats) const { ::operator delete[](floats, std::align_val_t{kAlign}); }
+};
+
+// This thread's scratch, on a cache line's boundary, or null where there is no memory; kept, since fresh pages cost more
+// than many a product.
 float* Scratch(int64_t floats) {
-  thread_local std::unique_ptr<char[]> bytes;
+  thread_local std::unique_ptr<float, DeleteAligned> kept;
   thread_local int64_t size = 0;
-  const int64_t wanted = floats * static_cast<int64_t>(sizeof(float)) + kAlign;
-  if (wanted > size) {
-    bytes.reset();
-    bytes.reset(new char[wanted]);
-    size = wanted;
+  if (floats > size || !kKeepScratch) {
+    kept.reset();
+    kept.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{kAlign}, std::nothrow)));
+    size = kept ? floats : 0;
   }
-  const auto address = reinterpret_cast<uintptr_t>(bytes.get());
-  return reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);
+  return kept.get();
 }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The part of [0, n) that is i's of `parts`.
-std::pair<int64_t, int64_t> Part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
-
-bool VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Operands& ops) {
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t parts = w.inputs * w.group < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
-  std::atomic<bool> sound{true};
-  ForEach(pool, parts, [&](int64_t i) {
-    const auto [first, last] = Part(w.groups(), parts, i);
-    if (!kernels.vector(w, ops, {0, 1, first, last})) sound = false;
-  });
-  return sound;
+std::pair<int64_t, int64_t> Part(int64_t n, int64_t parts, int64_t i) {
+  const int64_t each = n / parts, rest = n % parts;
+  return {each * i + std::min(i, rest), each * (i + 1) + std::min(i + 1, rest)};
 }
 
-bool PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
-                  const Operands& ops) {
-  const int64_t positions = window.positions(), vecs = CeilDiv(positions, kernels.lanes);
-  const int64_t work = (w.inputs * w.group + w.n_in) * vecs;
+constexpr char kOutside[] = "`index` or `bounds` lead outside of the weight";
+constexpr char kNoMemory[] = "no memory for the inputs that `x` and `window` make";
+
+// What is wrong, or null; the same of `PanelProduct`.
+const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Operands& ops) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t parts = w.inputs * w.group < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  std::atomic<const char*> wrong{nullptr};
+  ForEach(pool, parts, [&](int64_t i) {
+    const auto [first, last] = Part(w.groups(), parts, i);
+    if (!kernels.vector(w, ops, {0, 1, first, last})) wrong = kOutside;
+  });
+  return wrong;
+}
+
+const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
+                         const Operands& ops) {
+  const int64_t positions = window.positions(), units = CeilDiv(positions, kernels.unit);
+  const double work = static_cast<double>(w.inputs * w.group + w.n_in) * CeilDiv(positions, kernels.panel_columns / 4);
   const int64_t threads = work < 2 * kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
   const int64_t panels = CeilDiv(positions, kernels.panel_columns);
   // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
   const int64_t splits = panels % threads == 0 || panels >= 8 * threads ? 1 : std::min(threads, w.groups());
-  std::atomic<bool> sound{true};
+  std::atomic<const char*> wrong{nullptr};
   ForEach(pool, panels * splits, [&](int64_t i) {
-    // Whole vectors, the same number in every panel if it can be.
-    const auto [from, to] = Part(vecs, panels, i / splits);
+    // Whole units, the same number in every panel if it can be.
+    const auto [from, to] = Part(units, panels, i / splits);
     const auto [first, last] = Part(w.groups(), splits, i % splits);
-    const int64_t begin = from * kernels.lanes, count = std::min(to * kernels.lanes, positions) - begin;
+    const int64_t begin = from * kernels.unit, count = std::min(to * kernels.unit, positions) - begin;
     float* scratch = Scratch(kernels.scratch(w, count, last - first));
-    if (!kernels.panel(w, window, ops, {begin, count, first, last}, scratch)) sound = false;
+    if (!scratch) {
+      wrong = kNoMemory;
+    } else if (!kernels.panel(w, window, ops, {begin, count, first, last}, scratch)) {
+      wrong = kOutside;
+    }
   });
-  return sound;
+  return wrong;
 }
 
 // ---- what arrives ----
@@ -104,6 +125,18 @@ bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
 }
 
 bool IsActivation(Type type) { return type == Type::kF32 || type == Type::kBF16; }
+
+// Sizes below are such that their products, and those with strides, stay far from 2^63.
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
+// Whether no size is negative, and the product of those that are not 0 is at most kMostElements.
+bool IsSized(ffi::Span<const int64_t> dimensions) {
+  int64_t product = 1;
+  for (int64_t n : dimensions) {
+    if (n < 0 || (n > 0 && __builtin_mul_overflow(product, n, &product)) || product > kMostElements) return false;
+  }
+  return true;
+}
 
 int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
 
@@ -147,10 +180,12 @@ std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index
   if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
   if (w->n_out % group != 0) return "`group` must divide the outputs";
   if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
-  if (Count(values) > INT32_MAX) return "`values` must be fewer than 2^31";
+  if (Count(values) > INT32_MAX - 64) return "`values` must be fewer than 2^31 - 64";  // loops step beyond the last
   w->n_tiles = CeilDiv(w->n_in, tile);
   w->group = group;
-  if (Count(bounds) != w->n_tiles * (w->groups() + 1)) return "`bounds` must have ceil(in / tile) * (out / group + 1) numbers";
+  int64_t n_bounds;
+  const bool overflows = __builtin_mul_overflow(w->n_tiles, w->groups() + 1, &n_bounds);
+  if (overflows || Count(bounds) != n_bounds) return "`bounds` must have ceil(in / tile) * (out / group + 1) numbers";
   if (scale.element_type() != ffi::DataType::F32) return "`scale` must be float32";
   if (Count(scale) != 0 && Count(scale) != w->n_out) return "`scale` must have one number for each output, or none";
   w->values = values.untyped_data();
@@ -185,17 +220,26 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
   Window window;
   Weight w;
   Operands ops;
+  const std::pair<const char*, const ffi::AnyBuffer*> buffers[] = {
+      {"`values`", &values}, {"`index`", &index},       {"`bounds`", &bounds}, {"`scale`", &scale},
+      {"`bias`", &bias},     {"`residual`", &residual}, {"`x`", &x},           {"the result", &*y}};
+  for (const auto& [name, buffer] : buffers) {
+    if (!IsSized(buffer->dimensions())) return Refuse(std::string(name) + " must be of at most 2^40 elements");
+  }
   if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
-  w.n_in = window.kernel_height * window.kernel_width * window.channels;
+  const int64_t taps = window.kernel_height * window.kernel_width;
+  if (__builtin_mul_overflow(taps, window.channels, &w.n_in) || w.n_in > INT32_MAX) {
+    return Refuse("`x` and `window` must make fewer than 2^31 inputs");
+  }
   w.n_out = y->dimensions().back();
   if (std::string why = ReadWeight(values, index, bounds, scale, tile, group, &w); !why.empty()) return Refuse(why);
   if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
   const int64_t positions = window.positions();
   if (positions == 0 || w.n_out == 0) return ffi::Error::Success();
   const Kernels& kernels = BestKernels();
-  const bool sound = numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
-                                                           : PanelProduct(pool, kernels, w, window, ops);
-  return sound ? ffi::Error::Success() : Refuse("`index` or `bounds` lead outside of the weight");
+  const char* wrong = numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
+                                                            : PanelProduct(pool, kernels, w, window, ops);
+  return wrong ? Refuse(wrong) : ffi::Error::Success();
 }
 
 }  // namespace

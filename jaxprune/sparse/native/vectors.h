@@ -14,6 +14,12 @@ typedef float Vec __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
 
+// As a member, since an argument of a template would lose its alignment.
+template <int kWidth>
+struct Floats {
+  typedef float Type __attribute__((vector_size(kWidth * sizeof(float)), aligned(4)));
+};
+
 struct BF16 {
   uint16_t bits;
 };
