@@ -18,9 +18,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import describe_machine, print_table, time_once
+from tables import describe_machine, print_table
 
 from jaxprune.ranking import kth_largest, top_k_masks
+from jaxprune.sparse import timing
 
 SPARSITY = 0.9
 STAGES = ((64, 256, 3), (128, 512, 4), (256, 1024, 6), (512, 2048, 3))
@@ -79,9 +80,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"jnp.sort": [], "kth_largest": [], "top_k_masks": []}
     for turn in range(arguments.repeats):
         if turn < arguments.sort_repeats:
-            seconds["jnp.sort"].append(time_once(sort_threshold, flat, k))
-        seconds["kth_largest"].append(time_once(threshold_of, flat, k))
-        seconds["top_k_masks"].append(time_once(masks_of, leaves, k))
+            seconds["jnp.sort"].append(timing.once(lambda: sort_threshold(flat, k)))
+        seconds["kth_largest"].append(timing.once(lambda: threshold_of(flat, k)))
+        seconds["top_k_masks"].append(timing.once(lambda: masks_of(leaves, k)))
 
     print(describe_machine())
     print(f"{flat.size / 1e6:.1f} million float32 scores in {len(leaves)} leaves, sparsity {SPARSITY}\n")

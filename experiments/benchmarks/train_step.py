@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from timing import describe_machine, print_table, time_once
+from tables import describe_machine, print_table
 
 import jaxprune as jp
+from jaxprune.sparse import timing
 
 BATCH = 128
 SHAPES = {"conv1": (5, 5, 1, 32), "conv2": (5, 5, 32, 64), "fc1": (3136, 1024), "fc2": (1024, 10)}
@@ -105,7 +106,7 @@ class Trainer:
         return self.params, self.state
 
     def timed(self) -> None:
-        self.seconds.append(time_once(self.advance))
+        self.seconds.append(timing.once(self.advance))
 
 
 def optimizers() -> dict[str, Callable[[], Any]]:
