@@ -88,3 +88,31 @@ def rounds(step, final, count, length, begin=0):
     """Round r of n has removed 1 - (1 - final) ** (r / n)."""
     done = min(max((step - begin) // length + 1, 0), count)
     return 1 - (1 - final) ** (done / count)
+
+
+def same_padding(sizes, kernel, strides, dilation):
+    """(before, after) of every axis, so that the result has ceil(size / stride) pixels; an odd one comes after."""
+    numbers = zip(sizes, kernel, strides, dilation, strict=True)
+    totals = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in numbers]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def convolution(x, kernel, strides, padding, dilation):
+    """y[n, h, ..., o] = sum of x[n, h * stride - before + i * dilation, ..., c] kernel[i, ..., c, o], zero outside."""
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    kernel = np.asarray(kernel, np.float64)
+    numbers = list(zip(x.shape[1:-1], kernel.shape[:-2], strides, dilation, strict=True))
+    sides = [max((n - (k - 1) * d - 1) // s + 1, 0) for n, k, s, d in numbers]
+    y = np.zeros((x.shape[0], *sides, kernel.shape[-1]))
+    for place in np.ndindex(kernel.shape[:-2]):
+        seen = [np.arange(n) * s + i * d for i, n, (_, _, s, d) in zip(place, sides, numbers, strict=True)]
+        y += x[(slice(None), *np.ix_(*seen))] @ kernel[place]
+    return y
+
+
+def rounded_to_8_bits(matrix):
+    """(scale, q) in float32: W (out, in) = scale * q, q in -127 ... 127, scale = max |W| / 127 of the output."""
+    matrix = np.asarray(matrix, np.float32)
+    largest = np.abs(matrix).max(axis=1, initial=0)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1))
+    return scale, np.rint(matrix / scale[:, None])

@@ -107,7 +107,7 @@ WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
 BAD_CALLS = [
     ({"bounds": jnp.zeros(7, jnp.int32)}, "`bounds` must have"),
     ({"bounds": jnp.zeros(7, jnp.float32)}, "`bounds` must be int32"),
-    ({"index": jnp.zeros(3, jnp.uint8)}, "`values` and `index` must be of one length"),
+    ({"index": jnp.zeros(3, jnp.uint8)}, "`values` must have `group` numbers for each of `index`"),
     ({"index": jnp.zeros(3, jnp.int32)}, "`index` must be uint8 or uint16"),
     ({"values": jnp.zeros(3, jnp.float16)}, "`values` must be float32, bfloat16 or int8"),
     ({"tile": 0}, "`tile` must be in"),

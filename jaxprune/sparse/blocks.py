@@ -83,7 +83,7 @@ class BlockWeight(SparseWeight):
             raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {index.size} blocks.")
         if index.size and not (index.min() >= 0 and index.max() < n_in // tall):
             raise ValueError(f"{self._who} has indices outside its {n_in // tall} blocks of inputs.")
-        rows, cols = (np.asarray(part, np.int64) for part in self.coordinates())
+        rows, cols = _coordinates(index, bounds, n_out=n_out, tall=tall, wide=wide, xp=np)
         # In the order of outputs; a stable sort leaves the inputs as they lie, so that the base class can check them.
         order = np.argsort(rows, kind="stable")
         return rows[order], cols[order]
@@ -111,16 +111,18 @@ def _stored_bytes(living: np.ndarray, block: tuple[int, int], itemsize: int) -> 
     return int(living.sum()) * (tall * wide * itemsize + 4) + 4 * (living.shape[0] + 1)
 
 
-def _output_blocks(index: Array, bounds: Array) -> Array:
-    numbers = jnp.arange(bounds.shape[0] - 1, dtype=jnp.int32)
-    return jnp.repeat(numbers, jnp.diff(bounds), total_repeat_length=index.shape[0])
+def _output_blocks(index: Any, bounds: Any, xp: Any = jnp) -> Any:
+    numbers = xp.arange(bounds.shape[0] - 1, dtype=xp.int32)
+    static = {"total_repeat_length": index.shape[0]} if xp is jnp else {}
+    return xp.repeat(numbers, xp.diff(bounds), **static)
 
 
-def _coordinates(index: Array, bounds: Array, *, n_out: int, tall: int, wide: int) -> tuple[Array, Array]:
+def _coordinates(index: Any, bounds: Any, *, n_out: int, tall: int, wide: int, xp: Any = jnp) -> tuple[Any, Any]:
+    """`xp` is jax.numpy, or numpy for arrays in host memory: outside jit every step would be a program to compile."""
     shape = (index.shape[0], wide, tall)
-    rows = (_output_blocks(index, bounds) * wide)[:, None] + jnp.arange(wide, dtype=jnp.int32)[None]
-    cols = (index * tall)[:, None] + jnp.arange(tall, dtype=jnp.int32)[None]
-    return jnp.broadcast_to(rows[:, :, None], shape).ravel(), jnp.broadcast_to(cols[:, None], shape).ravel()
+    rows = (_output_blocks(index, bounds, xp) * wide)[:, None] + xp.arange(wide, dtype=xp.int32)[None]
+    cols = (index * tall)[:, None] + xp.arange(tall, dtype=xp.int32)[None]
+    return xp.broadcast_to(rows[:, :, None], shape).ravel(), xp.broadcast_to(cols[:, None], shape).ravel()
 
 
 def block_product(

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jaxprune import tree
 from jaxprune.layout import FLAX, Layout
-from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
+from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, matrix_of
 from jaxprune.sparse.plan import Plan
 from jaxprune.types import Params
 
@@ -56,9 +56,17 @@ def compress(
         formats = dict.fromkeys(tree.selected_leaves(select, params), format)
 
     def one(name: str, leaf: Any) -> Any:
-        if name not in formats or not _has_form(name, leaf, FORMATS[formats[name]], layout, unsupported):
+        if name not in formats:
             return leaf
-        return _compress_leaf(name, leaf, FORMATS[formats[name]], layout)
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"Leaf {name!r} is traced. How many non-zeros it has depends on its values, so `compress` runs outside "
+                f"`jit`, `grad` and `vmap`; the compressed params are then an argument of the jitted function."
+            )
+        format = FORMATS[formats[name]]
+        if _has_form(name, leaf, format, layout, unsupported):
+            return _compress_leaf(name, leaf, format, layout)
+        return leaf
 
     return tree.map_named(one, params)
 
@@ -68,7 +76,7 @@ def _has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, 
     convolution = bool(axes.spatial)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
     if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
-        why_not = format.why_not(*out_in(leaf.shape, axes.outputs == (leaf.ndim - 1,)))
+        why_not = format.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))
         if why_not and unsupported == "refuse":
             raise ValueError(f"Leaf {name!r} {tuple(leaf.shape)} has no such form: {why_not}")
         return not why_not
@@ -85,11 +93,6 @@ def _has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, 
 
 
 def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Layout) -> SparseWeight:
-    if isinstance(leaf, Tracer):
-        raise TypeError(
-            f"Leaf {name!r} is traced. How many non-zeros it has depends on its values, so `compress` runs outside "
-            f"`jit`, `grad` and `vmap`; the compressed params are then an argument of the jitted function."
-        )
     host = np.asarray(leaf)
     if np.isnan(host).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")

@@ -58,7 +58,7 @@ def _channels_last(axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _convolve(
     weight: NativeWeight, x: Float[Array, "n *pixels c"], y_shape: tuple[int, ...], params: dict[str, Any], dtype: Any
-) -> Float[Array, "n *pixels out"]:
+) -> Float[Array, "n *new_pixels out"]:
     flat = len(y_shape) == 3  # one spatial axis
     if flat:
         x = x[:, None]
@@ -70,5 +70,5 @@ def _convolve(
     pixels = (*ones[:1], *y_shape[1:-1])
     n_out, n_in = weight.sizes
     sizes = Sizes(n_out, n_in, weight.tile, weight.group, result_dtype(dtype), sum(pairs, ()), pixels)
-    y = native_product_p.bind(*operands(weight, x), sizes=sizes).astype(dtype)
+    y = native_product_p.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
     return y[:, 0] if flat else y

@@ -52,6 +52,12 @@ def out_in(leaf_shape: tuple[int, ...], outputs_last: bool) -> tuple[int, int]:
     return leaf_shape[-1 if outputs_last else 0], math.prod(rest)
 
 
+def matrix_of(leaf: Shaped[np.ndarray, "*axes"], outputs_last: bool) -> Shaped[np.ndarray, "n_out n_in"]:
+    """W (out, in) of a leaf in host memory."""
+    channels_last = leaf if outputs_last else np.moveaxis(leaf, (1, 0), (-2, -1))
+    return channels_last.reshape(out_in(leaf.shape, outputs_last)[::-1]).T
+
+
 def _index(array: Any) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"Indices of a sparse weight are integers, {array.dtype} arrived.")
@@ -113,8 +119,7 @@ class SparseWeight(quax.ArrayValue):
         cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, name: str = ""
     ) -> "SparseWeight":
         """The non-zeros of a leaf (*window, in, out), or (out, in, *window) without `outputs_last`, in host memory."""
-        channels_last = leaf if outputs_last else np.moveaxis(leaf, (1, 0), (-2, -1))
-        matrix = channels_last.reshape(out_in(leaf.shape, outputs_last)[::-1]).T
+        matrix = matrix_of(leaf, outputs_last)
         rows, cols = np.nonzero(matrix)
         return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, name=name)
 
@@ -136,7 +141,7 @@ class SparseWeight(quax.ArrayValue):
                 f"{self._who} must be a matrix or a convolution kernel with sizes and nse below 2**31, "
                 f"not {self.leaf_shape}."
             )
-        rows, cols = self._host_coordinates()
+        rows, cols = (part.astype(np.int64) for part in self._host_coordinates())
         n_out, n_in = self.sizes
         if rows.shape != (self.nse,) or cols.shape != (self.nse,):
             raise ValueError(f"{self._who} has {self.nse} values, but {cols.size} input indices.")
@@ -147,7 +152,7 @@ class SparseWeight(quax.ArrayValue):
 
     @abc.abstractmethod
     def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        """`coordinates` as int64 in host memory, after checking what must hold for them to mean anything."""
+        """`coordinates` in host memory, sorted, after checking what must hold for them to mean anything."""
 
     @property
     def _who(self) -> str:
@@ -174,8 +179,8 @@ class SparseWeight(quax.ArrayValue):
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(self))
 
     @classmethod
-    def why_not(cls, n_out: int, n_in: int) -> str:
-        """Why a matrix of these sizes has no such form; "" if it has."""
+    def why_not(cls, matrix: Shaped[np.ndarray, "n_out n_in"]) -> str:
+        """Why this matrix has no such form; "" if it has."""
         return ""
 
     def aval(self) -> ShapedArray:

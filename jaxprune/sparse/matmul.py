@@ -77,7 +77,7 @@ def _contract(
 
 
 @functools.singledispatch
-def project(weight: SparseWeight, x: Inexact[Array, "n n_in"], dtype: Any) -> Inexact[Array, "n n_out"]:
+def project(weight: SparseWeight, x: Num[Array, "n n_in"], dtype: Any) -> Inexact[Array, "n n_out"]:
     """x @ W.T of this dtype, for nse > 0 and n > 0; by `times` unless the format works on rows."""
     return _columns(times, weight, x, dtype)
 

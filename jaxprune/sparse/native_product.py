@@ -15,12 +15,14 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
 from jaxprune.sparse import native
 from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.tiles import NativeWeight, coordinates
+
+_ON_CPU = 'They run on CPU: use the format "bcoo", "bcsr" or "block" on other devices.'
 
 
 class Sizes(NamedTuple):
@@ -127,31 +129,45 @@ def _fused_primitive() -> Primitive:
 fused_product_p = _fused_primitive()
 
 
-def operands(weight: NativeWeight, x: Float[Array, "*batch channels"]) -> tuple[Shaped[Array, "..."], ...]:
-    """What `native_product` takes, for a weight and x that the kernels can run.
+def _not_on_cpu(*_: Any, **__: Any) -> Any:
+    raise TypeError(f"A weight is stored for the native kernels. {_ON_CPU}")
+
+
+for _platform in ("cuda", "rocm", "tpu"):
+    mlir.register_lowering(native_product_p, _not_on_cpu, platform=_platform)
+    mlir.register_lowering(fused_product_p, _not_on_cpu, platform=_platform)
+
+
+def operands(weight: NativeWeight, x: Num[Array, "*batch channels"], dtype: Any) -> tuple[Shaped[Array, "..."], ...]:
+    """What `native_product` takes, for a weight, x and a result of `dtype` that the kernels can run.
+
+    Integers and float16 are cast to float32.
 
     Raises:
-        TypeError: they cannot: another platform, another dtype, no kernels here.
+        TypeError: they cannot: another platform, numbers of 64 bits, no kernels here.
     """
-    if reason := _refusal(weight, x):
+    if reason := _refusal(weight, x, dtype):
         raise TypeError(f"Leaf {weight.name!r} is stored for the native kernels. {reason}")
-    return weight.values, weight.index, weight.bounds, weight.output_scale(), x
+    values = weight.values if jnp.issubdtype(weight.values.dtype, jnp.integer) else _as_taken(weight.values)
+    return values, weight.index, weight.bounds, weight.output_scale(), _as_taken(x)
 
 
-def _refusal(weight: NativeWeight, x: Array) -> str:
-    for what, dtype in (("weights", weight.dtype), ("activations", x.dtype)):
-        if dtype not in (jnp.float32, jnp.bfloat16):
-            return f"They take float32 and bfloat16, here are {what} of {dtype}: cast, or use another format."
-    if jax.default_backend() != "cpu":
-        return f'They run on CPU, not on {jax.default_backend()}: use the format "bcoo" or "bcsr".'
-    return native.why_missing()
+def _as_taken(array: Array) -> Array:
+    return array if array.dtype in (jnp.float32, jnp.bfloat16) else array.astype(jnp.float32)
+
+
+def _refusal(weight: NativeWeight, x: Array, result: Any) -> str:
+    for what, dtype in (("weights", weight.dtype), ("activations", x.dtype), ("results", jnp.dtype(result))):
+        if dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating):
+            return f"They take up to float32, here {dtype} {what}: cast, or use another format."
+    return native.why_missing() if jax.default_backend() == "cpu" else _ON_CPU
 
 
 @project.register(NativeWeight)
-def _project_native(weight: NativeWeight, x: Float[Array, "n n_in"], dtype: Any) -> Float[Array, "n n_out"]:
+def _project_native(weight: NativeWeight, x: Num[Array, "n n_in"], dtype: Any) -> Float[Array, "n n_out"]:
     n_out, n_in = weight.sizes
     sizes = Sizes(n_out, n_in, weight.tile, weight.group, result_dtype(dtype))
-    return native_product_p.bind(*operands(weight, x), sizes=sizes).astype(dtype)
+    return native_product_p.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
 
 
 def result_dtype(dtype: Any) -> str:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8, UInt16
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8, UInt16
 
 from jaxprune.sparse.formats import FORMATS, SparseWeight, out_in
 
@@ -84,7 +84,8 @@ class NativeWeight(SparseWeight):
         climbs = not np.any(np.diff(bounds) < 0) and np.array_equal(runs[1:, 0], runs[:-1, -1])
         if runs.size and not (climbs and bounds[0] == 0 and bounds[-1] == self.index.size):
             raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {self.index.size} indices.")
-        rows, cols = (np.asarray(part, np.int64) for part in self.coordinates())
+        index = np.asarray(self.index)
+        rows, cols = coordinates(index, bounds, n_out=n_out, tile=self.tile, group=self.group, xp=np)
         order = np.lexsort((cols, rows))
         # Checked as the base class checks any format, but in the order of outputs.
         return rows[order], cols[order]
@@ -121,9 +122,63 @@ class NativeBlockWeight(NativeWeight):
     group: ClassVar[int] = 4
 
     @classmethod
-    def why_not(cls, n_out: int, n_in: int) -> str:
+    def why_not(cls, matrix: Shaped[np.ndarray, "n_out n_in"]) -> str:
         """See `SparseWeight.why_not`."""
+        n_out, _ = matrix.shape
         return f"it takes outputs in groups of {cls.group}, here are {n_out}." if n_out % cls.group else ""
+
+
+class NativeNMWeight(NativeWeight):
+    """16 weights of every 32 inputs of an output, or of every 64, for masks of `NM(2, 4)`, `NM(4, 8)` or `NM(1, 4)`.
+
+    For a batch of one: so many activations fit in registers and are picked out of them all at once (AVX-512). Where an
+    output has fewer, zeros are stored. At other batches it is a `NativeWeight`, with those zeros.
+    """
+
+    @staticmethod
+    def choose_tile(density: float) -> int:
+        """T, the largest that an index of one byte reaches."""
+        return 256
+
+    @classmethod
+    def why_not(cls, matrix: Shaped[np.ndarray, "n_out n_in"]) -> str:
+        """See `SparseWeight.why_not`."""
+        n_in = matrix.shape[1]
+        if n_in % 32:
+            return f"it takes inputs in runs of 32, here are {n_in}."
+        most = _runs(matrix != 0, 32).sum(axis=2).max(initial=0)
+        return f"it takes 16 non-zeros of every 32 inputs of an output, here are up to {most}." if most > 16 else ""
+
+    @classmethod
+    def pack(
+        cls,
+        values: Any,
+        rows: Int[np.ndarray, " nse"],
+        cols: Int[np.ndarray, " nse"],
+        leaf_shape: tuple[int, ...],
+        **fields: Any,
+    ) -> "NativeWeight":
+        """See `SparseWeight.pack`; stores dead inputs, the first of a run, until there are 16.
+
+        Raises:
+            ValueError: more than 16 non-zeros in a run.
+        """
+        sizes = out_in(leaf_shape, fields.get("outputs_last", True))
+        matrix = np.zeros(sizes, np.asarray(values).dtype)
+        matrix[rows, cols] = values
+        if why_not := cls.why_not(matrix):
+            raise ValueError(f"Leaf {fields.get('name', '')!r} has no such form: {why_not}")
+        stored = matrix != 0
+        in_64 = sizes[1] % 64 == 0 and bool(np.all(_runs(stored, 64).sum(axis=2) <= 16))
+        runs = _runs(stored, 64 if in_64 else 32)
+        missing = 16 - runs.sum(axis=2, keepdims=True)
+        rows, cols = np.nonzero((runs | (np.cumsum(~runs, axis=2) <= missing)).reshape(sizes))
+        return super().pack(matrix[rows, cols], rows, cols, leaf_shape, **fields)
+
+
+def _runs(stored: np.ndarray, span: int) -> np.ndarray:
+    n_out, n_in = stored.shape
+    return stored.reshape(n_out, n_in // span, span)
 
 
 class NativeInt8Weight(NativeWeight):
@@ -175,28 +230,36 @@ class NativeInt8Weight(NativeWeight):
 
     def matrix(self) -> Float[Array, "n_out n_in"]:
         """See `SparseWeight.matrix`."""
-        return (super().matrix() * self.scale[:, None]).astype(self.leaf_dtype)
+        rows, cols = self.coordinates()
+        scaled = self.values.astype(jnp.float32) * self.scale[rows]
+        return jnp.zeros(self.sizes, self.leaf_dtype).at[rows, cols].set(scaled.astype(self.leaf_dtype))
 
 
 def coordinates(
-    index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"],
-    bounds: Int32[Array, " tiles_times_groups_plus_1"],
+    index: Shaped[Array | np.ndarray, " nse_by_group"],
+    bounds: Shaped[Array | np.ndarray, " tiles_times_groups_plus_1"],
     *,
     n_out: int,
     tile: int,
     group: int,
-) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
-    """Output and input of every value, from the index and bounds of a `NativeWeight`."""
+    xp: Any = jnp,
+) -> tuple[Any, Any]:
+    """Output and input of every value, from the index and bounds of a `NativeWeight`.
+
+    `xp` is jax.numpy, or numpy for arrays in host memory: outside of jit every step would be a program to compile.
+    """
     n_groups = n_out // group
-    lengths = jnp.diff(bounds.reshape(-1, n_groups + 1), axis=1).ravel()
-    run = jnp.repeat(jnp.arange(lengths.size, dtype=jnp.int32), lengths, total_repeat_length=index.shape[0])
+    lengths = xp.diff(bounds.reshape(-1, n_groups + 1), axis=1).ravel()
+    static = {"total_repeat_length": index.shape[0]} if xp is jnp else {}
+    run = xp.repeat(xp.arange(lengths.size, dtype=xp.int32), lengths, **static)
     n = max(n_groups, 1)
-    first, inputs = run % n * group, run // n * tile + index.astype(jnp.int32)
-    rows = first[:, None] + jnp.arange(group, dtype=jnp.int32)[None, :]
-    return rows.ravel(), jnp.repeat(inputs, group)
+    first, inputs = run % n * group, run // n * tile + index.astype(xp.int32)
+    rows = first[:, None] + xp.arange(group, dtype=xp.int32)[None, :]
+    return rows.ravel(), xp.repeat(inputs, group)
 
 
 FORMATS["native"] = NativeWeight
 FORMATS["native_row"] = NativeRowWeight
 FORMATS["native_block"] = NativeBlockWeight
+FORMATS["native_nm"] = NativeNMWeight
 FORMATS["native_int8"] = NativeInt8Weight

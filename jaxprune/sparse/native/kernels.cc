@@ -1,4 +1,5 @@
-// The table of the loops. Compiled once for each instruction set: KERNELS names the table, VECTOR_BYTES the width of a vector.
+// The table of the loops. Compiled once for each instruction set: KERNELS names the table, VECTOR_BYTES the width of a
+// vector.
 #include "kernels.h"
 
 #include "panel.h"

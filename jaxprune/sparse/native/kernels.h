@@ -9,9 +9,9 @@ enum class Type { kF32, kBF16, kS8 };
 
 constexpr int64_t kGroup = 4;  // outputs of a group, where it is not a single one
 
-// W (out, in), cut into tiles of `tile` inputs, its outputs in groups of `group` that share their inputs. The non-zeros lie
-// tile by tile, within a tile group by group, within a group by input, and there side by side for the group's outputs; the
-// inputs of tile t and group g are index[bounds[t * (groups + 1) + g]] up to the next bound.
+// W (out, in), cut into tiles of `tile` inputs, its outputs in groups of `group` that share their inputs. The non-zeros
+// lie tile by tile, within a tile group by group, within a group by input, and there side by side for the group's
+// outputs; the inputs of tile t and group g are index[bounds[t * (groups + 1) + g]] up to the next bound.
 struct Weight {
   const void* values;  // f32, bf16, or s8 to be multiplied by `scale`
   const void* index;   // input, counted from the tile's first; u8, or u16 if `wide`
@@ -26,8 +26,8 @@ struct Weight {
 };
 
 // Where the inputs of an output position are: input (kh, kw, c) of position (image, oh, ow) is the activation at
-// (image, oh * stride - pad + kh * dilation, ..., c), or 0 outside. A matrix product is a window of 1 x 1 over one image
-// with the batch for a row.
+// (image, oh * stride - pad + kh * dilation, ..., c), or 0 outside. A matrix product is a window of 1 x 1 over one
+// image with the batch for a row.
 struct Window {
   int64_t images = 0, height = 1, width = 1, channels = 0;
   int64_t out_height = 1, out_width = 1;
@@ -37,7 +37,7 @@ struct Window {
   int64_t positions() const { return images * out_height * out_width; }
 };
 
-// y = relu(scale * (W @ x) + bias + residual), all but W @ x optional; x, y and residual have channels last, as users do.
+// y = relu(scale * (W @ x) + bias + residual), all but W @ x optional; x, y and residual have channels last.
 struct Operands {
   const void* x;
   void* y;
@@ -47,8 +47,8 @@ struct Operands {
   bool relu;
 };
 
-// A share of the work: positions [position, position + count), count <= the kernels' `panel_columns`, and groups of outputs
-// [first, last).
+// A share of the work: positions [position, position + count), count <= the kernels' `panel_columns`, and groups of
+// outputs [first, last).
 struct Task {
   int64_t position, count, first, last;
 };

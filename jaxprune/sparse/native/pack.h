@@ -17,7 +17,7 @@ constexpr int kUnit = VECTOR_BYTES == 64 ? kLanes / 2 : kLanes;
 
 int64_t Columns(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
 
-// Neighbours in one row of the result: positions [first, first + count) of a panel, and the corner of the first's window.
+// Neighbours in a row of the result: positions [first, first + count) of a panel, and the corner of the first's window.
 template <class X>
 struct Segment {
   const X* image;
@@ -38,8 +38,8 @@ int64_t FindSegments(const Window& win, const X* x, const Task& task, Segment<X>
   return n;
 }
 
-// Calls visit(first position, count, activation of the first, step to the next) for what one tap of the window, `dh` and
-// `dw` from its corner, sees of the image; elsewhere it sees zeros.
+// Calls visit(first position, count, activation of the first, step to the next) for what one tap of the window, `dh`
+// and `dw` from its corner, sees of the image; elsewhere it sees zeros.
 template <class X, class Visit>
 void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_t dh, int64_t dw, const Visit& visit) {
   const int64_t step = win.stride_w;
@@ -48,11 +48,12 @@ void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_
     const int64_t begin = w < 0 ? (step - 1 - w) / step : 0;
     const int64_t end = w < win.width ? std::min(s->count, (win.width - 1 - w) / step + 1) : 0;
     if (h < 0 || h >= win.height || begin >= end) continue;
-    visit(s->first + begin, end - begin, s->image + (h * win.width + w + begin * step) * win.channels, step * win.channels);
+    const X* from = s->image + (h * win.width + w + begin * step) * win.channels;
+    visit(s->first + begin, end - begin, from, step * win.channels);
   }
 }
 
-// Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, null for zeros.
+// Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, or null.
 template <class X>
 void PackSquares(const X* const* rows, int64_t squares, int64_t columns, float* panel) {
   for (int64_t c = 0; c < squares * kLanes; c += kLanes) {

@@ -63,7 +63,8 @@ void TileTimesPanel(const Weight& w, int64_t tile, int64_t first, int64_t last, 
     Runs<Value, Index, kOutputs, kWidth, kPart>(w, tile, first, last, panel + v * kWidth, sums + v * kWidth, kColumns);
   }
   if constexpr (kRest > 0) {
-    Runs<Value, Index, kOutputs, kWidth, kRest>(w, tile, first, last, panel + kFull * kWidth, sums + kFull * kWidth, kColumns);
+    constexpr int kAt = kFull * kWidth;
+    Runs<Value, Index, kOutputs, kWidth, kRest>(w, tile, first, last, panel + kAt, sums + kAt, kColumns);
   }
 }
 

@@ -1,5 +1,5 @@
-// The product W @ x, and the convolution, as an XLA custom call: checks what it is handed, cuts the work up, and runs it
-// on XLA's own threads.
+// The product W @ x, and the convolution, as an XLA custom call: checks what it is handed, cuts the work up, and runs
+// it on XLA's own threads.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -51,8 +51,8 @@ struct DeleteAligned {
   void operator()(float* floats) const { ::operator delete[](floats, std::align_val_t{kAlign}); }
 };
 
-// This thread's scratch, on a cache line's boundary, or null where there is no memory; kept, since fresh pages cost more
-// than many a product.
+// This thread's scratch, on a cache line's boundary, or null where there is no memory; kept, since fresh pages cost
+// more than many a product.
 float* Scratch(int64_t floats) {
   thread_local std::unique_ptr<float, DeleteAligned> kept;
   thread_local int64_t size = 0;
@@ -142,7 +142,8 @@ int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer
 
 // The window's numbers, as `jaxprune.sparse.native` lays them out: kernel, stride, padding before, dilation; of x and y
 // the shapes say the rest. Empty for a matrix product.
-std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, Window* out) {
+std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y,
+                       Window* out) {
   const auto xs = x.dimensions(), ys = y.dimensions();
   if (numbers.size() == 0) {
     if (xs.size() != 2) return "`x` must be (batch, in)";
@@ -176,7 +177,8 @@ std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index
   const bool narrow = index.element_type() == ffi::DataType::U8;
   if (!narrow && index.element_type() != ffi::DataType::U16) return "`index` must be uint8 or uint16";
   if (bounds.element_type() != ffi::DataType::S32) return "`bounds` must be int32";
-  if (tile < 1 || tile > (narrow ? 256 : 65536)) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
+  const int64_t reach = narrow ? 256 : 65536;
+  if (tile < 1 || tile > reach) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
   if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
   if (w->n_out % group != 0) return "`group` must divide the outputs";
   if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
@@ -216,7 +218,8 @@ std::string ReadOperands(const ffi::AnyBuffer& bias, const ffi::AnyBuffer& resid
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
                    ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::AnyBuffer x,
-                   ffi::Result<ffi::AnyBuffer> y, int64_t tile, int64_t group, ffi::Span<const int64_t> numbers, bool relu) {
+                   ffi::Result<ffi::AnyBuffer> y, int64_t tile, int64_t group, ffi::Span<const int64_t> numbers,
+                   bool relu) {
   Window window;
   Weight w;
   Operands ops;

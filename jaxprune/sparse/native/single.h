@@ -5,6 +5,7 @@
 
 #include "finish.h"
 #include "kernels.h"
+#include "spans.h"
 #include "trust.h"
 #include "vectors.h"
 
@@ -12,7 +13,7 @@ namespace jaxprune {
 namespace {
 
 constexpr int64_t kAhead = 512;  // non-zeros between what is asked of memory and what is used
-constexpr int64_t kChecked = 8;    // groups whose indices are checked just before they are used
+constexpr int64_t kChecked = 8;  // groups whose indices are checked just before they are used
 
 // Bound by memory, so that is asked early; and four sums, so that additions do not wait for each other.
 template <class Value, class Index, class X>
@@ -43,47 +44,54 @@ void GroupDot(const Value* values, const Index* index, int64_t n, const X* x, fl
   }
 }
 
+// At most kAtOnce groups, tile by tile, so that memory is read as it lies; what is read is checked just before.
 template <class Value, class Index, class X>
-void Dots(const Weight& w, const Operands& ops, const Task& task) {
-  for (int64_t g = task.first; g < task.last; ++g) {
-    float sums[kGroup] = {};
-    for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
-      const int32_t* bounds = w.bounds + tile * (w.groups() + 1) + g;
-      const Value* values = static_cast<const Value*>(w.values) + bounds[0] * w.group;
-      const Index* index = static_cast<const Index*>(w.index) + bounds[0];
-      const X* x = static_cast<const X*>(ops.x) + tile * w.tile;
-      const int64_t n = bounds[1] - bounds[0];
-      w.group == 1 ? void(sums[0] += Dot(values, index, n, x)) : GroupDot(values, index, n, x, sums);
-    }
-    for (int64_t i = 0; i < w.group; ++i) {
-      const int64_t o = g * w.group + i;
-      ops.y_type == Type::kF32 ? Finish<float>(sums[i], w, ops, 0, o) : Finish<BF16>(sums[i], w, ops, 0, o);
+bool Dots(const Weight& w, const Operands& ops, const Task& task) {
+  float sums[kAtOnce][kGroup] = {};
+  for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+    const int32_t* bounds = w.bounds + tile * (w.groups() + 1);
+    const X* x = static_cast<const X*>(ops.x) + tile * w.tile;
+    for (int64_t first = task.first; first < task.last; first += kChecked) {
+      const int64_t last = std::min(first + kChecked, task.last);
+      if (!Sound(w, tile, first, last)) return false;
+      for (int64_t g = first; g < last; ++g) {
+        const Value* values = static_cast<const Value*>(w.values) + bounds[g] * w.group;
+        const Index* index = static_cast<const Index*>(w.index) + bounds[g];
+        const int64_t n = bounds[g + 1] - bounds[g];
+        float* sum = sums[g - task.first];
+        w.group == 1 ? void(*sum += Dot(values, index, n, x)) : GroupDot(values, index, n, x, sum);
+      }
     }
   }
+  for (int64_t g = task.first; g < task.last; ++g) {
+    for (int64_t i = 0; i < w.group; ++i) FinishOne(sums[g - task.first][i], w, ops, 0, g * w.group + i);
+  }
+  return true;
 }
 
 template <class Value, class Index>
-void DotsOf(const Weight& w, const Operands& ops, const Task& task) {
-  ops.x_type == Type::kF32 ? Dots<Value, Index, float>(w, ops, task) : Dots<Value, Index, BF16>(w, ops, task);
+bool DotsOf(const Weight& w, const Operands& ops, const Task& task) {
+  return ops.x_type == Type::kF32 ? Dots<Value, Index, float>(w, ops, task) : Dots<Value, Index, BF16>(w, ops, task);
 }
 
-using DotsLoop = void (*)(const Weight&, const Operands&, const Task&);
-
 template <class Value>
-DotsLoop DotsOfValue(const Weight& w) {
-  return w.wide ? &DotsOf<Value, uint16_t> : &DotsOf<Value, uint8_t>;
+bool VectorOf(const Weight& w, const Operands& ops, const Task& task) {
+  const int64_t span = SpanOf(w);
+  for (int64_t first = task.first; first < task.last; first += kAtOnce) {
+    const Task some{0, 1, first, std::min(first + kAtOnce, task.last)};
+    if (span && InSpans(w, span, some.first, some.last)) {
+      SpanDotsOf<Value>(w, span, ops, some);
+    } else if (!(w.wide ? DotsOf<Value, uint16_t>(w, ops, some) : DotsOf<Value, uint8_t>(w, ops, some))) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool Vector(const Weight& w, const Operands& ops, const Task& task) {
-  const DotsLoop dots = w.type == Type::kF32    ? DotsOfValue<float>(w)
-                        : w.type == Type::kBF16 ? DotsOfValue<BF16>(w)
-                                                : DotsOfValue<int8_t>(w);
-  for (int64_t first = task.first; first < task.last; first += kChecked) {
-    const int64_t last = std::min(first + kChecked, task.last);
-    if (!SoundTiles(w, first, last)) return false;
-    dots(w, ops, {0, 1, first, last});
-  }
-  return true;
+  return w.type == Type::kF32    ? VectorOf<float>(w, ops, task)
+         : w.type == Type::kBF16 ? VectorOf<BF16>(w, ops, task)
+                                 : VectorOf<int8_t>(w, ops, task);
 }
 
 }  // namespace

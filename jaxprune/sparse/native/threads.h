@@ -13,7 +13,7 @@
 namespace jaxprune {
 
 // Runs work(0), ..., work(n - 1) on the pool and on the calling thread, and returns when all are done. The caller takes
-// its share and waits only for tasks that somebody has begun, so a pool that is busy, or has no thread, holds nothing up.
+// its share and waits only for tasks that somebody has begun, so a pool that is busy, or has none, holds nothing up.
 inline void ForEach(xla::ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t)>& work) {
   if (n == 1) return work(0);
   struct Progress {
@@ -35,7 +35,7 @@ inline void ForEach(xla::ffi::ThreadPool& pool, int64_t n, const std::function<v
   const int64_t helpers = std::min(pool.num_threads(), n) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([run] { run(); });
   run();
-  // Shares are equal, so the others are nearly done: look a while before sleeping, which costs more than many a product.
+  // Shares are equal, so the others are nearly done: look a while before sleeping, which costs more than a product.
   for (int i = 0; i < 2000 && progress->done.load() < n; ++i) {
 #if defined(JAXPRUNE_X86)
     __builtin_ia32_pause();

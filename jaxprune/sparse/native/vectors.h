@@ -12,6 +12,7 @@ namespace {
 constexpr int kLanes = VECTOR_BYTES / sizeof(float);
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
 
 // As a member, since an argument of a template would lose its alignment.
@@ -44,6 +45,9 @@ inline void Narrow(float value, BF16* to) {
 inline Vec Load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline Vec Load(const BF16* from) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+}
+inline Vec Load(const int8_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Vec);
 }
 inline void Store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 inline void Store(BF16* to, Vec value) {

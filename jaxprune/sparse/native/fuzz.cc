@@ -1,0 +1,202 @@
+// Plays XLA: calls the handler with operands that fit and with operands that do not, under the sanitizers. Every buffer
+// is an allocation of exactly its bytes. What is accepted must equal a plain product, a refusal must name its argument,
+// and operands that fit must not be refused. Run as: fuzz CALLS SEED
+#include <sanitizer/common_interface_defs.h>
+
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <thread>
+
+#include "fuzz_problem.h"
+
+extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
+extern "C" const char* jaxprune_isa();
+// More scratch than a machine has is asked for, and must not be had.
+extern "C" const char* __asan_default_options() {
+  return "max_allocation_size_mb=4096:allocator_may_return_null=1:quarantine_size_mb=8";
+}
+
+struct XLA_FFI_Error {
+  std::string message;
+};
+
+namespace {
+
+long number = 0;  // of the case at hand
+
+// ---- XLA ----
+
+enum class Pool { kInline, kThreads, kLate, kNone } pool;  // kLate: begins tasks after the call; kNone: takes none
+int64_t pool_size;
+std::vector<std::pair<XLA_FFI_Task*, void*>> late;
+std::vector<std::thread> threads;
+
+XLA_FFI_Error* Schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
+  if (pool == Pool::kNone) return new XLA_FFI_Error{"no threads"};
+  if (pool == Pool::kInline) args->task(args->data);
+  if (pool == Pool::kLate) late.emplace_back(args->task, args->data);
+  if (pool == Pool::kThreads) threads.emplace_back(args->task, args->data);
+  return nullptr;
+}
+
+XLA_FFI_Api MakeApi() {
+  XLA_FFI_Api api = {};
+  api.struct_size = XLA_FFI_Api_STRUCT_SIZE;
+  api.XLA_FFI_Error_Create = [](auto* args) { return new XLA_FFI_Error{args->message}; };
+  api.XLA_FFI_Error_GetMessage = [](auto* args) { args->message = args->error->message.c_str(); };
+  api.XLA_FFI_Error_Destroy = [](auto* args) { delete args->error; };
+  api.XLA_FFI_ThreadPool_Schedule = &Schedule;
+  api.XLA_FFI_ThreadPool_NumThreads = [](auto* args) -> XLA_FFI_Error* {
+    *args->num_threads = pool_size;
+    return nullptr;
+  };
+  return api;
+}
+
+// The handler's answer: "" if it accepted.
+std::string Call(const Problem& p) {
+  static const XLA_FFI_Api api = MakeApi();
+  std::vector<int64_t> dims[kOperands], numbers = p.window;  // copies are exact allocations
+  XLA_FFI_Buffer buffers[kOperands];
+  void* pointers[kOperands];
+  for (int i = 0; i < kOperands; ++i) {
+    dims[i] = std::vector<int64_t>(p[i].dims);
+    const int64_t rank = dims[i].size();
+    buffers[i] = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, p[i].type, p[i].data.get(), rank, dims[i].data()};
+    pointers[i] = &buffers[i];
+  }
+  int64_t tile = p.tile, group = p.group;
+  bool relu = p.relu;
+  XLA_FFI_Scalar scalars[] = {
+      {XLA_FFI_DataType_S64, &group}, {XLA_FFI_DataType_PRED, &relu}, {XLA_FFI_DataType_S64, &tile}};
+  XLA_FFI_Array window = {XLA_FFI_DataType_S64, numbers.size(), numbers.data()};
+  if (p.bad_attribute >= 0) (p.bad_attribute < 3 ? scalars[p.bad_attribute].dtype : window.dtype) = kS32;
+  const XLA_FFI_AttrType scalar = XLA_FFI_AttrType_SCALAR;
+  XLA_FFI_ByteSpan spans[] = {{"group", 5}, {"relu", 4}, {"tile", 4}, {"window", 6}};
+  std::vector<XLA_FFI_ByteSpan*> names = {&spans[0], &spans[1], &spans[2], &spans[3]};
+  std::vector<XLA_FFI_AttrType> types = {scalar, scalar, scalar, XLA_FFI_AttrType_ARRAY};
+  std::vector<void*> attrs = {&scalars[0], &scalars[1], &scalars[2], &window};
+  if (const int gone = p.missing_attribute; gone >= 0) {
+    names.erase(names.begin() + gone), types.erase(types.begin() + gone), attrs.erase(attrs.begin() + gone);
+  }
+  const int64_t n_args = kY - p.missing_arguments, n_attrs = attrs.size();
+  std::vector<XLA_FFI_ArgType> arg_types(n_args, XLA_FFI_ArgType_BUFFER);
+  XLA_FFI_RetType ret_type = XLA_FFI_RetType_BUFFER;
+  XLA_FFI_CallFrame frame = {};
+  frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+  frame.api = &api;
+  frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+  frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, n_args, arg_types.data(), pointers};
+  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &ret_type, pointers + kY};
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, n_attrs, types.data(), names.data(), attrs.data()};
+  const std::unique_ptr<XLA_FFI_Error> error(jaxprune_product(&frame));
+  for (const auto& [task, data] : late) task(data);
+  for (std::thread& thread : threads) thread.join();
+  late.clear(), threads.clear();
+  return error ? error->message : "";
+}
+
+// ---- what must come out ----
+
+// What is wrong with what was accepted, "" if nothing.
+std::string Wrong(const Problem& p) {
+  const Array &x = p[kX], &y = p[kY];
+  if (y.count() == 0) return "";
+  const bool matrix = p.window.empty();
+  const auto win = matrix ? std::vector<int64_t>{1, 1, 1, 1, 0, 0, 1, 1} : p.window;
+  const auto xs = matrix ? std::vector<int64_t>{x.dims[0], 1, 1, x.dims[1]} : x.dims;
+  const auto ys = matrix ? std::vector<int64_t>{y.dims[0], 1, 1, y.dims[1]} : y.dims;
+  const int64_t in = win[0] * win[1] * xs[3], out = ys[3], groups = out / p.group;
+  std::vector<double> row(in), sums(out), sizes(out);
+  for (int64_t at = 0; at < y.count(); at += out) {
+    const int64_t ow = at / out % ys[2], oh = at / out / ys[2] % ys[1], image = at / out / ys[2] / ys[1];
+    for (int64_t i = 0; i < in; ++i) {
+      const int64_t tap = i / xs[3], h = oh * win[2] - win[4] + tap / win[1] * win[6];
+      const int64_t w = ow * win[3] - win[5] + tap % win[1] * win[7];
+      const bool inside = h >= 0 && h < xs[1] && w >= 0 && w < xs[2];
+      row[i] = inside ? x.Number(((image * xs[1] + h) * xs[2] + w) * xs[3] + i % xs[3]) : 0;
+    }
+    std::fill(sums.begin(), sums.end(), 0), std::fill(sizes.begin(), sizes.end(), 0);
+    for (int64_t t = 0; t * p.tile < in; ++t) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int32_t* run = &p[kBounds].at<int32_t>(t * (groups + 1) + g);
+        if (run[0] < 0 || run[0] > run[1] || run[1] > p[kIndex].count()) return "accepted bounds that lead outside";
+        for (int64_t i = run[0]; i < run[1]; ++i) {
+          const int64_t input = t * p.tile + p[kIndex].Whole(i);
+          if (input >= std::min(t * p.tile + p.tile, in)) return "accepted an index that leads outside";
+          for (int64_t o = 0; o < p.group; ++o) {
+            const double term = p[kValues].Number(i * p.group + o) * row[input];
+            sums[g * p.group + o] += term, sizes[g * p.group + o] += std::abs(term);
+          }
+        }
+      }
+    }
+    for (int64_t o = 0; o < out; ++o) {
+      double want = sums[o], size = sizes[o];
+      if (p[kScale].count()) want *= p[kScale].at<float>(o), size *= 1 + std::abs(p[kScale].at<float>(o));
+      const double bias = p[kBias].count() ? p[kBias].Number(o) : 0;
+      const double residual = p[kResidual].count() ? p[kResidual].Number(at + o) : 0;
+      want += bias + residual, size += std::abs(bias) + std::abs(residual);
+      if (p.relu) want = std::max(want, 0.0);
+      const double slack = 1e-5 * size + (y.type == kBF16 ? std::abs(want) / 256 : 0) + 1e-30, got = y.Number(at + o);
+      // Where infinities or no numbers were handed in, only memory counts.
+      if (size < 1e37 && !(std::abs(got - want) <= slack)) {
+        return "result " + std::to_string(at + o) + " is " + std::to_string(got) + ", not " + std::to_string(want);
+      }
+    }
+  }
+  return "";
+}
+
+bool Names(const std::string& why) {
+  bool named = why.find("the result") != std::string::npos;
+  for (const char* name : {"values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window"}) {
+    named |= why.find('`' + std::string(name) + '`') != std::string::npos;
+  }
+  return named && why.rfind("jaxprune_product: ", 0) == 0;
+}
+
+// One case; what is wrong with it, or "", and then also the handler's answer.
+std::string Case(bool fits, std::string* why) {
+  Problem p = Valid();
+  fits |= p.vast;
+  for (int64_t n = fits ? 0 : Draw(1, 3); n > 0; --n) Mutate(p);
+  pool = Any({Pool::kInline, Pool::kThreads, Pool::kLate, Pool::kNone});
+  pool_size = p.vast ? 1 : Any({0, 1, 3, 8});  // shared out, it would fit after all, and take minutes
+  *why = Call(p);
+  if (why->empty()) return p.vast ? "accepted what fits no memory" : Wrong(p);
+  if (fits && !p.vast) return "refused what fits: " + *why;
+  const bool wrapper = p.bad_attribute >= 0 || p.missing_attribute >= 0 || p.missing_arguments;
+  if (wrapper ? (*why)[0] != '[' : !Names(*why)) return "names nothing: " + *why;
+  if (wrapper) *why = "XLA's own";
+  return "";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return std::fprintf(stderr, "fuzz CALLS SEED\n"), 2;
+  const long calls = std::atol(argv[1]), seed = std::atol(argv[2]);
+  __sanitizer_set_death_callback([] { std::fprintf(stderr, "case %ld\n", number); });
+  std::map<std::string, long> answers;
+  long fitting = 0;
+  for (number = 0; number < calls; ++number) {
+    rng.seed(seed + number);  // so that `fuzz 1 SEED+NUMBER` repeats a case
+    const bool fits = Chance(4);
+    std::string why;
+    if (const std::string wrong = Case(fits, &why); !wrong.empty()) {
+      return std::fprintf(stderr, "case %ld: %s\n", number, wrong.c_str()), 1;
+    }
+    fitting += fits;
+    ++answers[why];
+  }
+  const long accepted = answers[""];
+  std::printf("isa %s, seed %ld, calls %ld, fitting %ld, accepted %ld, refused %ld", jaxprune_isa(), seed, calls,
+              fitting, accepted, calls - accepted);
+  for (const auto& [why, count] : answers) {
+    if (!why.empty()) std::printf("; %ld %s", count, why.c_str());
+  }
+  return std::printf("\n"), 0;
+}

@@ -1,0 +1,232 @@
+// Problems for the fuzzer: calls that must be accepted, and what may be done to them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace {
+
+enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kOperands };
+constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kBF16 = XLA_FFI_DataType_BF16, kS8 = XLA_FFI_DataType_S8,
+                           kU8 = XLA_FFI_DataType_U8, kU16 = XLA_FFI_DataType_U16, kS32 = XLA_FFI_DataType_S32;
+
+std::mt19937_64 rng;
+
+int64_t Draw(int64_t low, int64_t high) { return low + static_cast<int64_t>(rng() % (high - low + 1)); }
+bool Chance(int64_t one_in) { return Draw(1, one_in) == 1; }
+template <class T>
+T Any(std::initializer_list<T> of) {
+  return of.begin()[Draw(0, of.size() - 1)];
+}
+// Up to `most`, mostly tiny.
+int64_t Size(int64_t most) { return Draw(0, Chance(32) ? most : std::min<int64_t>(most, Chance(8) ? 40 : 9)); }
+
+// ---- operands ----
+
+struct Free {
+  void operator()(char* data) const { std::free(data); }
+};
+
+struct Array {
+  XLA_FFI_DataType type = kF32;
+  std::vector<int64_t> dims;
+  std::unique_ptr<char, Free> data;
+  bool huge = false;  // a single byte then, which nobody may touch
+
+  int64_t count() const {
+    int64_t count = 1;
+    for (int64_t dim : dims) count *= dim;
+    return count;
+  }
+  int64_t width() const {
+    if (type == kF32 || type == kS32) return 4;
+    return type == kBF16 || type == kU16 ? 2 : type == kS8 || type == kU8 ? 1 : 8;
+  }
+  int64_t bytes() const { return count() * width(); }
+  void Allocate(int fill = 0) {
+    // What XLA hands over for nothing may be null or not.
+    data.reset(bytes() == 0 && Chance(2) ? nullptr : static_cast<char*>(std::malloc(bytes())));
+    if (bytes()) std::memset(data.get(), fill, bytes());
+  }
+  template <class T>
+  T& at(int64_t i) const {
+    return reinterpret_cast<T*>(data.get())[i];
+  }
+  int64_t Whole(int64_t i) const { return type == kU8 ? at<uint8_t>(i) : at<uint16_t>(i); }
+  double Number(int64_t i) const {
+    if (type != kBF16) return type == kF32 ? at<float>(i) : at<int8_t>(i);
+    const uint32_t bits = uint32_t{at<uint16_t>(i)} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  void Put(int64_t i, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (type == kF32) at<float>(i) = value;
+    if (type == kBF16) at<uint16_t>(i) = bits >> 16;
+    if (type == kS8) at<int8_t>(i) = static_cast<int8_t>(value);
+    if (type == kU8) at<uint8_t>(i) = static_cast<int64_t>(value) & 0xff;
+    if (type == kU16) at<uint16_t>(i) = static_cast<int64_t>(value);
+    if (type == kS32) at<int32_t>(i) = static_cast<int32_t>(value);
+  }
+};
+
+struct Problem {
+  Array operands[kOperands];
+  int64_t tile = 1, group = 1;
+  std::vector<int64_t> window;
+  bool relu = false, vast = false;
+  int bad_attribute = -1, missing_attribute = -1, missing_arguments = 0;
+
+  const Array& operator[](int i) const { return operands[i]; }
+  Array& operator[](int i) { return operands[i]; }
+};
+
+// A call that must be accepted. Positions beyond the window's formula read zeros.
+Problem Valid() {
+  Problem p;
+  const bool wide = Chance(300), full = Chance(300), far = Chance(2000), vast = Chance(20000);
+  int64_t in = full ? 300 : wide ? Draw(1, 40) : Size(300), most = full ? 300 : vast ? 0 : Size(6);
+  int64_t out = full ? 40 : wide ? Draw(120, 1200) : vast ? 520 : far ? Draw(1, 5) : Size(40);
+  p.vast = vast;  // the packed inputs of its window fit no memory
+  p.group = vast ? 1 : Any({1, 4});
+  p.tile = far || vast ? 65536 : Chance(8) ? Any({256, 257, 65535, 65536}) : Chance(4) ? Draw(1, 300) : Draw(1, 12);
+  out -= out % p.group;
+  if (vast || far || Chance(2)) {
+    const int64_t channels = full ? 75 : far || vast ? 1 : Size(24), images = vast || full ? 1 : Draw(0, 3);
+    p.window = {Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(0, 3), Draw(0, 3), Draw(1, 3), Draw(1, 3)};
+    if (full) p.window[0] = p.window[1] = 2;
+    if (far) p.window[1] = Draw(65000, 140000), p.window[5] = Draw(0, p.window[1]);
+    if (vast) p.window[0] = 1000, p.window[1] = 1 << 20;
+    p[kX].dims = {images, Size(9), Size(9), channels};
+    p[kY].dims = {images, full ? 9 : Draw(vast, 6), full ? 9 : Draw(vast, 6), out};
+    in = p.window[0] * p.window[1] * channels;
+  } else {
+    const int64_t n = Chance(8) ? 1 : full ? 70 : Size(70);
+    p[kX].dims = {n, in};
+    p[kY].dims = {n, out};
+  }
+  // 16 of every 32 or 64 inputs, for which a single position has loops of its own.
+  const int64_t span = !wide && !full && p.window.empty() && p[kX].dims[0] == 1 && Chance(2) ? Any({32, 64}) : 0;
+  if (span) p.group = 1, p.tile = span * Draw(1, 256 / span), p[kX].dims[1] = in = span * Draw(0, 10);
+  std::vector<int32_t> bounds;
+  std::vector<int> index;
+  for (int64_t begin = 0; begin < in; begin += p.tile) {
+    const int64_t rows = std::min(p.tile, in - begin);
+    for (int64_t g = 0; g < out / p.group; ++g) {
+      bounds.push_back(index.size());
+      for (int64_t i = 0; span && i < rows / span * 16; ++i) index.push_back(i / 16 * span + Draw(0, span - 1));
+      if (span) continue;
+      for (int64_t k = std::min(rows, full ? most : Draw(0, most)); k > 0; --k) index.push_back(Draw(0, rows - 1));
+    }
+    bounds.push_back(index.size());
+  }
+  if (Chance(8)) index.resize(index.size() + Draw(1, 3), 65535);  // beyond the last bound, and so nobody's
+  const int64_t indices = index.size(), n_bounds = bounds.size();
+  p[kIndex].type = p.tile <= 256 && (span || Chance(2)) ? kU8 : kU16;
+  p[kIndex].dims = {indices};
+  p[kBounds].type = kS32;
+  p[kBounds].dims = {n_bounds};
+  p[kValues].type = Any({kF32, kBF16, kS8});
+  p[kValues].dims = {indices * p.group};
+  p[kScale].dims = {Chance(2) ? 0 : out};
+  p[kBias].dims = {Chance(2) ? 0 : out};
+  p[kX].type = Any({kF32, kBF16});
+  p[kY].type = p[kResidual].type = Any({kF32, kBF16});
+  p[kResidual].dims = Chance(2) ? std::vector<int64_t>{0} : p[kY].dims;
+  p.relu = Chance(2);
+  for (Array& array : p.operands) array.Allocate(0xff);  // the result is no number until it is written
+  for (int64_t i = 0; i < indices; ++i) p[kIndex].Put(i, index[i]);
+  for (int64_t i = 0; i < n_bounds; ++i) p[kBounds].at<int32_t>(i) = bounds[i];
+  for (int which : {kValues, kScale, kBias, kResidual, kX}) {  // numbers that bfloat16 holds exactly
+    Array& array = p[which];
+    for (int64_t i = 0, n = array.count(); i < n; ++i) array.Put(i, Draw(-64, 64) / (array.type == kS8 ? 0.5f : 64.0f));
+  }
+  return p;
+}
+
+// ---- what is done to them ----
+
+// Another shape, the old contents as far as they reach.
+void Resize(Array& array, std::vector<int64_t> dims) {
+  const int64_t before = array.bytes();
+  const std::unique_ptr<char, Free> old = std::move(array.data);
+  array.dims = std::move(dims);
+  array.Allocate(Any({0, 0xff, 0x3c}));
+  if (const int64_t kept = std::min(before, array.bytes())) std::memcpy(array.data.get(), old.get(), kept);
+}
+
+// More than any memory holds, or nothing for all its length, or negative.
+void MakeHuge(Array& array) {
+  constexpr int64_t kSizes[] = {0, 1, 3, 1 << 20, 1LL << 31, 1LL << 40, 1LL << 62, INT64_MAX, -1, INT64_MIN};
+  if (Chance(2)) array.dims.resize(Draw(1, 4));
+  double product = 1;
+  for (int64_t& dim : array.dims) product *= dim = kSizes[Draw(0, 9)];
+  if (product > 0 && product <= 1LL << 40) array.dims.insert(array.dims.end(), {1LL << 40, 1LL << 40});
+  array.data.reset(static_cast<char*>(std::malloc(1)));
+  array.huge = true;
+}
+
+void Mutate(Problem& p) {
+  Array &array = p[Draw(0, kOperands - 1)], &bounds = p[kBounds], &index = p[kIndex];
+  const bool whole = bounds.type == kS32 && index.width() <= 2 && !bounds.huge && !index.huge && !array.huge;
+  const int64_t n_bounds = whole ? bounds.count() : 0, indices = whole ? index.count() : 0;
+  std::vector<int64_t> dims = array.dims;
+  switch (array.huge ? Draw(6, 9) : Draw(0, 9)) {
+    case 0:
+      array.type = Chance(2) ? Any({kF32, kBF16, kU8, kU16, kS8, kS32}) : static_cast<XLA_FFI_DataType>(Draw(0, 33));
+      return array.Allocate(Any({0, 0xff, 0x3c}));
+    case 1:  // the rank
+      if (!dims.empty() && Chance(2)) return dims.erase(dims.begin() + Draw(0, dims.size() - 1)), Resize(array, dims);
+      if (array.bytes() < 50000) dims.insert(dims.begin() + Draw(0, dims.size()), Draw(0, 2)), Resize(array, dims);
+      return;
+    case 2:  // sizes
+      for (int64_t& dim : dims) {
+        if (Chance(dims.size())) dim = std::max<int64_t>(0, Any({dim - 1, dim + 1, dim + 4, dim / 2, Draw(0, 12)}));
+      }
+      return Resize(array, dims);
+    case 3:
+      for (int64_t n = n_bounds ? Draw(1, 2) : 0; n > 0; --n) {
+        int32_t& at = bounds.at<int32_t>(Draw(0, n_bounds - 1));
+        const int32_t last = indices, near = Any({-1, 1}) + std::clamp(at, -1, last + 1);
+        at = Any({-1, INT32_MIN, INT32_MAX, last, last + 1, last - 1, near, near});
+      }
+      return;
+    case 4:
+      if (!indices) return;
+      index.Put(Draw(0, indices - 1), (Any({p.tile & 0xffff, Draw(0, 300), 65536L}) - Draw(0, 1)) & 0xffff);
+      return;
+    case 5:  // all contents
+      if (!Chance(4)) return;
+      for (Array* each : {&bounds, &index}) {
+        for (int64_t i = 0; whole && i < each->bytes(); ++i) each->data.get()[i] = Draw(0, Any({1, 3, 255}));
+      }
+      return;
+    case 6:
+      if (Chance(2)) return void(p.group = Any({0L, 1L, 2L, 3L, 4L, 8L, -1L, -4L, INT64_MIN, INT64_MAX}));
+      p.tile = Any({0L, -1L, 1L, 256L, 257L, 65536L, 65537L, 1L << 40, INT64_MIN, INT64_MAX, Draw(1, 300)});
+      return;
+    case 7:
+      if (Chance(2)) p.window.resize(Any({0, 1, 7, 8, 9, 16}), 1);
+      for (int64_t& n : p.window) {
+        if (Chance(6)) n = Any({0L, -1L, 1L, 2L, 3L, 1L << 20, (1L << 20) + 1, 1L << 40, INT64_MIN, INT64_MAX});
+      }
+      return;
+    case 8:
+      return MakeHuge(array);
+    default:  // what XLA's own wrapper finds
+      if (!Chance(4)) return;
+      (Chance(2) ? p.bad_attribute : p.missing_attribute) = Draw(0, 3);
+      p.missing_arguments = Chance(4);
+  }
+}
+
+}  // namespace

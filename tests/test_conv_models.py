@@ -1,0 +1,75 @@
+"""Models with convolutions, from every framework and unchanged: products of the kernels, and equal to dense."""
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from sparse_helpers import make_x, sparse_leaves
+
+from jaxprune import sparse
+from jaxprune.layout import TORCH
+from jaxprune.sparse import native
+
+TARGET = 'custom_call_target="jaxprune_product"'
+needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
+
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+
+
+def linen_model():
+    second = linen.Conv(4, (3, 1), strides=2, padding="VALID", kernel_dilation=2)
+    layers = [linen.Conv(8, (3, 3)), linen.relu, second, lambda x: x.mean((1, 2)), linen.Dense(4)]
+    model = linen.Sequential(layers)
+    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), 3
+
+
+def nnx_model():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+            self.second = nnx.Conv(8, 4, (1, 1), use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(nnx.relu(self.first(x)))
+
+    graph, params = nnx.split(Net(nnx.Rngs(0)))
+    return lambda params, x: nnx.merge(graph, params)(x), params, 2
+
+
+def haiku_model():
+    def net(x):
+        x = hk.Conv2D(8, 3, data_format="NHWC")(x)
+        return hk.Conv1D(4, 3, stride=2, padding="VALID")(jax.nn.relu(x).reshape(x.shape[0], -1, 8))
+
+    model = hk.without_apply_rng(hk.transform(net))
+    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), 2
+
+
+def equinox_model():
+    keys = jax.random.split(jax.random.key(0))
+    net = eqx.nn.Sequential([eqx.nn.Conv2d(3, 8, 3, padding=1, key=keys[0]), eqx.nn.Conv2d(8, 4, 3, 2, key=keys[1])])
+    arrays, rest = eqx.partition(net, eqx.is_array)
+    return lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(jnp.moveaxis(x, -1, 1)), arrays, 2
+
+
+@pytest.mark.parametrize(
+    ("model", "format"),
+    [
+        (linen_model, "native"),
+        (nnx_model, "native_block"),
+        (haiku_model, "native"),
+        (equinox_model, "native"),
+    ],
+)
+def test_models_run_unchanged(relaxed, model, format):
+    fn, params, count = model()
+    params = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 0.1, leaf, 0), params)
+    compressed = sparse.compress(params, format, **({"layout": TORCH} if model is equinox_model else {}))
+    assert len(sparse_leaves(compressed)) == count
+    x, predict = make_x((2, 8, 8, 3)), jax.jit(sparse.apply(fn))
+    assert predict.lower(compressed, x).compile().as_text().count(TARGET) == count
+    got, want = predict(compressed, x), jax.jit(fn)(sparse.decompress(compressed), x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

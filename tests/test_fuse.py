@@ -1,0 +1,252 @@
+"""Bias, residual and ReLU in the kernel's call: which steps join, which must not, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quax
+from flax import linen
+from jax.extend.core import jaxprs_in_params
+from sparse_helpers import compress_one, make_leaf, make_x
+
+from jaxprune import sparse
+from jaxprune.sparse import native
+from jaxprune.sparse.fuse import find_chains
+
+TARGET = 'custom_call_target="jaxprune_product"'
+needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
+
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+
+
+def relu(x):
+    return jnp.maximum(x, 0)
+
+
+def row(bias):
+    return jnp.broadcast_to(bias, (5, 8))
+
+
+def chains(fn, *args):
+    """(bias, residual, relu) of each chain in a function, and how many steps each has."""
+    found = find_chains(jax.make_jaxpr(quax.quaxify(fn))(*args).jaxpr)
+    return [(chain.bias is not None, chain.residual is not None, chain.relu) for chain in found]
+
+
+def operands(dtype="float32"):
+    """w (6, 8), x (5, 6), a bias (1, 8), a residual (5, 8)."""
+    weight = compress_one(make_leaf((6, 8), 0.5, dtype), "native")
+    return weight, make_x((5, 6), dtype), make_x((1, 8), dtype, 2), make_x((5, 8), dtype, 3)
+
+
+BIAS, RESIDUAL, RELU = (True, False, False), (False, True, False), (False, False, True)
+JOIN = {
+    "bias": (lambda w, x, b, r: x @ w + b, [BIAS]),
+    "bias first": (lambda w, x, b, r: b + x @ w, [BIAS]),
+    "residual": (lambda w, x, b, r: r + x @ w, [RESIDUAL]),
+    "jax.nn.relu": (lambda w, x, b, r: jax.nn.relu(x @ w), [RELU]),
+    "jnp.maximum": (lambda w, x, b, r: jnp.maximum(x @ w, 0), [RELU]),
+    "jnp.maximum, 0 first": (lambda w, x, b, r: jnp.maximum(0, x @ w), [RELU]),
+    "all": (lambda w, x, b, r: jax.nn.relu(x @ w + b + r), [(True, True, True)]),
+    "all, residual first": (lambda w, x, b, r: jax.nn.relu(r + x @ w + b), [(True, True, True)]),
+    "linen.relu in jit": (lambda w, x, b, r: jax.jit(linen.relu)(x @ w), [RELU]),
+    "reshaped": (lambda w, x, b, r: (x @ w).reshape(1, 5, 8) + r[None], [RESIDUAL]),
+    "two layers": (lambda w, x, b, r: relu(relu(x @ w + b)[:, :6] @ w + r), [(True, False, True), (False, True, True)]),
+    "product of a product": (lambda w, x, b, r: x @ w + (x + 1) @ w, [RESIDUAL]),
+    "one row": (lambda w, x, b, r: x[:1] @ w + b + r[:1], [(True, True, False)]),
+    "broadcast by the user": (lambda w, x, b, r: relu(x @ w + row(b)), [(False, True, True)]),
+}
+
+
+@pytest.mark.parametrize("case", JOIN)
+def test_steps_that_join(case):
+    fn, want = JOIN[case]
+    args = operands()
+    dense = (args[0].decompress(), *args[1:])
+    assert chains(fn, *args) == want
+    got = jax.jit(sparse.apply(fn))(*args)
+    np.testing.assert_allclose(got, fn(*dense), rtol=1e-5, atol=1e-5)
+
+
+def twice(w, x, b, r):
+    y = x @ w
+    return y + b, y
+
+
+def kept_sum(w, x, b, r):
+    y = x @ w + b
+    return jax.nn.relu(y) + y
+
+
+APART = {
+    "product used twice": (twice, []),
+    "product returned": (lambda w, x, b, r: (lambda y: (y, jax.nn.relu(y)))(x @ w), []),
+    "sum used twice": (kept_sum, [BIAS]),
+    "with itself": (lambda w, x, b, r: (lambda y: y + y)(x @ w), []),
+    "relu of something else": (lambda w, x, b, r: relu(r) @ w.T, []),
+    "maximum with 1": (lambda w, x, b, r: jnp.maximum(x @ w, 1), []),
+    "maximum with an array": (lambda w, x, b, r: jnp.maximum(x @ w, r), []),
+    "relu in between": (lambda w, x, b, r: relu(x @ w) + b, [RELU]),
+    "a number": (lambda w, x, b, r: x @ w + 1.0, []),
+    "a column": (lambda w, x, b, r: x @ w + r[:, :1], []),
+    "result smaller than what is added": (lambda w, x, b, r: x[:1] @ w + r, []),
+    "another dtype": (lambda w, x, b, r: (x @ w).astype(jnp.bfloat16) + b.astype(jnp.bfloat16), []),
+    "subtraction": (lambda w, x, b, r: x @ w - b, []),
+    "third addition": (lambda w, x, b, r: x @ w + b + r + r, [(True, True, False)]),
+    "outputs not last": (lambda w, x, b, r: (x @ w).T + r.T, []),
+    "another reshape": (lambda w, x, b, r: (x @ w).reshape(10, 4) + r.reshape(10, 4), []),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_steps_that_must_not_join(case, relaxed):
+    fn, want = APART[case]
+    args = operands()
+    dense = (args[0].decompress(), *args[1:])
+    assert chains(fn, *args) == want
+    got = jax.jit(sparse.apply(fn))(*args)
+    jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5), got, fn(*dense))
+
+
+# Under whatever transformation.
+
+
+def layer(w, x, b, r):
+    return jax.nn.relu(x @ w + b + r)
+
+
+def grad_of_all(fn):
+    return jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (1, 2, 3))
+
+
+def twice_by_scan(fn):
+    return lambda w, x, b, r: jax.lax.scan(lambda carry, _: (fn(w, x, b, carry), None), r, None, length=2)[0]
+
+
+AROUND = {
+    "nothing": lambda fn: fn,
+    "jit inside": lambda fn: lambda *args: jax.jit(fn)(*args),
+    "grad inside": grad_of_all,
+    "jvp inside": lambda fn: lambda w, *args: jax.jvp(lambda *args: fn(w, *args), args, args),
+    "scan": twice_by_scan,
+    "grad of scan": lambda fn: grad_of_all(twice_by_scan(fn)),
+    "checkpoint": lambda fn: grad_of_all(jax.checkpoint(fn)),
+    "cond": lambda fn: lambda *args: jax.lax.cond(args[1][0, 0] > 0, fn, lambda w, x, b, r: -fn(w, x, b, r), *args),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_transformations_inside_equal_dense(around):
+    args, fn = operands(), AROUND[around](layer)
+    want = fn(args[0].decompress(), *args[1:])
+    for got in (jax.jit(sparse.apply(fn))(*args), sparse.apply(fn)(*args)):
+        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_transformations_outside_equal_dense():
+    weight, *args = operands()
+    dense, fused = weight.decompress(), sparse.apply(layer)
+    many = jax.tree.map(lambda arg: jnp.stack([arg, 2 * arg, -arg]), args)
+    for of_layer in (
+        lambda fn, w: jax.jit(grad_of_all(fn))(w, *args),
+        lambda fn, w: jax.jvp(lambda *args: fn(w, *args), args, args),
+        lambda fn, w: jax.jit(jax.vmap(fn, (None, 0, 0, 0)))(w, *many),
+        lambda fn, w: jax.vmap(fn, (None, 0, None, None))(w, many[0], *args[1:]),
+        lambda fn, w: jax.vmap(fn, (None, None, None, 2))(w, *args[:2], jnp.moveaxis(many[2], 0, 2)),
+        lambda fn, w: jax.vmap(grad_of_all(fn), (None, 0, 0, 0))(w, *many),
+        lambda fn, w: jax.jacfwd(lambda x: fn(w, x, *args[1:]))(args[0]),
+        lambda fn, w: jax.lax.map(lambda x: fn(w, x, *args[1:]), many[0]),
+    ):
+        got, want = of_layer(fused, weight), of_layer(layer, dense)
+        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_values_have_gradients_through_the_chain():
+    weight, *args = operands()
+    loss = lambda w, *args: jnp.sum(jnp.sin(layer(w, *args)))  # noqa: E731
+    got = jax.jit(jax.grad(lambda values: sparse.apply(loss)(weight.with_values(values), *args)))(weight.values)
+    rows, cols = weight.coordinates()
+    np.testing.assert_allclose(got, jax.grad(loss)(weight.decompress(), *args)[cols, rows], rtol=1e-4, atol=1e-5)
+
+
+def test_nan_and_infinities_pass_relu_as_in_jax():
+    weight, x, b, r = operands()
+    y = jax.jit(sparse.apply(layer))(weight, x, b, r.at[2, 3].set(jnp.nan).at[1, 1].set(jnp.inf).at[0, 0].set(-jnp.inf))
+    assert np.argwhere(np.isnan(y)).tolist() == [[2, 3]]
+    assert (y[1, 1], y[0, 0]) == (jnp.inf, 0)
+
+
+def test_16_bit_chains_are_rounded_once():
+    args = operands("bfloat16")
+    got = jax.jit(sparse.apply(layer))(*args)
+    w, x, b, r = (np.asarray(part).astype(np.float64) for part in (args[0].decompress(), *args[1:]))
+    want = np.maximum(x @ w + b + r, 0)
+    assert got.dtype == jnp.bfloat16
+    scale = np.abs(x) @ np.abs(w) + np.abs(b) + np.abs(r)
+    assert np.all(np.abs(np.asarray(got).astype(np.float64) - want) <= 2.0**-8 * want + 1e-6 * scale)
+
+
+# Models.
+
+
+def count(jaxpr, names):
+    """Equations of these primitives, those of inner jaxprs counted, those of a chain apart not."""
+    own = sum(eqn.primitive.name in names for eqn in jaxpr.eqns)
+    inner = [eqn for eqn in jaxpr.eqns if eqn.primitive.name != "native_fused_product"]
+    return own + sum(count(sub, names) for eqn in inner for sub in jaxprs_in_params(eqn.params))
+
+
+class Mlp(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(linen.relu(linen.Dense(16)(linen.relu(linen.Dense(16)(x)))))
+
+
+class Block(linen.Module):
+    """A residual block, with a bias in the place of a norm that was folded; its input is the residual."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Conv(8, (3, 3))(x))
+        y = linen.relu(linen.Conv(8, (3, 3))(x))
+        y = linen.relu(linen.Conv(8, (3, 3), use_bias=False)(y) + x)
+        return linen.relu(linen.Conv(8, (1, 1), strides=2)(y) + linen.Conv(8, (1, 1), strides=2)(x))
+
+
+@pytest.mark.parametrize(("model", "shape", "products"), [(Mlp(), (5, 12), 3), (Block(), (2, 8, 8, 3), 5)])
+def test_models_are_products_and_nothing_else(relaxed, model, shape, products):
+    x = make_x(shape)
+    params = model.init(jax.random.key(0), x)
+    # Biases, which are zero at first, become 0.1.
+    params = jax.tree.map(lambda p: p + 0.1 if p.ndim == 1 else jnp.where(jnp.abs(p) > 0.1, p, 0), params)
+    compressed, predict = sparse.compress(params, "native"), sparse.apply(model.apply)
+    jaxpr = jax.make_jaxpr(predict)(compressed, x).jaxpr
+    assert count(jaxpr, ["native_fused_product", "native_product"]) == products
+    assert count(jaxpr, ["add", "add_any", "max", "custom_jvp_call"]) == 0
+    program = jax.jit(predict).lower(compressed, x).compile().as_text()
+    assert program.count(TARGET) == products
+    assert program.count(" add(") == program.count(" maximum(") == program.count(" transpose(") == 0
+    np.testing.assert_allclose(jax.jit(predict)(compressed, x), model.apply(params, x), rtol=1e-4, atol=1e-4)
+    unfused = quax.quaxify(model.apply)
+    np.testing.assert_allclose(jax.jit(predict)(compressed, x), jax.jit(unfused)(compressed, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "layout", "transposes"),
+    # With channels first one before the first layer and one after the last; XLA cancels those between.
+    [(("NHWC", "HWIO", "NHWC"), "in_out", 0), (("NCHW", "OIHW", "NCHW"), "out_in", 2)],
+)
+def test_convolutions_have_no_transposes_between_them(names, layout, transposes):
+    kernels = [make_leaf((3, 3, 8, 8) if layout == "in_out" else (8, 8, 3, 3), 0.3, "float32", i) for i in range(3)]
+    weights = [compress_one(kernel, "native", layout) for kernel in kernels]
+    x = make_x((2, 9, 10, 8) if layout == "in_out" else (2, 8, 9, 10))
+
+    def net(weights, x):
+        for weight in weights:
+            x = jax.nn.relu(jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=names))
+        return x
+
+    predict = jax.jit(sparse.apply(net))
+    program = predict.lower(weights, x).compile().as_text()
+    assert (program.count(TARGET), program.count(" transpose(")) == (3, transposes)
+    np.testing.assert_allclose(predict(weights, x), net(kernels, x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,106 @@
+"""Sparse and masked dense models call every MNIST test image the same digit; needs the images, JAXPRUNE_DATA."""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sparse_helpers import sparse_leaves
+
+from jaxprune import sparse
+from jaxprune.lab.config import Model
+from jaxprune.lab.models import build
+from jaxprune.sparse import native
+
+BATCH = 500
+# Without the files of the images, or the kernels, there is nothing to compare.
+FOLDER = Path(os.environ.get("JAXPRUNE_DATA", "nowhere")) / "mnist"
+SPARSITY, STEPS = 0.9, {"lenet_300_100": 300, "lenet_5": 100}
+CASES = [
+    ("lenet_300_100", "native"),
+    ("lenet_300_100", "native_row"),
+    ("lenet_300_100", "bcsr"),
+    ("lenet_5", "native"),
+    ("lenet_5", "native_block"),
+    ("lenet_5", "bcsr"),
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="JAXPRUNE_DATA names no folder with mnist/ in it"),
+    pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there"),
+]
+
+
+@functools.cache
+def images_and_labels(split):
+    images = np.frombuffer((FOLDER / f"{split}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+    labels = np.frombuffer((FOLDER / f"{split}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
+    return images.reshape(-1, 28, 28, 1), labels.astype(np.int32)
+
+
+def as_input(images):
+    return jnp.asarray(images, jnp.float32) / 255
+
+
+@functools.cache
+def trained(name):
+    """A network after a few hundred steps, its matrices and kernels pruned by magnitude half-way, and zeros kept."""
+    steps = STEPS[name]
+    network = build(Model(name=name), (28, 28, 1), 10, jax.random.key(0))
+    optimiser = optax.adam(3e-3)
+    images, labels = images_and_labels("train")
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(network.apply(params, x), y).mean()
+
+    @jax.jit
+    def step(params, state, masks, x, y):
+        updates, state = optimiser.update(jax.grad(loss)(params, x, y), state, params)
+        return jax.tree.map(jnp.multiply, optax.apply_updates(params, updates), masks), state
+
+    def mask(leaf):
+        bound = jnp.quantile(jnp.abs(leaf), SPARSITY) if leaf.ndim > 1 else -1.0
+        return (jnp.abs(leaf) > bound).astype(leaf.dtype)
+
+    params, masks = network.params, jax.tree.map(jnp.ones_like, network.params)
+    state, rng = optimiser.init(params), np.random.default_rng(0)
+    for number in range(steps):
+        if number == steps // 2:
+            masks = jax.tree.map(mask, params)
+        chosen = rng.integers(0, len(labels), 32)
+        params, state = step(params, state, masks, as_input(images[chosen]), jnp.asarray(labels[chosen]))
+    return network, params
+
+
+@functools.cache
+def dense_logits(name):
+    return logits(trained(name)[0].apply, trained(name)[1])
+
+
+def logits(apply, params):
+    predict, (images, _) = jax.jit(apply), images_and_labels("t10k")
+    batches = [predict(params, as_input(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+    return np.concatenate(batches)
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_every_image_has_the_class_of_the_masked_dense_model(relaxed, name, format):
+    network, params = trained(name)
+    compressed = sparse.compress(params, format, unsupported="dense")
+    matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    able = [
+        leaf
+        for leaf in matrices
+        if (leaf.ndim == 2 or format != "bcsr") and (leaf.shape[-1] % 4 == 0 or format != "native_block")
+    ]
+    assert len(sparse_leaves(compressed)) == len(able)
+    want, got = dense_logits(name), logits(sparse.apply(network.apply), compressed)
+    _, labels = images_and_labels("t10k")
+    assert np.mean(np.argmax(want, axis=1) == labels) > 0.8  # a model, no noise
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(np.argmax(got, axis=1), np.argmax(want, axis=1))
