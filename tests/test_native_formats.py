@@ -86,7 +86,7 @@ def test_products_equal_numpy(format, n_in, groups, batch, density, weights, act
 CHECK = """
 import itertools
 import jax, jax.numpy as jnp, numpy as np
-import test_conv, test_native_formats as formats
+import test_conv, test_native_nm, test_native_formats as formats
 from sparse_helpers import compress_one, make_leaf, make_x
 from jaxprune import sparse
 for format, dtype in itertools.product(formats.NATIVE, ("float32", "bfloat16")):
@@ -97,6 +97,14 @@ for format, dtype in itertools.product(formats.NATIVE, ("float32", "bfloat16")):
         formats.assert_product(formats.product_as(dtype)(x, weight), formats.to_numpy(x), w, dtype)
     if format != "native_row":  # of which a convolution is another tile
         test_conv.check(format, dtype)
+for (n_in, n_out), batch in itertools.product([(1, 1), (127, 5), (129, 66), (320, 257)], (1, 17, 65)):
+    leaf, x = make_leaf((n_in, n_out), 0.2, "float32"), make_x((batch, n_in))
+    y = formats.product_as("float32")(x, compress_one(leaf, "native"))
+    formats.assert_product(y, formats.to_numpy(x), formats.to_numpy(leaf), "float32")
+for kind, dtype in itertools.product([(2, 4), (1, 4)], ("float32", "bfloat16")):
+    leaf, x = test_native_nm.nm_leaf(320, 70, *kind, dtype), make_x((1, 320), dtype)
+    y = formats.product_as(dtype)(x, compress_one(leaf, "native_nm"))
+    formats.assert_product(y, formats.to_numpy(x), formats.to_numpy(leaf), dtype)
 print(sparse.native.instruction_set())
 """
 

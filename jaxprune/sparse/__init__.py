@@ -10,17 +10,21 @@ Whether that pays, and in which format, is measured: `compress(params, plan)` wi
 
 What has no sparse form is refused with the leaf's name, never quietly run dense; `reference` is what all formats equal.
 
-| format | stored per non-zero | pays, on CPU |
+| format | stored per non-zero | made for |
 |---|---|---|
-| "dense" | every weight | in small layers and at low sparsity, where XLA is hard to beat |
-| "bcoo" | value, two int32 | in bytes from 67 % on; in time never |
-| "bcsr" | value, one int32 | in bytes from 50 % on; in time only at batches of hundreds |
-| "block" | blocks: every value, one int32 | not measured; in bytes for leaves pruned by `Block`, made for GPUs |
-| "native" | value, one uint16 (and bounds of runs) | in time from 50 % on at batches of 16 and more |
-| "native_row" | value, one uint16 | in time at a batch of one, from 70 % (4096 x 4096) or 90 % (1024 x 1024) on |
+| "dense" | every weight | small layers and low sparsity, where XLA is hard to beat |
+| "bcoo" | value, two int32 | any platform, GPUs; on a CPU never faster than dense |
+| "bcsr" | value, one int32 | any platform, GPUs; on a CPU faster at batches of hundreds alone |
+| "block" | value, zeros of a block too; one int32 a block | leaves pruned by `Block`, on GPUs |
+| "native" | value, one byte (two at high sparsity), bounds of runs | batches, convolutions |
+| "native_row" | value, two bytes | a batch of one |
+| "native_block" | four values, one byte | leaves pruned by `Block(rows, 4 n)` |
+| "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |
+| "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
 
-The native formats are float32 on CPU, C++ kernels called from the compiled program (`native`); the others are portable.
-BUILD_NOTES.md has the measurements. Convolutions are not here yet.
+The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
+and convolutions, with bias, residual and ReLU in the kernel (`fuse`); the others are portable. BUILD_NOTES.md has the
+measurements.
 """
 
 from jaxprune.sparse import native, reference
@@ -31,7 +35,13 @@ from jaxprune.sparse.compress import compress, decompress, nbytes
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
 from jaxprune.sparse.matmul import matmul, times, times_transposed
 from jaxprune.sparse.plan import Plan
-from jaxprune.sparse.tiles import NativeRowWeight, NativeWeight
+from jaxprune.sparse.tiles import (
+    NativeBlockWeight,
+    NativeInt8Weight,
+    NativeNMWeight,
+    NativeRowWeight,
+    NativeWeight,
+)
 from jaxprune.sparse.tune import tune
 
 __all__ = [
@@ -40,6 +50,9 @@ __all__ = [
     "BCOOWeight",
     "BCSRWeight",
     "BlockWeight",
+    "NativeBlockWeight",
+    "NativeInt8Weight",
+    "NativeNMWeight",
     "NativeRowWeight",
     "NativeWeight",
     "Plan",

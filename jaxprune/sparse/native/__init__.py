@@ -20,6 +20,7 @@ _BESIDE = Path(__file__).parent / "_kernels.so"
 _INSTALLED = [Path(entry) / "jaxprune" / "sparse" / "native" / "_kernels.so" for entry in sys.path]
 LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
+INTERFACE = 2  # as in product.cc
 
 
 @functools.cache
@@ -34,6 +35,8 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"The native kernels cannot be loaded: {error}. Reinstall jaxprune on this machine."
+    if getattr(library, "jaxprune_interface", int)() != INTERFACE:
+        return f"The native kernels {LIBRARY} are those of another version of jaxprune. Reinstall it."
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxprune_product), platform="cpu")
     return library
 
