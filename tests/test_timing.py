@@ -14,6 +14,10 @@ def test_interleaved_takes_turns():
     assert {name: len(taken) for name, taken in runs.items()} == {"a": 4, "b": 4, "c": 4}
     assert order[:6] == list("abcabc")
     assert all(sorted(order[i : i + 3]) == list("abc") for i in range(0, len(order), 3))
+    order.clear()
+    runs = timing.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, repeats=4, turn=3)
+    assert {name: len(taken) for name, taken in runs.items()} == dict.fromkeys("abc", 4)
+    assert [len(set(order[i : i + 3])) for i in range(6, 24, 3)] == [1] * 6  # two to warm up, then three in a row
     with pytest.raises(ValueError, match="0 arrived"):
         timing.interleaved({}, repeats=0)
     assert timing.interleaved({}) == {}

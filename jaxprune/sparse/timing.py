@@ -4,7 +4,8 @@ A machine speeds up, slows down and is interrupted; whoever runs alone meets ano
 
     round 1:  B A C     round 2:  C B A     round 3:  A C B ...
 
-in an order drawn anew each round: nobody always runs on the caches that the same rival left behind.
+in an order drawn anew each round: nobody always runs on the caches that the same rival left behind. A turn may be
+several runs in a row, as a model is run that is served; then the first, on the rival's caches, is not counted.
 """
 
 import math
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 LEAST, MOST = 5, 50
-"""Rounds of `interleaved` when their number is left to it."""
+"""Runs of `interleaved` when their number is left to it."""
 
 
 class Spread(NamedTuple):
@@ -47,6 +48,7 @@ def interleaved(
     repeats: int | None = None,
     seconds: float = 0.5,
     most: int = MOST,
+    turn: int = 1,
     hopeless: float | None = None,
     always: Collection[str] = (),
 ) -> dict[str, list[float]]:
@@ -54,15 +56,16 @@ def interleaved(
 
     Args:
         contestants: name -> call without arguments; its result is waited for.
-        repeats: rounds; without it, as many as take `seconds` by the time of the first, from 5 to `most`.
+        repeats: runs that count; without it, as many as take `seconds` by the time of the first, from 5 to `most`.
         seconds: aim for all runs of all contestants together.
-        most: upper bound of the number of rounds chosen.
+        most: upper bound of the number of runs chosen.
+        turn: runs in a row; if more than one, the first of them is not counted.
         hopeless: a contestant that takes this many times the fastest, by the better of the run to warm up and the first
             run that counts, is not run again; it keeps that one run.
         always: contestants that are never hopeless.
 
     Returns:
-        Name -> seconds of its runs, in the order of the rounds.
+        Name -> seconds of its counted runs, in the order of the rounds.
 
     Raises:
         ValueError: `repeats` below one.
@@ -70,19 +73,21 @@ def interleaved(
     if repeats is not None and repeats < 1:
         raise ValueError(f"`repeats` is a number of runs, 1 or more, {repeats} arrived.")
     cold = {name: once(fn) for name, fn in contestants.items()}
-    taken = {name: [once(fn)] for name, fn in contestants.items()}
-    first = {name: min(cold[name], runs[0]) for name, runs in taken.items()}
+    second = {name: once(fn) for name, fn in contestants.items()}
+    first = {name: min(cold[name], second[name]) for name in contestants}
     bound = math.inf if hopeless is None else hopeless * min(first.values(), default=0.0)
     left = [name for name in contestants if first[name] <= bound or name in always]
-    order = random.Random(0)
-    for _ in range((repeats or rounds([first[name] for name in left], seconds, most)) - 1):
+    taken = {name: [] if name in left and turn > 1 else [seconds] for name, seconds in second.items()}
+    order, a_turn = random.Random(0), max(1, turn - 1)
+    n = repeats or rounds([turn / a_turn * first[name] for name in left], seconds, most)
+    for _ in range(math.ceil((n if turn > 1 else n - 1) / a_turn)):
         for name in order.sample(left, len(left)):
-            taken[name].append(once(contestants[name]))
-    return taken
+            taken[name] += [once(contestants[name]) for _ in range(turn)][-a_turn:]
+    return {name: runs[:n] for name, runs in taken.items()}
 
 
 def rounds(first: Sequence[float], seconds: float, most: int = MOST) -> int:
-    """How many rounds of contestants that took `first` seconds fill `seconds`, from 5 to `most`."""
+    """How many runs of contestants that took `first` seconds each fill `seconds`, from 5 to `most`."""
     return int(np.clip(seconds / max(sum(first), 1e-9), LEAST, max(LEAST, most)))
 
 

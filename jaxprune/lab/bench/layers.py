@@ -130,7 +130,8 @@ def _rival_rows(plan: Layers, case: Row, dense: Any, x: Array, work: Work, base:
     expected = np.asarray(chain(dense, jnp.asarray(x)), np.float64)
     entries = rivals.rivals([np.asarray(leaf) for leaf in jax.tree.leaves(dense)], np.asarray(x))
     errors = {entry.name: contest.difference(entry.name, entry.call().T, expected) for entry in entries}
-    runs = contest.timing.interleaved({entry.name: entry.call for entry in entries}, repeats=plan.repeats, seconds=2.0)
+    calls = {entry.name: entry.call for entry in entries}
+    runs = contest.timing.interleaved(calls, repeats=plan.repeats, seconds=2.0, turn=contest.TURN)
     if entries:
         time.sleep(SETTLE)
     unknown = {"refused": "", "lower_s": None, "compile_s": None, "custom_calls": {}, "dense_leaves": {}}
