@@ -78,7 +78,7 @@ def test_a_contest_names_kernels_and_refuses_wrong_answers(monkeypatch):
     results = contest.run(layers.chain, entries, x, repeats=3)
     assert results["bcsr"].custom_calls == {"cpu_csr_sparse_dense_ffi": 3}
     assert results["dense"].custom_calls == {}
-    assert all(len(r.runs) == 3 and r.lower > 0 and r.compile > 1e-3 for r in results.values())
+    assert all(3 * 3 <= len(r.runs) <= 3 * 30 and r.lower > 0 and r.compile > 1e-3 for r in results.values())
     assert results["bcsr"].error < 1e-5
     wrong = entries["bcsr"]._replace(
         params=jax.tree.map(lambda a: a * 2 if a.dtype == jnp.float32 else a, entries["bcsr"].params)

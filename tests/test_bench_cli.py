@@ -55,7 +55,8 @@ def test_bench_layers_end_to_end(tmp_path, capsys, monkeypatch):
     assert row["custom_calls"] == {"cpu_csr_sparse_dense_ffi": 3}
     assert row["bytes"] == 3 * (102 * 8 + 33 * 4)
     assert row["intensity"] == pytest.approx(2 * row["macs"] / (row["bytes"] + 2 * 4 * 32 * 4))
-    assert (len(row["seconds"]), row["layers"], row["compressed_leaves"]) == (2, 3, 3)
+    assert (row["layers"], row["compressed_leaves"]) == (3, 3)
+    assert 2 * 3 <= row["runs"] == len(row["seconds"]) <= 2 * 30
     assert row["command"] == "jaxprune " + " ".join(words)
     assert set(row["peak"]) == {"gflops", "gbytes", "how"}
     assert {"processor", "cores", "jax", "platform"} <= set(row["machine"])

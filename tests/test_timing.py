@@ -15,9 +15,10 @@ def test_interleaved_takes_turns():
     assert order[:6] == list("abcabc")
     assert all(sorted(order[i : i + 3]) == list("abc") for i in range(0, len(order), 3))
     order.clear()
-    runs = timing.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, repeats=4, turn=3)
-    assert {name: len(taken) for name, taken in runs.items()} == dict.fromkeys("abc", 4)
-    assert [len(set(order[i : i + 3])) for i in range(6, 24, 3)] == [1] * 6  # two to warm up, then three in a row
+    runs = timing.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, repeats=2, turn=1e-9)
+    assert {name: len(taken) for name, taken in runs.items()} == dict.fromkeys("abc", 6)  # three of each turn of four
+    assert [len(set(order[i : i + 4])) for i in range(6, 30, 4)] == [1] * 6
+    assert timing._length(0.01, 0.1) == 10
     with pytest.raises(ValueError, match="0 arrived"):
         timing.interleaved({}, repeats=0)
     assert timing.interleaved({}) == {}

@@ -4,8 +4,9 @@ A machine speeds up, slows down and is interrupted; whoever runs alone meets ano
 
     round 1:  B A C     round 2:  C B A     round 3:  A C B ...
 
-in an order drawn anew each round: nobody always runs on the caches that the same rival left behind. A turn may be
-several runs in a row, as a model is run that is served; then the first, on the rival's caches, is not counted.
+in an order drawn anew each round: nobody always runs on the caches that the same rival left behind. A turn may be many
+runs in a row, as a model is run that is served; then the first quarter, on the rival's caches and with threads that
+sleep, is not counted.
 """
 
 import math
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 LEAST, MOST = 5, 50
-"""Runs of `interleaved` when their number is left to it."""
+"""Rounds of `interleaved` when their number is left to it."""
 
 
 class Spread(NamedTuple):
@@ -48,7 +49,7 @@ def interleaved(
     repeats: int | None = None,
     seconds: float = 0.5,
     most: int = MOST,
-    turn: int = 1,
+    turn: float = 0.0,
     hopeless: float | None = None,
     always: Collection[str] = (),
 ) -> dict[str, list[float]]:
@@ -56,10 +57,11 @@ def interleaved(
 
     Args:
         contestants: name -> call without arguments; its result is waited for.
-        repeats: runs that count; without it, as many as take `seconds` by the time of the first, from 5 to `most`.
+        repeats: rounds; without it, as many as take `seconds` by the time of the first, from 5 to `most`.
         seconds: aim for all runs of all contestants together.
-        most: upper bound of the number of runs chosen.
-        turn: runs in a row; if more than one, the first of them is not counted.
+        most: upper bound of the number of rounds chosen.
+        turn: seconds of a turn, which is 4 to 40 runs, the first quarter of them not counted; 0 for turns of one
+            run, which counts.
         hopeless: a contestant that takes this many times the fastest, by the better of the run to warm up and the first
             run that counts, is not run again; it keeps that one run.
         always: contestants that are never hopeless.
@@ -73,21 +75,28 @@ def interleaved(
     if repeats is not None and repeats < 1:
         raise ValueError(f"`repeats` is a number of runs, 1 or more, {repeats} arrived.")
     cold = {name: once(fn) for name, fn in contestants.items()}
-    second = {name: once(fn) for name, fn in contestants.items()}
-    first = {name: min(cold[name], second[name]) for name in contestants}
+    taken = {name: [once(fn)] for name, fn in contestants.items()}
+    first = {name: min(cold[name], runs[0]) for name, runs in taken.items()}
     bound = math.inf if hopeless is None else hopeless * min(first.values(), default=0.0)
     left = [name for name in contestants if first[name] <= bound or name in always]
-    taken = {name: [] if name in left and turn > 1 else [seconds] for name, seconds in second.items()}
-    order, a_turn = random.Random(0), max(1, turn - 1)
-    n = repeats or rounds([turn / a_turn * first[name] for name in left], seconds, most)
-    for _ in range(math.ceil((n if turn > 1 else n - 1) / a_turn)):
+    lengths = {name: _length(first[name], turn) for name in left}
+    order, n = random.Random(0), repeats or rounds([lengths[name] * first[name] for name in left], seconds, most)
+    if turn:
+        taken |= {name: [] for name in left}
+    for _ in range(n if turn else n - 1):
         for name in order.sample(left, len(left)):
-            taken[name] += [once(contestants[name]) for _ in range(turn)][-a_turn:]
-    return {name: runs[:n] for name, runs in taken.items()}
+            runs = [once(contestants[name]) for _ in range(lengths[name])]
+            taken[name] += runs[len(runs) // 4 :]
+    return taken
+
+
+def _length(first: float, turn: float) -> int:
+    """Runs of a turn."""
+    return min(max(4, math.ceil(turn / max(first, 1e-6))), 40) if turn else 1
 
 
 def rounds(first: Sequence[float], seconds: float, most: int = MOST) -> int:
-    """How many runs of contestants that took `first` seconds each fill `seconds`, from 5 to `most`."""
+    """How many rounds of contestants whose turns take `first` seconds fill `seconds`, from 5 to `most`."""
     return int(np.clip(seconds / max(sum(first), 1e-9), LEAST, max(LEAST, most)))
 
 

@@ -35,7 +35,7 @@ class Layers:
         sparsities: fractions removed, at random positions.
         formats: names in `sparse.FORMATS`.
         layers: how many, for square ones.
-        repeats: runs of each contestant; None: as many as take two seconds a case.
+        repeats: rounds of `timing.interleaved`; None: as many as take two seconds a case.
         rivals: whether SciPy and PyTorch run too.
         seed: draws weights, zeros and activations.
 

@@ -94,7 +94,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
         "--formats", "--format", metavar="FORMAT", nargs="+", default=[], help="default: all that suit the device"
     )
     parser.add_argument(
-        "--repeats", metavar="N", type=int, help="runs of each (default: as many as take a few seconds)"
+        "--repeats",
+        metavar="N",
+        type=int,
+        help="rounds of 4 to 40 runs of each (default: as many as take a few seconds)",
     )
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of weights, zeros and activations (default: 0)"

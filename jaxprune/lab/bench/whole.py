@@ -40,7 +40,7 @@ class Whole:
         tune: whether the plan of `sparse.tune` runs too.
         cache: folder where `tune` keeps its timings; None: its own default.
         side: height and width of the images; None: the model's own.
-        repeats: runs of each contestant; None: as many as take ten seconds a case.
+        repeats: rounds of `timing.interleaved`; None: as many as take ten seconds a case.
         seed: draws weights, zeros and images.
 
     Raises:
