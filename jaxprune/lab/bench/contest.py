@@ -21,7 +21,7 @@ from jaxprune.sparse import timing
 from jaxprune.types import Params
 
 TURN = 0.03
-"""Seconds that a contestant runs in a row, as a model does that is served: its weights are in the caches if they fit."""
+"""Seconds that a contestant runs in a row, as a served model does: its weights are in the caches if they fit."""
 REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError)
 TOLERANCE = {4: 1e-3, 2: 5e-2, 1: 2e-1}
 """Bytes of a stored weight -> largest difference from dense that passes, as a fraction of the largest answer."""
