@@ -274,11 +274,9 @@ def draw_model(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_tuned_is_slower_than_dense(seed):
-    """At most 2 % slower, by the median of many rounds in which both take turns.
+    """At most 2 % slower, by the median of many rounds in which both take turns; for an idle machine.
 
-    An all-dense plan runs the dense program itself, so its two medians differ by chance alone; a round's two runs see
-    the same moment of the machine. Three tries, since a machine with other work may push one of the medians by more
-    than 2 %; a plan that really is slower is so in all three.
+    An all-dense plan runs the dense program itself, so its two medians differ by chance alone.
     """
     fn, params, x = draw_model(seed)
     chosen = sparse.tune(fn, params, x, cache=None)
@@ -287,11 +285,7 @@ def test_nothing_tuned_is_slower_than_dense(seed):
         "dense": contest.compiled(fn, params, x).call,
         "planned": contest.compiled(sparse.apply(fn) if not chosen.is_dense else fn, planned, x).call,
     }
-    ratios = []
-    for _ in range(3):
-        runs = timing.interleaved(calls, seconds=6, most=2000)
-        ratios.append(float(np.median(runs["planned"]) / np.median(runs["dense"])))
-        if ratios[-1] <= 1.02:
-            break
-    print(f"\nseed {seed}: batch {x.shape[0]}, {chosen.formats}, planned / dense {ratios}")
-    assert min(ratios) <= 1.02, f"{ratios}\n{chosen}"
+    runs = timing.interleaved(calls, seconds=6, most=2000)
+    ratio = float(np.median(runs["planned"]) / np.median(runs["dense"]))
+    print(f"\nseed {seed}: batch {x.shape[0]}, {chosen.formats}, planned / dense {ratio:.3f}")
+    assert ratio <= 1.02, chosen

@@ -17,13 +17,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
     """`fn`, whose arguments may now hold compressed leaves.
 
-    Every product of activations with a compressed leaf runs on its non-zeros; casts, transposes and copies go through,
-    `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and `checkpoint` inside `fn` too. The result is plain arrays,
-    except where `fn` returns a leaf itself.
+    Every product of activations with a compressed leaf runs on its non-zeros, in the native formats convolutions too;
+    casts, transposes and copies go through, `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and `checkpoint` inside
+    `fn` too. The result is plain arrays, except where `fn` returns a leaf itself. Under `jit`, bias, residual and ReLU
+    after a native product are computed by its kernel (`jaxprune.sparse.fuse`).
 
     Args:
         fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.
-        unsupported: what becomes of a compressed leaf that is used in any other way (added, convolved, indexed):
+        unsupported: what becomes of a compressed leaf that is used in any other way (added, indexed):
             "refuse", or "dense" to decompress it there, inside the program.
 
     Returns:
