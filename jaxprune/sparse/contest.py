@@ -85,7 +85,7 @@ def _entrants(site: Site, leaf: Any, weights: Mapping[str, SparseWeight]) -> tup
         except REFUSALS as error:
             refused[format] = str(error)
             continue
-        if difference := differs(program.call(), want, loose=getattr(type(weight), "lossy", False)):
+        if difference := differs(program.call(), want, loose=weight.lossy):
             refused[format] = difference
         else:
             programs[format] = program

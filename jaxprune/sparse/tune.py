@@ -130,7 +130,7 @@ def tune(
 
 def _names(formats: Iterable[str] | None) -> list[str]:
     if formats is None:
-        return [name for name, format in FORMATS.items() if not getattr(format, "lossy", False)]
+        return [name for name, format in FORMATS.items() if not format.lossy]
     names = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
     for name in names:
         if name != "dense" and name not in FORMATS:

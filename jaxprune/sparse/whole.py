@@ -69,7 +69,7 @@ class Model:
             planned = compiled(apply(self._run), self.compress(leaves), self._arrays)
         except REFUSALS as error:
             return Attempt(formats, Timing("dense"), Timing("planned", refused=str(error)))
-        loose = any(getattr(FORMATS[format], "lossy", False) for format in formats.values())
+        loose = any(FORMATS[format].lossy for format in formats.values())
         if difference := differs(planned.call(), self.dense.call(), loose=loose):
             return Attempt(formats, Timing("dense"), Timing("planned", refused=difference))
         times = race({"dense": self.dense, "planned": planned}, repeats=self.repeats, seconds=self.seconds, most=MOST)
