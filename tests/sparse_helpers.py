@@ -19,6 +19,7 @@ FORMATS = [
 ]
 LAYOUTS = {"in_out": FLAX, "out_in": TORCH}
 
+needs_kernels = pytest.mark.skipif(bool(sparse.native.why_missing()), reason=sparse.native.why_missing() or "there")
 each_format = pytest.mark.parametrize("format", FORMATS)
 
 
@@ -33,6 +34,11 @@ def make_x(shape, dtype="float32", seed=1):
 
 def compress_one(leaf, format, layout="in_out"):
     return sparse.compress({"kernel": leaf}, format, layout=LAYOUTS[layout])["kernel"]
+
+
+def least(dtype):
+    """Error that no result of this dtype is free of: its smallest step, or what is flushed to zero."""
+    return max(1e-30, float(jnp.finfo(dtype).smallest_subnormal))
 
 
 def sparse_leaves(params):

@@ -8,6 +8,7 @@ import jax
 import pytest
 from bench_helpers import PNG, PROFILES, lines_of, nonzeros
 from lab_helpers import write_config
+from sparse_helpers import needs_kernels
 
 from jaxprune import cli, sparse
 from jaxprune.lab.bench import (
@@ -20,8 +21,6 @@ from jaxprune.lab.bench import (
     sparsify,
     whole,
 )
-
-native = pytest.mark.skipif(bool(sparse.native.why_missing()), reason=sparse.native.why_missing() or "-")
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +204,7 @@ def test_defaults_suit_the_device():
     assert options.SPARSITIES == ["0.5", "0.7", "0.9", "0.95", "0.99"]
 
 
-@native
+@needs_kernels
 def test_native_rows_name_their_kernel(tmp_path):
     assert cli.main(["bench", "layers", "--sizes", "32", "--batches", "2", "--sparsities", "0.9", "--formats", "native",
                      "--repeats", "2", "--no-rivals", "--out", str(tmp_path), "--quiet"]) == 0  # fmt: skip

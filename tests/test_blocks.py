@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from sparse_helpers import compress_one, make_leaf, make_x
+from sparse_helpers import compress_one, least, make_leaf, make_x
 
 import jaxprune as jp
 from jaxprune import sparse
@@ -38,7 +38,7 @@ problems = {
 }
 
 
-@settings(max_examples=16)
+@settings(max_examples=10)
 @given(**problems)
 def test_products_and_round_trip(n_in, n_out, block, density, dtype, layout, batch, seed):
     leaf = block_leaf(n_in, n_out, block, density, dtype, seed)
@@ -52,7 +52,7 @@ def test_products_and_round_trip(n_in, n_out, block, density, dtype, layout, bat
         y, x64 = fn(x, weight), np.asarray(x).astype(np.float64)
         assert (y.shape, y.dtype) == ((*batch, matrix.shape[1]), x.dtype)
         error = np.abs(np.asarray(y).astype(np.float64) - x64 @ matrix)
-        assert np.all(error <= TOLERANCE[dtype] * (np.abs(x64) @ np.abs(matrix)) + 1e-30)
+        assert np.all(error <= TOLERANCE[dtype] * (np.abs(x64) @ np.abs(matrix)) + least(dtype))
 
 
 def turned(leaf, layout):

@@ -7,10 +7,9 @@ import oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, sparse_leaves
+from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, needs_kernels, sparse_leaves
 
 from jaxprune import sparse
-from jaxprune.sparse import native
 
 NATIVE = ["native", "native_row", "native_block", "native_int8"]
 # Spatial axes and layout: the orders of x, of the kernel, and of the result.
@@ -21,7 +20,6 @@ ORDERS = {
     (1, "out_in"): ("NCH", "OIH", "NCH"),
 }
 TARGET = 'custom_call_target="jaxprune_product"'
-needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
 each_native = pytest.mark.parametrize("format", NATIVE)
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]

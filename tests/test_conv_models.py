@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from sparse_helpers import make_x, sparse_leaves
+from sparse_helpers import make_x, needs_kernels, sparse_leaves
 
 from jaxprune import sparse
 from jaxprune.layout import TORCH
-from jaxprune.sparse import native
 
 TARGET = 'custom_call_target="jaxprune_product"'
-needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
 

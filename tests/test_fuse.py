@@ -7,14 +7,12 @@ import pytest
 import quax
 from flax import linen
 from jax.extend.core import jaxprs_in_params
-from sparse_helpers import compress_one, make_leaf, make_x
+from sparse_helpers import compress_one, make_leaf, make_x, needs_kernels
 
 from jaxprune import sparse
-from jaxprune.sparse import native
 from jaxprune.sparse.fuse import find_chains
 
 TARGET = 'custom_call_target="jaxprune_product"'
-needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import triton
-from sparse_helpers import compress_one, make_leaf, make_x
+from sparse_helpers import compress_one, least, make_leaf, make_x
 
 from jaxprune import sparse
 from jaxprune.sparse import blocks, gpu
@@ -37,7 +37,7 @@ def random_blocks(tall, wide, runs, in_blocks, dtype, seed):
     return parts, dense.reshape(len(runs) * wide, in_blocks * tall)
 
 
-@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # each example compiles twice
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # each example compiles twice
 @given(
     tall=st.sampled_from(gpu.TILES),
     wide=st.sampled_from(gpu.TILES),
@@ -56,7 +56,7 @@ def test_the_kernel_equals_numpy_and_the_portable_product(tall, wide, runs, in_b
     scale = np.abs(dense) @ np.abs(x64)
     for y in (got, portable):
         assert (y.dtype, y.shape) == (x.dtype, (len(dense), n))
-        assert np.all(np.abs(np.asarray(y).astype(np.float64) - dense @ x64) <= TOLERANCE[dtype] * scale + 1e-30)
+        assert np.all(np.abs(np.asarray(y).astype(np.float64) - dense @ x64) <= TOLERANCE[dtype] * scale + least(dtype))
 
 
 @dataclasses.dataclass
@@ -236,7 +236,7 @@ def test_on_a_gpu_every_format_equals_numpy(format, batch, dtype):
         y = jax.jit(sparse.matmul)(x, compress_one(leaf, format))
     w, x64 = np.asarray(leaf).astype(np.float64), np.asarray(x).astype(np.float64)
     error = np.abs(np.asarray(y).astype(np.float64) - x64 @ w)
-    assert np.all(error <= TOLERANCE[dtype] * 2 * (np.abs(x64) @ np.abs(w)) + 1e-30)
+    assert np.all(error <= TOLERANCE[dtype] * 2 * (np.abs(x64) @ np.abs(w)) + least(dtype))
 
 
 @needs_gpu

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sparse_helpers import needs_kernels
 
 from jaxprune import sparse
 from jaxprune.sparse import native
 
 pytestmark = pytest.mark.filterwarnings("error")
-needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
 
 
 def make_weight(n_in=300, n_out=40, density=0.2, seed=0):

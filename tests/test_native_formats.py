@@ -12,14 +12,12 @@ import oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x
+from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, needs_kernels
 
 from jaxprune import sparse
 from jaxprune.granularity import Block
-from jaxprune.sparse import native
 
 NATIVE = ["native", "native_row", "native_block", "native_int8"]
-needs_kernels = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there")
 each_native = pytest.mark.parametrize("format", NATIVE)
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]

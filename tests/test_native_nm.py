@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sparse_helpers import compress_one, make_x
-from test_native_formats import assert_product, floats, needs_kernels, product_as, to_numpy
+from sparse_helpers import compress_one, make_x, needs_kernels
+from test_native_formats import assert_product, floats, product_as, to_numpy
 
 import jaxprune as jp
 from jaxprune import sparse

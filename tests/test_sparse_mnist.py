@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sparse_helpers import sparse_leaves
+from sparse_helpers import needs_kernels, sparse_leaves
 
 from jaxprune import sparse
 from jaxprune.lab.config import Model
 from jaxprune.lab.models import build
-from jaxprune.sparse import native
 
 BATCH = 500
 # Without the files of the images, or the kernels, there is nothing to compare.
@@ -32,7 +31,7 @@ CASES = [
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.skipif(not FOLDER.is_dir(), reason="JAXPRUNE_DATA names no folder with mnist/ in it"),
-    pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing() or "there"),
+    needs_kernels,
 ]
 
 

@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sparse_helpers import make_leaf, make_x
+from sparse_helpers import make_leaf, make_x, needs_kernels
 from tune_helpers import PARAMS, X, install_clock, mlp, timings_of, tune
 
 import jaxprune as jp
 from jaxprune import sparse
 from jaxprune.sparse import contest, plan, timing, whole
-
-HAS_NATIVE = not sparse.native.why_missing()
 
 
 @pytest.fixture
@@ -238,7 +236,7 @@ def test_an_unpruned_model_stays_dense_and_a_real_plan_computes_the_same(tmp_pat
     np.testing.assert_allclose(got, mlp(PARAMS, X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason=f"no native kernels: {sparse.native.why_missing()}")
+@needs_kernels
 def test_a_pruned_layer_wins_for_real():
     leaf = make_leaf((2048, 2048), 0.02, "float32")
     chosen = tune(lambda w, x: x @ w, leaf, make_x((64, 2048)), formats=["native"], seconds=0.05)

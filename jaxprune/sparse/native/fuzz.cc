@@ -14,7 +14,7 @@
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
 // More scratch than a machine has is asked for, and must not be had.
-extern "C" const char* __asan_default_options() {
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "max_allocation_size_mb=4096:allocator_may_return_null=1:quarantine_size_mb=8";
 }
 
