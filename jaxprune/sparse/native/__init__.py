@@ -75,12 +75,12 @@ def product(
     """relu(scale * W x + bias + residual) on this processor, for W in tiles as `jaxprune.sparse.tiles` says.
 
     Everything but W x may be left out, an empty array then. Indices and bounds that lead outside are found in the call,
-    before anything is computed.
+    before they are used.
 
     Args:
         values: non-zeros, tile by tile: float32, bfloat16, or int8 with a scale for every output.
         index: their inputs, counted from the tile's first.
-        bounds: where each output's run begins, tile by tile, n_out + 1 a tile.
+        bounds: where each output's run begins and the last one ends, tile by tile, n_out + 1 a tile.
         scale: of every output.
         bias: of every output.
         residual: what is added, shaped as the result and of its dtype.
