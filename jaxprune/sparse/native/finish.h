@@ -35,17 +35,17 @@ void FinishVec(Vec sum, const Weight& w, const Operands& ops, int64_t position, 
 template <class Y>
 void WriteOut(const Weight& w, const Operands& ops, const Task& task, int64_t first, int64_t last, const float* sums,
               int64_t stride) {
-  int64_t o = first;
-  for (; o + kLanes <= last; o += kLanes) {
-    for (int64_t p = 0; p < task.count; p += kLanes) {
+  const int64_t squares = first + (last - first) / kLanes * kLanes;
+  for (int64_t p = 0; p < task.count; p += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, task.count - p);
+    for (int64_t o = first; o < squares; o += kLanes) {
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) square[i] = Load(sums + (o - first + i) * stride + p);
       Transpose(square);
-      const int64_t n = std::min<int64_t>(kLanes, task.count - p);
       for (int64_t i = 0; i < n; ++i) FinishVec<Y>(square[i], w, ops, task.position + p + i, o);
     }
   }
-  for (; o < last; ++o) {
+  for (int64_t o = squares; o < last; ++o) {
     for (int64_t p = 0; p < task.count; ++p) {
       Finish<Y>(sums[(o - first) * stride + p], w, ops, task.position + p, o);
     }
