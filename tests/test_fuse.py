@@ -1,4 +1,4 @@
-"""Bias, residual and ReLU in the kernel's call: which steps join, which must not, and nothing else changes."""
+"""Pooling, bias, residual and ReLU in the kernel's call: which steps join, which must not, and nothing else changes."""
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,96 @@ def test_steps_that_must_not_join(case, relaxed):
     assert chains(fn, *args) == want
     got = jax.jit(sparse.apply(fn))(*args)
     jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5), got, fn(*dense))
+
+
+def convolve(w, x, strides=1):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, w, (strides, strides), "SAME", dimension_numbers=names)
+
+
+def pool(x, window=(2, 2), strides=None, padding="VALID"):
+    return linen.max_pool(x, window, strides or window, padding)
+
+
+def image_operands(format="native", channels=3, dtype="float32"):
+    """w (3, 3, channels, 8), x (3, 9, 10, channels), a bias (1, 1, 1, 8), a residual (3, 4, 5, 8)."""
+    weight = compress_one(make_leaf((3, 3, channels, 8), 0.5, dtype), format)
+    return weight, make_x((3, 9, 10, channels), dtype), make_x((1, 1, 1, 8), dtype, 2), make_x((3, 4, 5, 8), dtype, 3)
+
+
+# What to compute, and (pool, bias, residual, relu) of the chain.
+POOLS = {
+    "relu, pool": (lambda w, x, b, r: pool(relu(convolve(w, x) + b)), ((2, 2), True, False, True)),
+    "pool, relu": (lambda w, x, b, r: relu(pool(convolve(w, x) + b)), ((2, 2), True, False, True)),
+    "pool, bias": (lambda w, x, b, r: pool(convolve(w, x)) + b, ((2, 2), True, False, False)),
+    "pool, residual": (lambda w, x, b, r: relu(pool(convolve(w, x) + b) + r), ((2, 2), True, True, True)),
+    "relu twice": (lambda w, x, b, r: relu(pool(relu(convolve(w, x)))), ((2, 2), False, False, True)),
+    "pool alone": (lambda w, x, b, r: pool(convolve(w, x)), ((2, 2), False, False, False)),
+    "3 x 1": (lambda w, x, b, r: pool(relu(convolve(w, x)), (3, 1)), ((3, 1), False, False, True)),
+    "strides": (lambda w, x, b, r: pool(convolve(w, x, 2) + b), ((2, 2), True, False, False)),
+    "padding of nothing": (
+        lambda w, x, b, r: pool(convolve(w, x[:, 1:]), (2, 5), None, "SAME"),
+        ((2, 5), False, False, False),
+    ),
+    "first pool of two": (lambda w, x, b, r: pool(pool(convolve(w, x))), ((2, 2), False, False, False)),
+    "overlapping": (lambda w, x, b, r: pool(relu(convolve(w, x)), (3, 3), (2, 2)), ((1, 1), False, False, True)),
+    "padded": (lambda w, x, b, r: pool(relu(convolve(w, x)), (2, 2), None, "SAME"), ((1, 1), False, False, True)),
+    "too large": (lambda w, x, b, r: pool(relu(convolve(w, x)), (9, 9)), ((1, 1), False, False, True)),
+    "residual, then pool": (lambda w, x, b, r: pool(convolve(w, x[:, :4, :5]) + r), ((1, 1), False, True, False)),
+    "bias after relu and pool": (lambda w, x, b, r: pool(relu(convolve(w, x))) + b, ((2, 2), False, False, True)),
+    "mean": (lambda w, x, b, r: linen.avg_pool(relu(convolve(w, x)), (2, 2), (2, 2)), ((1, 1), False, False, True)),
+    "of channels": (lambda w, x, b, r: jnp.max(relu(convolve(w, x)), -1), ((1, 1), False, False, True)),
+    "pixels in another order": (
+        lambda w, x, b, r: pool(relu(convolve(w, x)).reshape(3, 10, 9, 8)),
+        ((1, 1), False, False, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_pools_that_join_and_that_must_not(case, relaxed):
+    fn, want = POOLS[case]
+    args = image_operands()
+    found = find_chains(jax.make_jaxpr(quax.quaxify(fn))(*args).jaxpr)
+    assert [(c.pool, c.bias is not None, c.residual is not None, c.relu) for c in found] == [want]
+    dense = (args[0].decompress(), *args[1:])
+    np.testing.assert_allclose(jax.jit(sparse.apply(fn))(*args), fn(*dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["native", "native_block", "native_int8"])
+@pytest.mark.parametrize("channels", [1, 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pools_of_each_format_equal_those_apart(relaxed, format, channels, dtype):
+    weight, x, b, _ = image_operands(format, channels, dtype)
+    if format == "native_int8":  # an output whose scale is negative: its smallest sum is the largest number
+        weight = weight.replace(scale=weight.scale.at[::2].multiply(-1))
+    layer = lambda w, x, b: pool(relu(convolve(w, x) + b), (3, 2))  # noqa: E731
+    want = jax.jit(quax.quaxify(layer))(weight, x, b).astype(jnp.float32)
+    got = jax.jit(sparse.apply(layer))(weight, x, b).astype(jnp.float32)
+    # Apart, 16-bit sums of up to 8 are rounded before the bias is added, too.
+    rtol, atol = (2.0**-7, 8 * 2.0**-8) if dtype == "bfloat16" else (1e-6, 1e-6)
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
+
+
+def test_pools_have_derivatives_and_batches():
+    weight, x, b, _ = image_operands()
+    layer = lambda w, x, b: pool(relu(convolve(w, x) + b))  # noqa: E731
+    dense, fused, many = weight.decompress(), sparse.apply(layer), jnp.stack([x, 2 * x, -x])
+    loss = lambda fn: lambda *args: jnp.sum(jnp.sin(fn(*args)))  # noqa: E731
+    for of_layer in (
+        lambda fn, w: jax.jit(jax.grad(loss(fn), (1, 2)))(w, x, b),
+        lambda fn, w: jax.vmap(fn, (None, 0, None))(w, many, b),
+    ):
+        got, want = of_layer(fused, weight), of_layer(layer, dense)
+        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_nan_is_the_largest_of_its_pool():
+    weight = compress_one(jnp.eye(2)[None, None], "native")
+    x = jnp.ones((1, 4, 4, 2)).at[0, 1, 1, 0].set(jnp.nan).at[0, 2, 2, 1].set(jnp.nan).at[0, 0, 0, 1].set(jnp.inf)
+    y = jax.jit(sparse.apply(lambda w, x: pool(convolve(w, x))))(weight, x)
+    np.testing.assert_array_equal(y[0, ..., 0], [[np.nan, 1], [1, 1]])
+    np.testing.assert_array_equal(y[0, ..., 1], [[np.inf, 1], [1, np.nan]])
 
 
 # Under whatever transformation.

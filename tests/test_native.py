@@ -69,7 +69,7 @@ def call(change):
     return jax.block_until_ready(native.product(**{**good, **change}))
 
 
-WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
+WINDOW = (1, 1, 1, 1, 0, 0, 1, 1, 1, 1)
 BAD_CALLS = [
     ({"bounds": jnp.zeros(7, jnp.int32)}, "`bounds` must have"),
     ({"bounds": jnp.zeros(7, jnp.float32)}, "`bounds` must be int32"),
@@ -90,9 +90,10 @@ BAD_CALLS = [
     ({"bias": jnp.ones(40, jnp.bfloat16)}, "`bias` must be float32"),
     ({"residual": jnp.ones((3, 39))}, "`residual` must have"),
     ({"residual": jnp.ones((3, 40), jnp.bfloat16)}, "`residual` must be of the result's dtype"),
-    ({"window": (1, 1)}, "`window` must have 8 numbers"),
+    ({"window": (1, 1)}, "`window` must have 10 numbers"),
     ({"window": WINDOW}, "`x` must be \\(batch, height"),
     ({"window": (0, *WINDOW[1:]), "x": jnp.ones((3, 1, 1, 300)), "shape": (3, 1, 1, 40)}, "out of range"),
+    ({"window": (*WINDOW[:9], 9), "x": jnp.ones((3, 1, 1, 300)), "shape": (3, 1, 1, 40)}, "out of range"),
 ]
 
 

@@ -1,15 +1,16 @@
-"""Bias, residual and ReLU, done by the kernel while a layer's sums are still in the cache.
+"""Max-pooling, bias, residual and ReLU, done by the kernel while a layer's sums are still in the cache.
 
-    relu(W x + bias + residual)
+    relu(pool(W x) + bias + residual)
 
 At the speed of a sparse product, what follows it in a layer costs as much as the product: each step reads and writes
-all activations. So `fused` looks in the traced function for native products that are only reshaped, added to and passed
-to `jax.nn.relu`, and has each such chain computed by one call:
+all activations. So `fused` looks in the traced function for native products that are only reshaped, added to, passed
+to `jax.nn.relu` and max-pooled, and has each such chain computed by one call:
 
     product -> [reshape] -> [+ (..., 1, n_out)] -> [+ same shape] -> [relu]        additions in any order
 
-A step joins the chain if nobody else uses its input. The result is the same but for rounding: 16-bit results are
-rounded once, not at every step.
+A convolution's pixels may be pooled anywhere before a residual, in windows that neither overlap nor reach outside: the
+largest of several sums is also the largest with the same bias added, and with ReLU. A step joins the chain if nobody
+else uses its input. The result is the same but for rounding: 16-bit results are rounded once, not at every step.
 """
 
 from collections import Counter
@@ -22,6 +23,7 @@ from jax import lax
 from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from jaxprune.sparse.native import LARGEST_POOL
 from jaxprune.sparse.native_product import Steps, fused_product_p, native_product_p
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,13 +41,15 @@ class Chain(NamedTuple):
         steps: numbers of the equations, the product first.
         bias: what is added to every row, if anything.
         residual: what is added element by element, if anything.
-        relu: whether the chain ends in ReLU.
+        relu: whether negative results become 0.
+        pool: height and width of the windows of max-pooling.
     """
 
     steps: tuple[int, ...]
     bias: Var | None = None
     residual: Var | None = None
     relu: bool = False
+    pool: tuple[int, ...] = (1, 1)
 
 
 def fused(fn: F) -> F:
@@ -91,22 +95,28 @@ def find_chains(jaxpr: Jaxpr) -> list[Chain]:
 def _follow(
     eqns: Sequence[JaxprEqn], chain: Chain, uses: Counter[Var], users: dict[Var, int], taken: set[int]
 ) -> Chain:
-    n_out = eqns[chain.steps[0]].params["sizes"].n_out
+    product = eqns[chain.steps[0]]
     while True:
         var = eqns[chain.steps[-1]].outvars[0]
-        if uses[var] != 1 or var not in users or users[var] in taken or chain.relu:
+        if uses[var] != 1 or var not in users or users[var] in taken:
             return chain
-        longer = _join(chain, users[var], eqns[users[var]], var, n_out)
+        longer = _join(chain, users[var], eqns[users[var]], var, product)
         if longer is None:
             return chain
         chain = longer
 
 
-def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, n_out: int) -> Chain | None:
+def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, product: JaxprEqn) -> Chain | None:
     """The chain with one more step, or None if this step is none of its kind."""
     steps = (*chain.steps, number)
     if _is_relu(eqn):
         return chain._replace(steps=steps, relu=True)
+    if eqn.primitive is lax.reduce_window_max_p:
+        joins = chain.pool == (1, 1) and chain.residual is None and _aval(var).shape == _aval(product.outvars[0]).shape
+        return chain._replace(steps=steps, pool=pool) if joins and (pool := _pool_of_pixels(eqn)) else None
+    if chain.relu:
+        return None
+    n_out = product.params["sizes"].n_out
     shape = _aval(eqn.outvars[0]).shape
     if shape[-1:] != (n_out,) or _aval(eqn.outvars[0]).dtype != _aval(var).dtype:
         return None
@@ -122,6 +132,20 @@ def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, n_out: int) -> Cha
     if chain.residual is None and _aval(other).shape == shape:
         return chain._replace(steps=steps, residual=other)
     return None
+
+
+def _pool_of_pixels(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Height and width of the windows of max-pooling over (n, height, width, out); () if it is of another kind."""
+    sizes = eqn.params["window_dimensions"]
+    plain = (
+        len(sizes) == 4
+        and sizes[0] == sizes[3] == 1
+        and max(sizes) <= LARGEST_POOL
+        and sizes == eqn.params["window_strides"]
+        and not any(map(any, eqn.params["padding"]))
+        and set(eqn.params["base_dilation"] + eqn.params["window_dilation"]) == {1}
+    )
+    return sizes[1:3] if plain else ()
 
 
 def _aval(var: Any) -> ShapedArray:
@@ -153,7 +177,8 @@ def _one_equation(chain: Chain, jaxpr: Jaxpr) -> JaxprEqn:
     added = [var for var in (chain.bias, chain.residual) if var is not None]
     inputs, outputs = [*product.invars, *added], end.outvars
     eqns = [jaxpr.eqns[step] for step in chain.steps]
-    steps = Steps(chain.bias is not None, chain.residual is not None, chain.relu, _aval(end.outvars[0]).shape)
+    shape = _aval(end.outvars[0]).shape
+    steps = Steps(chain.bias is not None, chain.residual is not None, chain.relu, shape, chain.pool)
     apart = jaxpr.replace(
         constvars=[],
         invars=inputs,

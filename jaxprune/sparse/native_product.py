@@ -1,7 +1,7 @@
 """The native product and convolution as jax primitives: plain, and with what follows in a layer.
 
     native_product_p(values, index, bounds, scale, x)                    W x
-    fused_product_p(values, index, bounds, scale, x, *added)             relu(W x + bias + residual), each if wanted
+    fused_product_p(values, index, bounds, scale, x, *added)       relu(pool(W x) + bias + residual), each if wanted
 
 x is (n, in), or images (n, height, width, channels) where there is a window. Derivatives of the fused product are those
 of its parts, one after the other, and so is what `vmap` makes of it.
@@ -55,12 +55,15 @@ class Steps(NamedTuple):
         residual: whether there is an operand as large as the result to add.
         relu: whether negative results become 0.
         shape: of the result in the end.
+        pool: height and width of the pools of a convolution's pixels of which only the largest is kept, output by
+            output, before anything is added; pixels that fill no pool are left out.
     """
 
     bias: bool
     residual: bool
     relu: bool
     shape: tuple[int, ...]
+    pool: tuple[int, ...] = (1, 1)
 
 
 def _kernel(*operands: Array, sizes: Sizes) -> Array:
@@ -70,10 +73,12 @@ def _kernel(*operands: Array, sizes: Sizes) -> Array:
 
 def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
     values, index, bounds, scale, x, *added = operands
-    shape, dtype = (x.shape[0], *sizes.pixels, sizes.n_out), jnp.dtype(sizes.dtype)
+    pixels = (n // pool for n, pool in zip(sizes.pixels, steps.pool, strict=False))
+    shape, dtype = (x.shape[0], *pixels, sizes.n_out), jnp.dtype(sizes.dtype)
     bias = added.pop(0).reshape(-1).astype(jnp.float32) if steps.bias else jnp.zeros(0, jnp.float32)
     residual = added.pop(0).reshape(shape) if steps.residual else jnp.zeros(0, dtype)
-    attributes = {"tile": sizes.tile, "group": sizes.group, "window": sizes.window, "relu": steps.relu}
+    window = sizes.window and (*sizes.window, *steps.pool)
+    attributes = {"tile": sizes.tile, "group": sizes.group, "window": window, "relu": steps.relu}
     y = native.product(values, index, bounds, scale, bias, residual, x, shape=shape, dtype=dtype, **attributes)
     return y.reshape(steps.shape)
 

@@ -20,7 +20,8 @@ _BESIDE = Path(__file__).parent / "_kernels.so"
 _INSTALLED = [Path(entry) / "jaxprune" / "sparse" / "native" / "_kernels.so" for entry in sys.path]
 LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
-INTERFACE = 2  # as in product.cc
+INTERFACE = 3  # as in product.cc
+LARGEST_POOL = 8  # likewise
 
 
 @functools.cache
@@ -72,7 +73,7 @@ def product(
     window: tuple[int, ...] = (),
     relu: bool = False,
 ) -> Float[Array, "..."]:
-    """relu(scale * W x + bias + residual) on this processor, for W in tiles as `jaxprune.sparse.tiles` says.
+    """relu(pool(scale * W x) + bias + residual) on this processor, for W in tiles as `jaxprune.sparse.tiles` says.
 
     Everything but W x may be left out, an empty array then. Indices and bounds that lead outside are found in the call,
     before they are used.
@@ -90,8 +91,8 @@ def product(
         tile: inputs of a tile.
         group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for
             each group instead of each output.
-        window: of a convolution, two numbers each: kernel, stride, padding before, dilation. Inputs are then (window,
-            channels).
+        window: of a convolution, two numbers each: kernel, stride, padding before, dilation, and the pool of whose
+            pixels each of the result is the largest, (1, 1) for none. Inputs are then (window, channels).
         relu: whether negative results become 0.
 
     Raises:

@@ -105,13 +105,16 @@ std::string Wrong(const Problem& p) {
   const Array &x = p[kX], &y = p[kY];
   if (y.count() == 0) return "";
   const bool matrix = p.window.empty();
-  const auto win = matrix ? std::vector<int64_t>{1, 1, 1, 1, 0, 0, 1, 1} : p.window;
+  const auto win = matrix ? std::vector<int64_t>{1, 1, 1, 1, 0, 0, 1, 1, 1, 1} : p.window;
   const auto xs = matrix ? std::vector<int64_t>{x.dims[0], 1, 1, x.dims[1]} : x.dims;
   const auto ys = matrix ? std::vector<int64_t>{y.dims[0], 1, 1, y.dims[1]} : y.dims;
   const int64_t in = win[0] * win[1] * xs[3], out = ys[3], groups = out / p.group;
-  std::vector<double> row(in), sums(out), sizes(out);
-  for (int64_t at = 0; at < y.count(); at += out) {
-    const int64_t ow = at / out % ys[2], oh = at / out / ys[2] % ys[1], image = at / out / ys[2] / ys[1];
+  const int64_t pool = win[8] * win[9];
+  std::vector<double> row(in), sums(out), sizes(out), largest(out), sizes_of_all(out);
+  for (int64_t step = 0; step < y.count() * pool; step += out) {
+    const int64_t at = step / out / pool * out, within = step / out % pool;
+    const int64_t ow = at / out % ys[2] * win[9] + within % win[9];
+    const int64_t oh = at / out / ys[2] % ys[1] * win[8] + within / win[9], image = at / out / ys[2] / ys[1];
     for (int64_t i = 0; i < in; ++i) {
       const int64_t tap = i / xs[3], h = oh * win[2] - win[4] + tap / win[1] * win[6];
       const int64_t w = ow * win[3] - win[5] + tap % win[1] * win[7];
@@ -134,8 +137,11 @@ std::string Wrong(const Problem& p) {
       }
     }
     for (int64_t o = 0; o < out; ++o) {
-      double want = sums[o], size = sizes[o];
-      if (p[kScale].count()) want *= p[kScale].at<float>(o), size *= 1 + std::abs(p[kScale].at<float>(o));
+      double& want = largest[o], &size = sizes_of_all[o];
+      const double scale = p[kScale].count() ? p[kScale].at<float>(o) : 1;
+      want = within && want >= sums[o] * scale ? want : sums[o] * scale;
+      size = (within ? size : 0) + sizes[o] * (1 + std::abs(scale));
+      if (within < pool - 1) continue;
       const double bias = p[kBias].count() ? p[kBias].Number(o) : 0;
       const double residual = p[kResidual].count() ? p[kResidual].Number(at + o) : 0;
       want += bias + residual, size += std::abs(bias) + std::abs(residual);

@@ -102,7 +102,8 @@ Problem Valid() {
   out -= out % p.group;
   if (vast || far || Chance(2)) {
     const int64_t channels = full ? 75 : far || vast ? 1 : Size(24), images = vast || full ? 1 : Draw(0, 3);
-    p.window = {Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(0, 3), Draw(0, 3), Draw(1, 3), Draw(1, 3)};
+    p.window = {Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(1, 3), Draw(0, 3), Draw(0, 3), Draw(1, 3), Draw(1, 3), 1, 1};
+    if (!vast && Chance(3)) p.window[8] = Draw(1, 3), p.window[9] = Draw(1, Chance(9) ? 8 : 3);
     if (full) p.window[0] = p.window[1] = 2;
     if (far) p.window[1] = Draw(65000, 140000), p.window[5] = Draw(0, p.window[1]);
     if (vast) p.window[0] = 1000, p.window[1] = 1 << 20;
@@ -215,7 +216,7 @@ void Mutate(Problem& p) {
       p.tile = Any({0L, -1L, 1L, 256L, 257L, 65536L, 65537L, 1L << 40, INT64_MIN, INT64_MAX, Draw(1, 300)});
       return;
     case 7:
-      if (Chance(2)) p.window.resize(Any({0, 1, 7, 8, 9, 16}), 1);
+      if (Chance(2)) p.window.resize(Any({0, 1, 8, 9, 10, 11, 16}), 1);
       for (int64_t& n : p.window) {
         if (Chance(6)) n = Any({0L, -1L, 1L, 2L, 3L, 1L << 20, (1L << 20) + 1, 1L << 40, INT64_MIN, INT64_MAX});
       }

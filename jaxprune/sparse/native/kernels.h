@@ -33,11 +33,24 @@ struct Window {
   int64_t out_height = 1, out_width = 1;
   int64_t kernel_height = 1, kernel_width = 1;
   int64_t stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
+  int64_t pool_h = 1, pool_w = 1;  // neighbours of which the result is the largest; out_height and out_width are pools
 
   int64_t positions() const { return images * out_height * out_width; }
+  int64_t pool() const { return pool_h * pool_w; }
+
+  // What the i-th neighbours of all pools see.
+  Window Neighbour(int64_t i) const {
+    Window window = *this;
+    window.pad_top -= i / pool_w * stride_h;
+    window.pad_left -= i % pool_w * stride_w;
+    window.stride_h *= pool_h;
+    window.stride_w *= pool_w;
+    window.pool_h = window.pool_w = 1;
+    return window;
+  }
 };
 
-// y = relu(scale * (W @ x) + bias + residual), all but W @ x optional; x, y and residual have channels last.
+// y = relu(pool(scale * (W @ x)) + bias + residual), all but W @ x optional; x, y and residual have channels last.
 struct Operands {
   const void* x;
   void* y;
@@ -57,7 +70,7 @@ struct Kernels {
   // Computes a task; false if the weight's indices or bounds would lead outside, and nothing is read or written there.
   bool (*panel)(const Weight&, const Window&, const Operands&, const Task&, float* scratch);
   // Floats of scratch that `panel` needs for tasks of up to `count` positions and `groups` groups of outputs.
-  int64_t (*scratch)(const Weight&, int64_t count, int64_t groups);
+  int64_t (*scratch)(const Weight&, const Window&, int64_t count, int64_t groups);
   // The same for a single position of a matrix product; only `first` and `last` of the task count.
   bool (*vector)(const Weight&, const Operands&, const Task&);
   const char* name;

@@ -94,6 +94,8 @@ void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, in
         from += first + c;
         if (step == 1) {
           for (int64_t i = 0; i < count; ++i) row[p + i] = Widen(from[i]);
+        } else if (step == 2) {
+          for (int64_t i = 0; i < count; ++i) row[p + i] = Widen(from[2 * i]);
         } else {
           for (int64_t i = 0; i < count; ++i) row[p + i] = Widen(from[i * step]);
         }

@@ -105,9 +105,22 @@ int64_t PanelRows(const Weight& w, int64_t groups) {
   return GroupsAtOnce(w, groups) < groups ? w.n_in : std::min(w.tile, w.n_in);
 }
 
-int64_t ScratchFloats(const Weight& w, int64_t count, int64_t groups) {
+int64_t ScratchFloats(const Weight& w, const Window& win, int64_t count, int64_t groups) {
   const int64_t beyond = kLanes;  // what is read as whole vectors, but not used
-  return (PanelRows(w, groups) + GroupsAtOnce(w, groups) * w.group) * Columns(count) + beyond;
+  const int64_t largest = win.pool() > 1 ? groups * w.group : 0;
+  return (PanelRows(w, groups) + GroupsAtOnce(w, groups) * w.group + largest) * Columns(count) + beyond;
+}
+
+// Scales sums of outputs [first, last), and keeps the largest; a NaN counts as larger than all.
+void KeepLargest(const Weight& w, int64_t first, int64_t last, bool none_yet, const float* sums, int64_t columns,
+                 float* largest) {
+  for (int64_t o = first; o < last; ++o, sums += columns, largest += columns) {
+    const float scale = w.scale ? w.scale[o] : 1.0f;
+    for (int64_t p = 0; p < columns; ++p) {
+      const float sum = sums[p] * scale, other = none_yet ? sum : largest[p];
+      largest[p] = !(other < sum) && sum == sum ? other : sum;
+    }
+  }
 }
 
 template <class X, class Y>
@@ -117,18 +130,32 @@ bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const
   const int64_t at_once = GroupsAtOnce(w, groups);
   const bool keep = at_once < groups;  // the packed tiles, for the next groups
   float* sums = scratch + PanelRows(w, groups) * columns;
+  float* largest = sums + at_once * w.group * columns;
   Segment<X> segments[kPanel];
-  const int64_t n_segments = FindSegments(win, static_cast<const X*>(ops.x), task, segments);
   const TileLoop loop = LoopFor(w, columns);
-  for (int64_t first = task.first; first < task.last; first += at_once) {
-    const int64_t last = std::min(first + at_once, task.last);
-    if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * columns, 0.0f);
-    for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
-      float* panel = scratch + (keep ? tile * w.tile * columns : 0);
-      if (first == task.first || !keep) PackTile(w, win, segments, n_segments, tile, columns, panel);
-      loop(w, tile, first, last, panel, sums);
+  for (int64_t i = 0; i < win.pool(); ++i) {
+    const Window part = win.Neighbour(i);
+    const int64_t n_segments = FindSegments(part, static_cast<const X*>(ops.x), task, segments);
+    for (int64_t first = task.first; first < task.last; first += at_once) {
+      const int64_t last = std::min(first + at_once, task.last);
+      if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * columns, 0.0f);
+      for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+        float* panel = scratch + (keep ? tile * w.tile * columns : 0);
+        if (first == task.first || !keep) PackTile(w, part, segments, n_segments, tile, columns, panel);
+        loop(w, tile, first, last, panel, sums);
+      }
+      if (win.pool() == 1) {
+        WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums, columns);
+      } else {
+        float* to = largest + (first - task.first) * w.group * columns;
+        KeepLargest(w, first * w.group, last * w.group, i == 0, sums, columns, to);
+      }
     }
-    WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums, columns);
+  }
+  if (win.pool() > 1) {
+    Weight scaled = w;
+    scaled.scale = nullptr;
+    WriteOut<Y>(scaled, ops, task, task.first * w.group, task.last * w.group, largest, columns);
   }
   return true;
 }

@@ -1,5 +1,6 @@
 // The product W @ x, and the convolution, as an XLA custom call: checks what it is handed, cuts the work up, and runs
 // it on XLA's own threads.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -90,7 +91,8 @@ const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const W
 const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
                          const Operands& ops) {
   const int64_t positions = window.positions(), units = CeilDiv(positions, kernels.unit);
-  const double work = static_cast<double>(w.inputs * w.group + w.n_in) * CeilDiv(positions, kernels.panel_columns / 4);
+  const double each = static_cast<double>(w.inputs * w.group + w.n_in) * window.pool();
+  const double work = each * CeilDiv(positions, kernels.panel_columns / 4);
   const int64_t threads = work < 2 * kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
   const int64_t panels = CeilDiv(positions, kernels.panel_columns);
   // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
@@ -101,7 +103,7 @@ const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const We
     const auto [from, to] = Part(units, panels, i / splits);
     const auto [first, last] = Part(w.groups(), splits, i % splits);
     const int64_t begin = from * kernels.unit, count = std::min(to * kernels.unit, positions) - begin;
-    float* scratch = Scratch(kernels.scratch(w, count, last - first));
+    float* scratch = Scratch(kernels.scratch(w, window, count, last - first));
     if (!scratch) {
       wrong = kNoMemory;
     } else if (!kernels.panel(w, window, ops, {begin, count, first, last}, scratch)) {
@@ -127,7 +129,7 @@ bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
 bool IsActivation(Type type) { return type == Type::kF32 || type == Type::kBF16; }
 
 // Sizes below are such that their products, and those with strides, stay far from 2^63.
-constexpr int64_t kMostElements = int64_t{1} << 40;
+constexpr int64_t kMostElements = int64_t{1} << 40, kMostStep = 1 << 20, kMostPool = 8;
 
 // Whether no size is negative, and the product of those that are not 0 is at most kMostElements.
 bool IsSized(ffi::Span<const int64_t> dimensions) {
@@ -140,8 +142,8 @@ bool IsSized(ffi::Span<const int64_t> dimensions) {
 
 int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
 
-// The window's numbers, as `jaxprune.sparse.native` lays them out: kernel, stride, padding before, dilation; of x and y
-// the shapes say the rest. Empty for a matrix product.
+// The window's numbers, as `jaxprune.sparse.native` lays them out: kernel, stride, padding before, dilation, pool; of x
+// and y the shapes say the rest. Empty for a matrix product.
 std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y,
                        Window* out) {
   const auto xs = x.dimensions(), ys = y.dimensions();
@@ -153,17 +155,18 @@ std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x
     out->channels = xs[1];
     return xs[0] == ys[0] ? "" : "`x` and the result must have the same batch";
   }
-  if (numbers.size() != 8) return "`window` must have 8 numbers, or none";
+  if (numbers.size() != 10) return "`window` must have 10 numbers, or none";
   if (xs.size() != 4) return "`x` must be (batch, height, width, channels)";
   if (ys.size() != 4) return "the result must be (batch, height, width, out)";
   if (xs[0] != ys[0]) return "`x` and the result must have the same batch";
-  for (int i = 0; i < 8; ++i) {
-    const bool padding = i == 4 || i == 5;
-    if (numbers[i] < (padding ? 0 : 1) || numbers[i] > (1 << 20)) return "`window` has a number out of range";
+  for (int i = 0; i < 10; ++i) {
+    const bool padding = i == 4 || i == 5, pool = i > 7;
+    if (numbers[i] < (padding ? 0 : 1) || numbers[i] > (pool ? kMostPool : kMostStep)) return "`window` has a number out of range";
   }
   *out = {xs[0],      xs[1],      xs[2],      xs[3],      ys[1],      ys[2],     numbers[0],
-          numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]};
-  const bool each_pixel = numbers[0] * numbers[1] * numbers[2] * numbers[3] == 1 && numbers[4] + numbers[5] == 0;
+          numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
+  constexpr int64_t kPixel[] = {1, 1, 1, 1, 0, 0, 1, 1, 1, 1};
+  const bool each_pixel = std::equal(numbers.begin(), numbers.end(), kPixel);
   if (each_pixel && xs[1] == ys[1] && xs[2] == ys[2]) {  // long rows are packed faster
     out->width = out->out_width = out->positions();
     out->images = out->height = out->out_height = 1;
@@ -267,7 +270,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 2; }
+extern "C" int jaxprune_interface() { return 3; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }
