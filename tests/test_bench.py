@@ -15,10 +15,10 @@ from jaxprune.lab.bench import (
     contest,
     figures,
     layers,
-    resnet,
     rivals,
     rows,
 )
+from jaxprune.lab.models import parts
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_work_counts_living_weights_times_positions():
     params = {"a": {"kernel": jnp.zeros((3, 3, 2, 4)).at[1, 1].set(1.0), "bias": jnp.ones(4)}}
 
     def apply(params, x):
-        return resnet.conv(params["a"], x, 1, ((1, 1), (1, 1)))
+        return parts.conv(params["a"], x)
 
     work = rows.work_of(apply, params, jnp.ones((2, 5, 6, 2)))
     positions = 2 * 5 * 6

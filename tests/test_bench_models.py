@@ -7,13 +7,10 @@ import pytest
 from bench_helpers import PROFILES, nonzeros, pruned_resnet
 
 from jaxprune import sparse, tracing, tree
-from jaxprune.lab.bench import (
-    networks,
-    resnet,
-    sparsify,
-    vgg,
-)
+from jaxprune.lab.bench import networks, sparsify
 from jaxprune.lab.data_files import SHAPES
+from jaxprune.lab.models import parts, zoo
+from jaxprune.lab.models.resnet import ResNet50
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +18,20 @@ def small_resnet():
     return pruned_resnet()
 
 
-def shapes_only(shapes):
-    like = jax.ShapeDtypeStruct
-    return {k: {"kernel": like(s, jnp.float32), "bias": like(s[-1:], jnp.float32)} for k, s in shapes.items()}
+def folded_shapes():
+    """ResNet-50 as it is measured."""
+    return jax.eval_shape(lambda params: parts.fold_batch_norms(params, 1e-5), ResNet50().shapes())
 
 
 def macs_per_leaf(apply, params, image):
     x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-    return {site.name: site.macs for site in tracing.trace(apply, params, x)}
+    return {site.name: site.macs for site in tracing.trace(apply, params, x) if site.macs}
 
 
 @pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
 def test_resnet50_has_the_multiply_adds_of_the_published_models():
-    params = shapes_only(resnet.kernel_shapes())
-    macs = macs_per_leaf(resnet.apply, params, (224, 224, 3))
+    params = folded_shapes()
+    macs = macs_per_leaf(ResNet50().apply, params, (224, 224, 3))
     assert len(macs) == 54
     assert sum(macs.values()) / 1e9 == pytest.approx(4.089, abs=5e-4)
     sizes = {name: np.prod(leaf.shape) for name, leaf in tree.named_leaves(params).items()}
@@ -42,16 +39,6 @@ def test_resnet50_has_the_multiply_adds_of_the_published_models():
     for column, expected in (("pruned_83", 1.143), ("pruned_85", 0.714), ("pruned_70", 1.8485)):
         kept = sparsify.profile_counts(params, sparsify.read_profile(f"{PROFILES}:{column}"))
         assert sum(macs[n] // sizes[n] * kept[n] for n in macs) / 1e9 == pytest.approx(expected, abs=5e-4), column
-
-
-@pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
-def test_vgg19_has_the_published_size():
-    image = (224, 224, 3)
-    params = shapes_only(vgg.kernel_shapes(image))
-    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 143_667_240
-    assert sum(macs_per_leaf(vgg.apply, params, image).values()) / 1e9 == pytest.approx(19.632, abs=5e-4)
-    x = jax.ShapeDtypeStruct((2, *image), jnp.float32)
-    assert jax.eval_shape(vgg.apply, params, x).shape == (2, 1000)
 
 
 def test_resnet50_runs_and_compressed_equals_dense(small_resnet):
@@ -70,10 +57,10 @@ def test_resnet50_runs_and_compressed_equals_dense(small_resnet):
 @pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
 def test_the_epilogue_is_add_add_relu():
     """What fusion looks for: convolution, bias, residual, ReLU, in this order, with nothing between."""
-    params = shapes_only(resnet.kernel_shapes())
+    params = folded_shapes()
     block = {k: v for k, v in params.items() if k.startswith("layer1.1")}
     x = jax.ShapeDtypeStruct((1, 8, 8, 256), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda p, x: resnet._bottleneck(p, "layer1.1", x, 1))(block, x)
+    jaxpr = jax.make_jaxpr(lambda p, x: ResNet50().bottleneck(p, "layer1.1", x, 1))(block, x)
     names = [eqn.primitive.name for eqn in jaxpr.eqns]
     conv = ["conv_general_dilated", "broadcast_in_dim", "add"]
     relu = names[3]
@@ -81,11 +68,11 @@ def test_the_epilogue_is_add_add_relu():
 
 
 @pytest.mark.usefixtures("relaxed")
-@pytest.mark.parametrize("name", networks.MNIST)
+@pytest.mark.parametrize("name", zoo.MNIST)
 def test_the_mnist_models_run(name):
     network = networks.build(name, jax.random.key(0))
-    assert network.image == SHAPES["mnist"]
-    x = jax.ShapeDtypeStruct((2, *network.image), jnp.float32)
+    assert network.sample.shape == SHAPES["mnist"]
+    x = jax.ShapeDtypeStruct((2, *network.sample.shape), jnp.float32)
     assert jax.eval_shape(network.apply, network.params, x).shape == (2, 10)
 
 
@@ -104,7 +91,7 @@ def test_profiles_leave_exact_counts_at_random_positions(small_resnet):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
 def test_uniform_counts_are_exact_and_seeded(sparsity):
-    params = networks.random_layers({"a": (3, 3, 5, 7), "b": (11, 13)}, jax.random.key(0))
+    params = parts.random_params({"a": parts.layer(3, 3, 5, 7), "b": parts.layer(11, 13)}, jax.random.key(0))
     counts = sparsify.uniform_counts(params, sparsity)
     assert counts == {f"{k}/kernel": n - round(n * sparsity) for k, n in (("a", 315), ("b", 143))}
     once, again = (sparsify.prune_to(params, counts, jax.random.key(3)) for _ in range(2))
@@ -115,7 +102,7 @@ def test_uniform_counts_are_exact_and_seeded(sparsity):
 
 
 def test_pruned_layers_keep_the_variance_of_dense_ones():
-    params = networks.random_layers({"a": (400, 300)}, jax.random.key(0))
+    params = parts.random_params({"a": parts.layer(400, 300)}, jax.random.key(0))
     pruned = sparsify.prune_to(params, {"a/kernel": 12_000}, jax.random.key(1))
     x = jax.random.normal(jax.random.key(2), (64, 400))
     dense, sparse_ = (float(jnp.std(x @ p["a"]["kernel"])) for p in (params, pruned))

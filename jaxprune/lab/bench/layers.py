@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.checks import check_sparsity
-from jaxprune.lab.bench import contest, networks, rivals, sparsify
+from jaxprune.lab.bench import contest, rivals, sparsify
 from jaxprune.lab.bench.peak import Peak
 from jaxprune.lab.bench.rows import Row, Work, measured, rates, work_of
+from jaxprune.lab.models.parts import random_params
 from jaxprune.types import Params
 
 Progress = Callable[[int, int, str], None]
@@ -105,8 +106,7 @@ def weights(size: tuple[int, int], sparsity: float, plan: Layers) -> Params:
     """Kernels "000/kernel", "001/kernel", ... (in, out), scaled so that activations keep their size."""
     n_layers = plan.layers if size[0] == size[1] else 1
     values, zeros = jax.random.split(jax.random.key(plan.seed))
-    layers = networks.random_layers({f"{i:03d}": size for i in range(n_layers)}, values)
-    dense = {f"{name}/kernel": layer["kernel"] for name, layer in layers.items()}
+    dense = random_params({f"{i:03d}/kernel": jax.ShapeDtypeStruct(size, jnp.float32) for i in range(n_layers)}, values)
     return sparsify.prune_to(dense, sparsify.uniform_counts(dense, sparsity), zeros)
 
 

@@ -10,7 +10,7 @@ import optax
 import jaxprune as jp
 from jaxprune.lab import build, checkpoint, data_files, train
 from jaxprune.lab import config as cfg
-from jaxprune.lab.bench.networks import Network, of_config
+from jaxprune.lab.models.zoo import Network, of_config
 
 IMAGES = {"digits": (8, 8, 1), **data_files.SHAPES}
 

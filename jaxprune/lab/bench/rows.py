@@ -21,6 +21,7 @@ from jaxprune import sparse, tracing, tree
 from jaxprune.lab.bench.contest import Entry, Result, stored_slots
 from jaxprune.lab.bench.peak import Peak
 from jaxprune.sparse import timing
+from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
 
 Row = dict[str, Any]
@@ -56,9 +57,9 @@ def work_of(fn: Any, params: Params, x: Any) -> Work:
     """
     leaves = tree.selected_leaves(tree.weights, params)
     living = {name: int(jnp.count_nonzero(leaf)) for name, leaf in leaves.items()}
-    sites = [site for site in tracing.trace(fn, params, x) if site.name in leaves]
-    # A product over all weights and positions has nnz / weights of its multiply-adds left: exact, every weight meets
-    # equally many positions.
+    sites = [site for site in tracing.trace(fn, params, x) if site.name in leaves and site.kind in PRODUCTS]
+    # A product over all weights and positions has nnz / weights of its multiply-adds left: exact, where every weight
+    # meets equally many positions.
     macs = sum(site.macs * living[site.name] // leaves[site.name].size for site in sites)
     y = jax.eval_shape(fn, params, x)
     moved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, y)))

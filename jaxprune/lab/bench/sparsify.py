@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
-from jaxprune.lab.bench.networks import host_generator
+from jaxprune.lab.models.parts import host_generator
 from jaxprune.types import Params
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from jaxprune import sparse
 from jaxprune.lab.bench import contest, networks, sparsify
 from jaxprune.lab.bench.layers import Progress
-from jaxprune.lab.bench.networks import Network
 from jaxprune.lab.bench.peak import Peak
 from jaxprune.lab.bench.rows import Row, measured, work_of
+from jaxprune.lab.models.zoo import Network
 from jaxprune.types import Params
 
 UNIFORM = 0.9
@@ -140,14 +140,14 @@ def _rows(
     peak: Peak,
     tell: Callable[[str], None],
 ) -> list[Row]:
-    x = jax.random.uniform(jax.random.key(plan.seed + 1), (batch, *network.image))
+    x = jax.random.uniform(jax.random.key(plan.seed + 1), (batch, *network.sample.shape))
     if plan.tune:
         entries = {**entries, "tune": _tuned(plan, network, case.params, x, tell)}
     results = contest.run(network.apply, entries, x, repeats=plan.repeats, seconds=10.0)
     work, base = work_of(network.apply, case.params, x), float(np.median(results["dense"].runs))
-    side = network.image[0]
+    side = network.sample.shape[0]
     model = network.name if side in (224, 28) or plan.run else f"{network.name} {side}x{side}"
-    row = {"kind": "model", "model": model, "image": list(network.image), "batch": batch, "sparsity": case.label}
+    row = {"kind": "model", "model": model, "image": list(network.sample.shape), "batch": batch, "sparsity": case.label}
     return [measured(row, name, entries[name], result, work, base, peak) for name, result in results.items()]
 
 

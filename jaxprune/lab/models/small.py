@@ -1,4 +1,4 @@
-"""The networks of the experiments, in Flax NNX, each as a pure function of its parameters.
+"""The small networks of the experiments, in Flax NNX, each as a pure function of its parameters.
 
     network = build(config.model, (28, 28, 1), classes=10, key=key)
     logits = network.apply(network.params, images)          # images (batch, h, w, c) in [0, 1]
@@ -23,11 +23,11 @@ class Network(NamedTuple):
     """A model taken apart: what is trained, and what is done with it.
 
     Attributes:
-        params: pytree of arrays, leaf names such as "layers/0/kernel".
+        params: pytree of arrays, or of `jax.ShapeDtypeStruct`, leaf names such as "layers/0/kernel".
         apply: (params, images (batch, h, w, c), key=None) -> logits (batch, classes); a key switches dropout on.
     """
 
-    params: Params
+    params: Any
     apply: Callable[..., Float[Array, "batch classes"]]
 
 
@@ -94,14 +94,34 @@ def build(model: Model, image: tuple[int, int, int], classes: int, key: Key[Arra
     Raises:
         ConfigError: the images are too small for the network.
     """
+    return _network(_module(model, image, classes, key))
+
+
+def shapes(model: Model, image: tuple[int, int, int], classes: int) -> Network:
+    """The configured network with the shapes of its params: nothing is computed.
+
+    Args:
+        model: see `build`.
+        image: see `build`.
+        classes: see `build`.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return _network(nnx.eval_shape(lambda: _module(model, image, classes, jax.random.key(0))))
+
+
+def _module(model: Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> nnx.Module:
     rngs = nnx.Rngs(params=key)
     if model.name in ("mlp", "lenet_300_100"):
         widths = model.widths if model.name == "mlp" else (300, 100)
-        module: Any = MLP((image[0] * image[1] * image[2], *widths, classes), model.dropout, rngs)
-    elif model.name == "lenet_5":
-        module = ConvNet(image, (20, 50), 500, classes, "VALID", relu_convs=False, dropout=model.dropout, rngs=rngs)
-    else:
-        module = ConvNet(image, (32, 64), 1024, classes, "SAME", relu_convs=True, dropout=model.dropout, rngs=rngs)
+        return MLP((image[0] * image[1] * image[2], *widths, classes), model.dropout, rngs)
+    if model.name == "lenet_5":
+        return ConvNet(image, (20, 50), 500, classes, "VALID", relu_convs=False, dropout=model.dropout, rngs=rngs)
+    return ConvNet(image, (32, 64), 1024, classes, "SAME", relu_convs=True, dropout=model.dropout, rngs=rngs)
+
+
+def _network(module: nnx.Module) -> Network:
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     params = nnx.as_pure(state)
 
