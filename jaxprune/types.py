@@ -6,10 +6,14 @@ Each is a pytree of one structure, that of the user's parameters; only the leave
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import jax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 Params: TypeAlias = PyTree[Shaped[Array, "..."]]
 """Weights, any pytree of arrays."""
+
+Leaves: TypeAlias = PyTree[Shaped[Array, "..."] | jax.ShapeDtypeStruct]
+"""Weights, or their shapes and dtypes alone."""
 
 Masks: TypeAlias = PyTree[Bool[Array, "..."]]
 """One bool a weight, True = alive; structure, shapes and shardings of the params, no leaf missing."""

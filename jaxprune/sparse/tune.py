@@ -33,6 +33,7 @@ from jaxprune.sparse.records import from_plain, to_plain
 from jaxprune.sparse.whole import Model, settle
 from jaxprune.tracing import Site
 from jaxprune.tracing.finder import jaxpr_of, sites_of
+from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
 
 MARGIN = 0.03
@@ -117,7 +118,7 @@ def tune(
     leaves = []
     for done, (name, leaf) in enumerate(selected.items()):
         _report(progress, done, len(selected) + 1, name)
-        uses = [site for site in sites if site.name == name]
+        uses = [site for site in sites if site.name == name and site.kind in PRODUCTS]
         leaves.append(_tune_leaf(name, leaf, uses, names, patterns[name], setting))
     _report(progress, len(selected), len(selected) + 1, "model")
     model = Model(apply_fn, params, args, repeats, 10 * seconds)

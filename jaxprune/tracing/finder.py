@@ -1,67 +1,67 @@
 """The finder: walks a model's jaxpr and keeps, for every variable that is a leaf renamed, the path it came along.
 
-    walk : (jaxpr, paths of its inputs, count) -> (sites, paths of its outputs)
+    walk : (jaxpr, values of its inputs, count) -> (sites, uses that were lost, values of its outputs)
 
-Equations that rename pass a path on, equations that multiply end it in a site, those that hold a jaxpr are walked
-into, and everything else (an addition, an index, an elementwise product) lets it go.
+Equations that hold a jaxpr are walked into here; what the others do with a leaf is in `jaxprune.tracing.uses`.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.interpreters import partial_eval
 
 from jaxprune import tree
+from jaxprune.tracing.inlined import CALLS
 from jaxprune.tracing.paths import Path, start
-from jaxprune.tracing.sites import OPS, Site, make_site
-from jaxprune.types import Params
-
-Found = tuple[list[Site], list[Path | None]]
-CALLS: Mapping[str, str] = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-"""Operations that do what their jaxpr does, once -> the parameter that holds it."""
+from jaxprune.tracing.refusals import Lost, check_consumed, check_followed
+from jaxprune.tracing.sites import Site
+from jaxprune.tracing.uses import Found, Value, end, use
+from jaxprune.types import Leaves
 
 
-def trace(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-    """Every place where `fn(params, *args, **kwargs)` multiplies or convolves with a leaf of the params.
+def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = False, **kwargs: Any) -> tuple[Site, ...]:
+    """Every place where `fn(params, *args, **kwargs)` consumes a leaf of the params.
 
-    A leaf is followed through reshape, transpose, casts, copies, `stop_gradient` and axes of size one, and into `jit`,
-    `jax.checkpoint`, functions with custom derivatives, `scan` (as a constant, or as stacked layers), `while` and
-    `cond`. Nothing is computed. A leaf that is added to, indexed or scaled first is in no site; neither is a model's
-    embedding table, looked up by index.
+    Those are products, convolutions, look-ups in embedding tables, scales (of a normalisation, for instance) and
+    biases, see `Site.kind`. A leaf is followed through reshape, transpose, casts, copies, `stop_gradient`, broadcasts,
+    slices, splits, flips and tiles, and into `jit`, `jax.checkpoint`, functions with custom derivatives, `scan` (as a
+    constant, or as stacked layers), `while`, `cond` and `shard_map` (into one device's shard). A leaf that goes through
+    operations on single elements first, such as `1 + scale` or `rsqrt(variance)`, is a scale or a bias still, but no
+    factor of a product any more: zeros in it would be no zeros there. Nothing is computed, and what nothing comes of is
+    left out.
+
+    Not followed are concatenations, sums over a leaf, gathers between devices and operations unknown here; they let the
+    leaf go, and `strict` names them.
 
     Args:
         fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`.
         args: of `fn`: arrays or `jax.ShapeDtypeStruct`, in any pytree; what is neither (a number, a bool, a string) is
             handed to `fn` as it is.
-        kwargs: likewise.
+        strict: True to refuse a model where some use of a leaf, or some leaf, is in no site.
+        kwargs: as `args`.
 
     Returns:
         The sites in the order of execution. Two branches of a `cond` follow one another.
 
     Raises:
-        ValueError: two leaves of the params have the same name.
+        ValueError: two leaves of the params have the same name; no leaf is consumed; a leaf is not, and the function
+            closes over an array of its size; or, if `strict`, a leaf is not, or cannot be followed.
 
     Example:
         >>> for site in jp.trace(model.apply, params, x):
-        ...     print(site.name, site.op, site.macs)
+        ...     print(site.name, site.kind, site.macs)
     """
-    return sites_of(jaxpr_of(fn, params, *args, **kwargs), params)
+    return sites_of(jaxpr_of(fn, params, *args, **kwargs), params, strict=strict)
 
 
-def jaxpr_of(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> ClosedJaxpr:
+def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> ClosedJaxpr:
     """`fn(params, *args, **kwargs)` as a jaxpr whose first inputs are the array leaves of the params, in order.
 
     Args:
@@ -100,23 +100,29 @@ def arrays_of(values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return [leaves[i] for i in places], rebuild
 
 
-def sites_of(jaxpr: ClosedJaxpr, params: Params) -> tuple[Site, ...]:
+def sites_of(jaxpr: ClosedJaxpr, params: Leaves, *, strict: bool = False) -> tuple[Site, ...]:
     """The sites in a jaxpr that `jaxpr_of` made with these params.
 
     Args:
         jaxpr: of the model.
         params: the same pytree.
+        strict: see `trace`.
 
     Raises:
-        ValueError: two leaves have the same name.
+        ValueError: see `trace`.
     """
     named = {name: leaf for name, leaf in tree.named_leaves(params).items() if _is_array(leaf)}
-    paths: list[Path | None] = [start(name, leaf.shape) for name, leaf in named.items()]
-    paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
-    sites, _ = _walk(jaxpr.jaxpr, paths, 1, named)
+    alive, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    unused = [name for name, use in zip(named, used, strict=False) if not use]
+    check_consumed(jaxpr.jaxpr, named, unused, strict=strict)
+    values: list[Value] = [start(name, tuple(leaf.shape), leaf.dtype.name) for name, leaf in named.items()]
+    values += [True] * (len(used) - len(values))
+    found = _walk(alive, [value for value, use in zip(values, used, strict=True) if use], 1)
+    if strict:
+        check_followed(found.lost)
     uses: Counter[str] = Counter()
     numbered = []
-    for site in sites:
+    for site in found.sites:
         numbered.append(dataclasses.replace(site, index=uses[site.name]))
         uses[site.name] += 1
     return tuple(numbered)
@@ -126,79 +132,107 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _walk(jaxpr: Any, paths: Sequence[Path | None], count: int, named: Mapping[str, Any]) -> Found:
-    known = {var: path for var, path in zip(jaxpr.invars, paths, strict=True) if path is not None}
+def _walk(jaxpr: Any, values: Sequence[Value], count: int) -> Found:
+    known = dict(zip(jaxpr.invars, values, strict=True))
     sites: list[Site] = []
+    lost: list[Lost] = []
 
-    def of(atom: Any) -> Path | None:
-        return None if isinstance(atom, Literal) else known.get(atom)
+    def of(atom: Any) -> Value:
+        return not isinstance(atom, Literal) and known.get(atom, False)
 
     for op in jaxpr.eqns:
-        given = [of(atom) for atom in op.invars]
-        if not any(given):
-            continue
-        more, results = _step(op, given, count, named)
-        sites += more
-        known |= {var: path for var, path in zip(op.outvars, results, strict=True) if path is not None}
-    return sites, [of(atom) for atom in jaxpr.outvars]
+        found = _step(op, [of(atom) for atom in op.invars], count)
+        sites += found.sites
+        lost += found.lost
+        known |= zip(op.outvars, found.results, strict=True)
+    return Found(sites, lost, [of(atom) for atom in jaxpr.outvars])
 
 
-def _step(op: Any, given: list[Path | None], count: int, named: Mapping[str, Any]) -> Found:
-    """What one equation does with the paths of its operands."""
+def _step(op: Any, given: list[Value], count: int) -> Found:
+    """What one equation does with the values of its operands, those that hold jaxprs included."""
     name = op.primitive.name
-    nothing: list[Path | None] = [None] * len(op.outvars)
-    if name in OPS:
-        made = [
-            make_site(path, named[path.name], op, weight_first=i == 0, count=count)
-            for i, path in enumerate(given)
-            if path is not None
-        ]
-        return made, nothing
+    if not any(isinstance(value, Path) for value in given):
+        return end(op, given)
     if name in CALLS:
-        return _walk(_open(op.params[CALLS[name]]), given, count, named)
-    if name == "scan":
-        return _scan(op, given, count, named)
-    if name == "while":
-        return _while(op, given, count, named)
-    if name == "cond":
-        branches = [_walk(branch.jaxpr, given[1:], count, named) for branch in op.params["branches"]]
-        return [site for sites, _ in branches for site in sites], nothing
-    followed = given[0].followed(name, op.params, tuple(op.outvars[0].aval.shape)) if given[0] else None
-    return [], [followed, *nothing[1:]]
+        found = _walk(_open(op.params[CALLS[name]]), given, count)
+    elif name in _BODIES:
+        found = _BODIES[name](op, given, count)
+    else:
+        return use(op, given, count)
+    return found._replace(lost=[lost.inside(op) for lost in found.lost])
 
 
-def _scan(op: Any, given: list[Path | None], count: int, named: Mapping[str, Any]) -> Found:
+def _scan(op: Any, given: list[Value], count: int) -> Found:
     consts, carry = op.params["num_consts"], op.params["num_carry"]
-    layers = [path and path.layer() for path in given[consts + carry :]]
-    sites, kept = _loop(
-        op.params["jaxpr"], given[:consts], given[consts : consts + carry], layers, count * op.params["length"], named
-    )
-    return sites, [*kept, *[None] * (len(op.outvars) - carry)]
+    layers = [value.layer() if isinstance(value, Path) else value for value in given[consts + carry :]]
+    carried = given[consts : consts + carry]
+    found = _loop(op, op.params["jaxpr"], given[:consts], carried, layers, count * op.params["length"])
+    made: list[Value] = [value is True for value in found.results[carry:]]
+    lost = _dropped(op, found.results[carry:], made)
+    return Found(found.sites, [*found.lost, *lost], [*found.results[:carry], *made])
 
 
-def _while(op: Any, given: list[Path | None], count: int, named: Mapping[str, Any]) -> Found:
+def _while(op: Any, given: list[Value], count: int) -> Found:
     tested, consts = op.params["cond_nconsts"], op.params["body_nconsts"]
     carry = given[tested + consts :]
-    sites, kept = _loop(op.params["body_jaxpr"], given[tested : tested + consts], carry, [], count, named)
-    asked, _ = _walk(op.params["cond_jaxpr"].jaxpr, [*given[:tested], *kept], count, named)
-    return [*asked, *sites], kept
+    done = _loop(op, op.params["body_jaxpr"], given[tested : tested + consts], carry, [], count)
+    asked = _walk(op.params["cond_jaxpr"].jaxpr, [*given[:tested], *done.results], count)
+    return Found([*asked.sites, *done.sites], [*asked.lost, *done.lost], done.results)
 
 
 def _loop(
-    body: ClosedJaxpr,
-    consts: list[Path | None],
-    carry: list[Path | None],
-    layers: list[Path | None],
-    count: int,
-    named: Mapping[str, Any],
+    op: Any, body: ClosedJaxpr, consts: list[Value], carry: list[Value], layers: list[Value], count: int
 ) -> Found:
-    """Sites of a loop's body, and the carries that are the same leaf after every step as before."""
+    """What is in a loop's body, with carries that are after every step what they were before.
+
+    A carry that is not loses its path for good, and may become an activation then: so this ends.
+    """
+    kept = carry
     while True:
-        sites, results = _walk(body.jaxpr, [*consts, *carry, *layers], count, named)
-        kept = [before if before == after else None for before, after in zip(carry, results, strict=False)]
-        if kept == carry:
-            return sites, kept
-        carry = kept
+        found = _walk(body.jaxpr, [*consts, *kept, *layers], count)
+        before, kept = kept, [_both(a, b) for a, b in zip(kept, found.results, strict=False)]
+        if kept == before:
+            lost = _dropped(op, carry, kept) + _dropped(op, found.results[: len(carry)], kept)
+            return Found(found.sites, [*found.lost, *lost], [*kept, *found.results[len(carry) :]])
+
+
+def _cond(op: Any, given: list[Value], count: int) -> Found:
+    branches = [_walk(branch.jaxpr, given[1:], count) for branch in op.params["branches"]]
+    results = [functools.reduce(_both, values) for values in zip(*(one.results for one in branches), strict=True)]
+    lost = [lost for one in branches for lost in [*one.lost, *_dropped(op, one.results, results)]]
+    return Found([site for one in branches for site in one.sites], lost, results)
+
+
+def _shard_map(op: Any, given: list[Value], count: int) -> Found:
+    """The body runs on every device, each with its shard; the leaf's path goes on into the first shard."""
+    body, mesh = op.params["jaxpr"], op.params["mesh"]
+    devices = int(np.prod([mesh.shape[axis] for axis in op.params["newly_manual_axes"]]))
+    shards = [
+        value.part([(0, size, 1) for size in var.aval.shape], in_turn=True) if isinstance(value, Path) else value
+        for value, var in zip(given, body.invars, strict=True)
+    ]
+    found = _walk(body, shards, count * devices)
+    made: list[Value] = [value is True for value in found.results]
+    return Found(found.sites, [*found.lost, *_dropped(op, found.results, made)], made)
+
+
+_BODIES: Mapping[str, Callable[[Any, list[Value], int], Found]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}
+"""Operations that hold jaxprs and are more than a call."""
+
+
+def _both(a: Value, b: Value) -> Value:
+    """What is known of something that is now one, now the other."""
+    return a if a == b else a is True or b is True
+
+
+def _dropped(op: Any, values: Sequence[Value], kept: Sequence[Value]) -> list[Lost]:
+    """Paths that do not go on after this equation."""
+    return [Lost(a, op) for a, b in zip(values, kept, strict=True) if isinstance(a, Path) and a != b]
 
 
 def _open(jaxpr: Any) -> Any:
