@@ -32,6 +32,15 @@ Every value of the config can be given on the command line:
   jaxprune run experiments/quickstart.toml --prune.sparsity 0.95 --seeds "[0, 1, 2]" --finetune.duration "5 epochs"
 """
 
+COSTS = """\
+Count the weights and multiply-adds of a model, per layer and in total, dense and with the non-zeros of a profile: one
+column of a csv file, or all of them. The model is seen by its shapes; nothing is computed.
+
+  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv
+  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv:pruned_83 --out figures
+  jaxprune costs lenet_5 --batch 64 --json
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -110,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
     load.set_defaults(do=_import)
 
+    costs = commands.add_parser("costs", help="count a model's weights and multiply-adds", description=COSTS, **style)
+    costs.add_argument("model", metavar="MODEL", help="a model's name, such as resnet50, vgg19 or lenet_5")
+    costs.add_argument("--profile", metavar="FILE[:COLUMN]", default="", help="non-zeros per layer, from a csv")
+    costs.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")
+    costs.add_argument("--batch", metavar="N", type=int, default=1, help="inputs in one call (default: 1)")
+    form = costs.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print plain data instead")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables instead")
+    costs.add_argument("--out", metavar="FOLDER", type=Path, help="draw the weights and multiply-adds of each layer")
+    costs.set_defaults(do=_costs)
+
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     return parser
 
@@ -152,6 +172,20 @@ def _import(arguments: argparse.Namespace, _: list[str]) -> int:
     with terminal.progress(f"importing {arguments.name}") as advance:
         folder = data.import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
     print(f"{arguments.name} is ready in {folder}")
+    return 0
+
+
+def _costs(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import costs
+
+    found = costs.of_model(arguments.model, arguments.profile, arguments.image, arguments.batch)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        print(costs.text(found, markdown=arguments.markdown))
+    if arguments.out:
+        for path in costs.draw(found, arguments.out):
+            print(f"figure: {path}", file=sys.stderr)
     return 0
 
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune import tree
+from jaxprune import tables, tree
 from jaxprune.masks import nonzero_masks
 from jaxprune.types import Masks, Params
+
+HEADER = ("leaf", "shape", "weights", "nnz", "sparsity", "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +59,10 @@ class Report:
 
     def to_markdown(self) -> str:
         """A GitHub table."""
-        head, *rows = [("leaf", "shape", "weights", "nnz", "sparsity", "bytes"), *self._rows()]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---", "---", *["---:"] * 4), *rows])
+        return tables.markdown(HEADER, self._rows(), words=2)
 
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "weights", "nnz", "sparsity", "bytes"), *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-        def line(row: Iterable[str]) -> str:
-            cells = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            return "  ".join(cells).rstrip()
-
-        return "\n".join([line(rows[0]), line("-" * w for w in widths), *map(line, rows[1:])])
+        return tables.columns(HEADER, self._rows(), words=2)
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [

@@ -1,0 +1,90 @@
+r"""Activations: how many bytes of them are alive at once, at the worst moment.
+
+    peak = max over operations i of  sum of bytes(v) over arrays v with  made(v) <= i <= last used(v)
+
+Operations run one after the other, in the order of the jaxpr; the operands and the results of one are alive together.
+An input is alive up to its last use, a result of the model up to the end. What is made of weights alone is a weight and
+does not count, and what no result comes of is not made. Calls are entered; the body of a loop counts once, on top of
+what is alive around it, and so does the largest branch of a `cond`.
+
+XLA may need less, since it fuses operations whose results then never lie in memory, writes in place and reorders; it
+may need more for scratch space and padding. This is the model's own number, the same on every machine.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.interpreters import partial_eval
+
+from jaxprune import tree
+from jaxprune.tracing.finder import arrays_of, jaxpr_of
+from jaxprune.tracing.inlined import inlined
+from jaxprune.types import Leaves
+
+
+def peak_activations(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> int:
+    """Bytes of activations alive at the worst moment of `fn(params, *args, **kwargs)`. Nothing is computed.
+
+    Args:
+        fn: the model, a function of its parameters.
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`; they and what is made of them alone do not count.
+        args: of `fn`, likewise; they count up to their last use.
+        kwargs: likewise.
+
+    Raises:
+        ValueError: two leaves of the params have the same name.
+    """
+    tree.named_leaves(params)
+    whole = inlined(jaxpr_of(fn, params, *args, **kwargs)).jaxpr
+    weights = set(whole.invars[: len(arrays_of(params)[0])])
+    needed, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+    return _peak(needed, weights, set(whole.invars) - weights)
+
+
+def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:
+    """The most bytes at once of `alive` and of what the equations make; `weights` grows by what is made of weights."""
+    last = {atom: place for place, eqn in enumerate(jaxpr.eqns) for atom in _variables(eqn.invars)}
+    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    alive = {var for var in alive if var in last}
+    peak = sum(map(_bytes, alive))
+    for place, eqn in enumerate(jaxpr.eqns):
+        inside = max((_body_peak(body, given, weights) for body, given in _bodies(eqn)), default=0)
+        operands = _variables(eqn.invars)
+        if operands and weights.issuperset(operands):
+            weights |= set(eqn.outvars)
+        else:
+            alive |= set(eqn.outvars)
+        peak = max(peak, sum(map(_bytes, alive)) + inside)
+        alive = {var for var in alive if last.get(var, -1) > place}
+    return peak
+
+
+def _body_peak(body: Jaxpr, given: list[Any], weights: set[Var]) -> int:
+    """What a body makes itself; its inputs are alive outside."""
+    inside = {var for var, atom in zip(body.invars, given, strict=True) if isinstance(atom, Var) and atom in weights}
+    return _peak(body, inside, set())
+
+
+def _bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
+    """The jaxprs that an equation runs, with its operand for every input, None for those that change in a loop."""
+    params, given = eqn.params, eqn.invars
+    if eqn.primitive.name == "scan":
+        consts, carry = params["num_consts"], params["num_carry"]
+        yield params["jaxpr"].jaxpr, [*given[:consts], *[None] * carry, *given[consts + carry :]]
+    elif eqn.primitive.name == "while":
+        tested, consts = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = [None] * len(given[consts:])
+        yield params["cond_jaxpr"].jaxpr, [*given[:tested], *carry]
+        yield params["body_jaxpr"].jaxpr, [*given[tested:consts], *carry]
+    elif eqn.primitive.name == "cond":
+        for branch in params["branches"]:
+            yield branch.jaxpr, list(given[1:])
+
+
+def _variables(atoms: Any) -> set[Var]:
+    return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _bytes(var: Any) -> int:
+    return var.aval.size * var.aval.dtype.itemsize
