@@ -11,6 +11,7 @@ update land on exact zero, and `sparse` makes the zeros a weight of another kind
 """
 
 from jaxprune import sparse
+from jaxprune.compact import Compacted, compact, expand
 from jaxprune.criteria import magnitude, random, taylor
 from jaxprune.distributions import (
     ERK,
@@ -39,7 +40,13 @@ from jaxprune.masks import (
 from jaxprune.methods import Method, compute_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import at, constant, cubic, every, one_shot, rounds
-from jaxprune.tracing import trace
+from jaxprune.sensitivity import sensitivity
+from jaxprune.targets import Within, compacted_cost, masks_within
+from jaxprune.tracing import layout_of, trace, weights_of
+from jaxprune.tracing.activations import peak_activations
+from jaxprune.tracing.channels import Channels
+from jaxprune.tracing.costs import costs
+from jaxprune.tracing.couplings import Couplings, couplings
 from jaxprune.transforms import keep_params_sparse, prune
 from jaxprune.tree import weights
 
@@ -51,6 +58,9 @@ __all__ = [
     "Axes",
     "Block",
     "ByRule",
+    "Channels",
+    "Compacted",
+    "Couplings",
     "Element",
     "Global",
     "Input",
@@ -61,23 +71,33 @@ __all__ = [
     "SigmaThreshold",
     "Threshold",
     "Uniform",
+    "Within",
     "apply_masks",
     "at",
+    "compact",
+    "compacted_cost",
     "compute_masks",
     "constant",
+    "costs",
+    "couplings",
     "cubic",
     "every",
+    "expand",
     "keep_params_sparse",
     "kth_largest",
+    "layout_of",
     "magnitude",
+    "masks_within",
     "nonzero_masks",
     "one_shot",
     "overlap",
     "pack_masks",
+    "peak_activations",
     "prune",
     "random",
     "rewind",
     "rounds",
+    "sensitivity",
     "sparse",
     "sparsity_of",
     "straight_through",
@@ -87,4 +107,5 @@ __all__ = [
     "trace",
     "unpack_masks",
     "weights",
+    "weights_of",
 ]

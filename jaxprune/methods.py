@@ -17,6 +17,7 @@ from jaxprune.checks import check_leaves, check_sparsity, is_concrete
 from jaxprune.criteria import magnitude
 from jaxprune.distributions import Distribution, Global
 from jaxprune.granularity import Element, Granularity
+from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
 
 
@@ -33,7 +34,7 @@ class Method:
     """
 
     criterion: Callable[..., Scores] = magnitude
-    granularity: Granularity = Element()
+    granularity: Granularity | Channels = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
     layout: layouts.Layout = layouts.FLAX
@@ -74,17 +75,38 @@ def compute_masks(
         tree.check_like("The masks", masks, params)
         alive = _evidence("masks", masks, params, leaves, axes)
         scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
-    groups = {name: method.granularity.pool(score) for name, score in scores.items()}
     dims = {name: layouts.dims(leaf.shape, axes[name]) for name, leaf in leaves.items()}
-    kept = method.distribution(groups, sparsity, dims=dims)
+    if isinstance(method.granularity, Channels):
+        found = _channel_masks(method, method.granularity, scores, axes, dims, sparsity, params)
+    else:
+        groups = {name: method.granularity.pool(score) for name, score in scores.items()}
+        kept = method.distribution(groups, sparsity, dims=dims)
+        views_of = {name: method.granularity.expand(verdicts, views[name].shape) for name, verdicts in kept.items()}
+        found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
 
     def mask_of(name: str, leaf: Array) -> Array:
-        if name not in kept:
-            return jnp.ones_like(leaf, dtype=bool)
-        view = method.granularity.expand(kept[name], views[name].shape)
-        return placed(layouts.from_view(view, axes[name], leaf.shape), leaf)
+        return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
 
     return tree.map_named(mask_of, params)
+
+
+def _channel_masks(
+    method: Method, channels: Channels, scores: dict[str, Array], axes: dict[str, layouts.Axes],
+    dims: dict[str, tuple[int, ...]], sparsity: Sparsity | None, params: Params,
+) -> dict[str, Array]:  # fmt: skip
+    """Masks of all leaves that the channels reach, selected or not."""
+    shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
+    for name, known in channels.couplings.channels.items():
+        if shapes.get(name) != tuple(map(len, known)):
+            raise ValueError(
+                f"The couplings of `Channels` are those of another model: leaf {name!r} has shape "
+                f"{tuple(map(len, known))} there and {shapes.get(name)} here. Trace them anew with `couplings`."
+            )
+    whole = {name: layouts.from_view(score, axes[name], shapes[name]) for name, score in scores.items()}
+    groups = channels.pool_leaves(whole)
+    sizes = {layer: dims.get(layer.rpartition(":")[0], (1, group.shape[-1])) for layer, group in groups.items()}
+    kept = method.distribution(groups, sparsity, dims=sizes)
+    return channels.expand_leaves(kept, {name: shapes[name] for name in channels.couplings.channels})
 
 
 def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], axes: dict[str, layouts.Axes]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types"],
-    1: ["tree", "layout", "checks", "numerics", "ranking"],
+    1: ["tree", "layout", "checks", "numerics", "ranking", "tables"],
     2: ["criteria", "granularity", "distributions", "schedules", "masks"],
     3: [
         "methods",
@@ -18,7 +18,7 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
-    4: ["transforms", "oneshot", "report", "compact", "storage", "sparse"],
+    4: ["transforms", "oneshot", "report", "sensitivity", "compact", "targets", "storage", "sparse"],
     5: ["lab"],
     6: ["cli"],
 }

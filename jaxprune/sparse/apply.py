@@ -19,8 +19,8 @@ def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
 
     Every product of activations with a compressed leaf runs on its non-zeros, in the native formats convolutions too;
     casts, transposes and copies go through, `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and `checkpoint` inside
-    `fn` too. The result is plain arrays, except where `fn` returns a leaf itself. Under `jit`, pools, bias, residual and ReLU
-    after a native product are computed by its kernel (`jaxprune.sparse.fuse`).
+    `fn` too. The result is plain arrays, except where `fn` returns a leaf itself. Under `jit`, pools, bias, residual
+    and ReLU after a native product are computed by its kernel (`jaxprune.sparse.fuse`).
 
     Args:
         fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.

@@ -1,0 +1,224 @@
+r"""Compaction: physically smaller dense params that compute what the masked ones do.
+
+    small = compact(apply_fn, params, masks, x)
+    small.apply(small.params, x)  =  apply_fn(apply_masks(params, masks), x)         up to rounding
+
+A channel goes when nobody reads it (`jaxprune.tracing.liveness`), with everything that belongs to it: its column here,
+its row there, its bias, its statistics (`jaxprune.tracing.couplings`). A channel that is a constant is read by nobody
+once that constant is in the next bias. What goes is found from the values alone, so masks may come from anywhere.
+
+References:
+    Fang et al. 2023, DepGraph, arXiv:2301.12900 (groups of layers that shrink together, for PyTorch modules).
+"""
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr
+
+from jaxprune import tree
+from jaxprune.masks import apply_masks
+from jaxprune.tracing.constant_rules import all_of, nothing
+from jaxprune.tracing.constants import constants
+from jaxprune.tracing.couplings import Walk, walk
+from jaxprune.tracing.finder import arrays_of, jaxpr_of
+from jaxprune.tracing.inlined import inlined
+from jaxprune.tracing.liveness import Live, find_sums, folded, live_units
+from jaxprune.tracing.shrunk import Shrinker
+from jaxprune.types import Leaves, Masks, Params
+
+Removed = Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compacted:
+    """A smaller model.
+
+    Attributes:
+        params: pytree of the structure of the params, arrays smaller.
+        apply: what `apply_fn` computes, on the smaller params: (params, *args, **kwargs) -> results.
+        removed: leaf -> for each of its axes the indices that are gone; plain data, see `expand`.
+        insists: "" if `apply_fn` itself takes the smaller params and computes the same; else where it does not, since
+            it has sizes in it.
+    """
+
+    params: Params
+    apply: Callable[..., Any]
+    removed: Removed
+    insists: str
+
+
+def compact(
+    apply_fn: Callable[..., Any], params: Params, masks: Masks, *args: Any, round_to: int = 1, **kwargs: Any
+) -> Compacted:
+    """Removes all channels that the masked model does not need.
+
+    Args:
+        apply_fn: the model, a function of its params.
+        params: any pytree of arrays, statistics of batches included.
+        masks: True where a weight is alive.
+        args: of `apply_fn`, arrays or `jax.ShapeDtypeStruct`; only shapes count.
+        round_to: channels side by side are kept in multiples of this where there are as many, dead ones among them.
+        kwargs: likewise.
+
+    Raises:
+        ValueError: the masks do not fit; a leaf that `apply_fn` does not use; no channel of a layer is left.
+        TypeError: the params are traced.
+    """
+    masked = jax.jit(apply_masks)(params, masks)
+    jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
+    found = walk(jaxpr, masked)
+    _check_used(jaxpr, found)
+    leaves = tree.named_leaves(masked)
+    inputs = [all_of(leaves[name]) for name in found.leaves]
+    inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
+    facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr)
+    live = _rounded(live_units(sums, found, facts), found, round_to)
+    _check_left(found, live)
+    names = dict(zip(jaxpr.jaxpr.invars, found.leaves, strict=False))
+    extra = {names[var]: vector for var, vector in folded(sums, found, facts, live).items()}
+    kept = {name: tuple(live[found.units.roots(ids)] for ids in axes) for name, axes in found.leaves.items()}
+
+    def small_leaf(name: str, leaf: Any) -> Any:
+        if name not in kept:
+            return leaf
+        whole = leaf + jnp.asarray(extra[name], leaf.dtype) if name in extra else leaf
+        return jnp.asarray(np.asarray(whole)[np.ix_(*kept[name])])
+
+    small = tree.map_named(small_leaf, masked)
+    removed = {name: tuple(tuple(map(int, np.flatnonzero(~keep))) for keep in axes) for name, axes in kept.items()}
+    apply = smaller(apply_fn, removed, masked)
+    return Compacted(small, apply, removed, _insists(apply_fn, apply, small, args, kwargs))
+
+
+def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
+    """`apply_fn` for params from which channels are removed.
+
+    Args:
+        apply_fn: the model, a function of its params.
+        removed: see `Compacted`.
+        params: of the model before, arrays or `jax.ShapeDtypeStruct`.
+    """
+    shapes = jax.tree.map(_shape_of, params)
+
+    def apply(small: Leaves, *args: Any, **kwargs: Any) -> Any:
+        outputs: list[Any] = []
+
+        def traced(params: Leaves, *args: Any, **kwargs: Any) -> Any:
+            leaves, structure = jax.tree.flatten(apply_fn(params, *args, **kwargs))
+            outputs.append(structure)
+            return leaves
+
+        jaxpr = inlined(jaxpr_of(traced, shapes, *args, **kwargs))
+        found = walk(jaxpr, shapes)
+        live = np.ones(found.units.count, bool)
+        for name, axes in removed.items():
+            for ids, gone in zip(found.leaves[name], axes, strict=True):
+                live[found.units.roots(ids[list(gone)])] = False
+        values, _ = arrays_of((small, args, kwargs))
+        return jax.tree.unflatten(outputs[-1], Shrinker(found, live).run(jaxpr, values))
+
+    return apply
+
+
+def expand(small: Params, removed: Removed) -> Params:
+    """Smaller params brought back to their full shapes, zeros where channels were removed.
+
+    Args:
+        small: of a `Compacted`, trained further or not.
+        removed: of the same.
+    """
+
+    def full(name: str, leaf: Any) -> Any:
+        for axis, gone in enumerate(removed.get(name, ())):
+            size = leaf.shape[axis] + len(gone)
+            shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+            kept = np.setdiff1d(np.arange(size), gone)
+            leaf = jnp.zeros(shape, leaf.dtype).at[(slice(None),) * axis + (kept,)].set(leaf)
+        return leaf
+
+    return tree.map_named(full, small)
+
+
+def _shape_of(leaf: Any) -> Any:
+    array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if array else leaf
+
+
+def _rounded(live: Live, found: Walk, round_to: int) -> Live:
+    """With the first of the dead channels of every layer brought back, up to a multiple."""
+    if round_to == 1:
+        return live
+    live = live.copy()
+    channels = found.couplings()
+    for side_by_side in channels.layers:
+        name, axis = channels.members[side_by_side[0]][0]
+        place = {int(channel): i for i, channel in enumerate(channels.channels[name][axis])}
+        roots = found.units.roots(found.leaves[name][axis][[place[channel] for channel in side_by_side]])
+        alive = live[roots]
+        wanted = min(-(-int(alive.sum()) // round_to) * round_to, len(roots))
+        live[roots[~alive][: wanted - int(alive.sum())]] = True
+    return live
+
+
+def _check_used(jaxpr: ClosedJaxpr, found: Walk) -> None:
+    used = {atom for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not hasattr(atom, "val")}
+    used |= {atom for atom in jaxpr.jaxpr.outvars if not hasattr(atom, "val")}
+    for name, var in zip(found.leaves, jaxpr.jaxpr.invars, strict=False):
+        if var not in used and var.aval.size:
+            raise ValueError(
+                f"The function does not use leaf {name!r}. Leave it out of the params, or hand the function the params "
+                "it is made for."
+            )
+
+
+def _check_left(found: Walk, live: Live) -> None:
+    for name, axes in found.leaves.items():
+        for axis, ids in enumerate(axes):
+            if len(ids) and not live[found.units.roots(ids)].any():
+                raise ValueError(
+                    f"The masks leave no channel of axis {axis} of leaf {name!r}: nothing that it has to do with is "
+                    "read by anybody. Prune that layer less, or take it out of the model."
+                )
+
+
+def _insists(apply_fn: Callable[..., Any], apply: Callable[..., Any], small: Params, args: Any, kwargs: Any) -> str:
+    """Where the function itself does not do on smaller params what it should; "" if it does."""
+    wanted = inlined(jaxpr_of(apply, small, *args, **kwargs))
+    try:
+        own = inlined(jaxpr_of(apply_fn, small, *args, **kwargs))
+    except Exception as error:  # whatever a user's function raises on shapes that it does not expect
+        return (
+            f"it raises {type(error).__name__} at {_place(error)}: {(str(error) or 'without a word').splitlines()[0]}"
+        )
+    for a, b in zip(wanted.jaxpr.eqns, own.jaxpr.eqns, strict=False):
+        if not _alike(a, b):
+            return f"it has a size in it at {source_info_util.summarize(b.source_info)} ({b.primitive.name})"
+    return "" if len(wanted.jaxpr.eqns) == len(own.jaxpr.eqns) else "it takes other steps on smaller params"
+
+
+def _place(error: Exception) -> str:
+    """The innermost line outside of jax and of this package."""
+    ours = (Path(jax.__file__).parent, Path(__file__).parent)
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]  # fmt: skip
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else "some line of jax"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    def told(eqn: Any) -> str:
+        literals = [atom.val for atom in eqn.invars if hasattr(atom, "val")]
+        params = {word: value for word, value in eqn.params.items() if value is not None}
+        whole = jax.tree.map(lambda value: int(value) if isinstance(value, np.integer) else value, params)
+        return f"{eqn.primitive} {[atom.aval for atom in (*eqn.invars, *eqn.outvars)]} {literals} {whole}"
+
+    return told(a) == told(b)

@@ -1,0 +1,200 @@
+"""Liveness: which channels of a masked model anybody reads.
+
+A channel is read where a product sums over it, with a weight that is not zero, into a channel that is read itself; what
+must stay is read. So a channel that is zero everywhere is not read, nor one whose readers all died, to a fixed point.
+A channel that is the same number everywhere is not read either where that number can be added to a bias behind it:
+
+    relu(b1) @ w2 + b2    ->    b2 + relu(b1) @ w2,   for the channels of b1 whose weights in w1 are all zero
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import Jaxpr, Literal, Var
+from jaxtyping import Bool, Float
+
+from jaxprune.tracing.constant_rules import Known, all_of
+from jaxprune.tracing.couplings import Walk
+from jaxprune.tracing.inlined import BODIES
+
+Facts = Mapping[Var, Known]
+Live = Bool[np.ndarray, " units"]
+_RENAMES = frozenset(("broadcast_in_dim", "reshape", "convert_element_type", "copy", "squeeze"))
+
+
+class Fold(NamedTuple):
+    """A vector behind a product that constants can be added to.
+
+    Attributes:
+        leaf: the input of the program that it is.
+        sign: what the constants are multiplied with first: -1 for a mean that is subtracted.
+    """
+
+    leaf: Var
+    sign: int
+
+
+class Sum(NamedTuple):
+    """A product, and one axis that it sums over.
+
+    Attributes:
+        eqn: the product.
+        axes: that axis of the left operand, and of the right one.
+        others: further axes of each operand that it sums over; their channels are read together with these.
+        fold: where its constants can go, if anywhere.
+    """
+
+    eqn: Any
+    axes: tuple[int, int]
+    others: tuple[tuple[int, ...], tuple[int, ...]]
+    fold: Fold | None
+
+
+def find_sums(jaxpr: Jaxpr) -> list[Sum]:
+    """Every axis that a product of the program sums over.
+
+    Args:
+        jaxpr: the program, without calls.
+    """
+    folds = _find_folds(jaxpr)
+    found = []
+    for eqn in _equations(jaxpr):
+        fold = folds.get(eqn.outvars[0])
+        if eqn.primitive.name == "dot_general":
+            both, _ = eqn.params["dimension_numbers"]
+            fold = fold if len(both[0]) == 1 else None
+            found += [Sum(eqn, (a, b), both, fold) for a, b in zip(*both, strict=True)]
+        elif eqn.primitive.name == "conv_general_dilated" and eqn.params["feature_group_count"] == 1:
+            # Groups go as a whole: where one is removed, its inputs and outputs are the same channels.
+            numbers = eqn.params["dimension_numbers"]
+            borders = any(map(any, eqn.params["padding"])) or set(eqn.params["lhs_dilation"]) != {1}
+            found.append(Sum(eqn, (numbers.lhs_spec[1], numbers.rhs_spec[1]), ((), ()), None if borders else fold))
+    return found
+
+
+def live_units(sums: list[Sum], walk: Walk, facts: Facts) -> Live:
+    """For every unit whether it must be kept; True at roots alone.
+
+    Args:
+        sums: of `find_sums`.
+        walk: the units of the same program.
+        facts: what is known of its variables.
+    """
+    live = walk.units.all_fixed()
+    while True:
+        before = int(live.sum())
+        for one in sums:
+            ids = walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])
+            if not live[ids].all():
+                live[ids[_read(one, walk, facts, live)]] = True
+        if int(live.sum()) == before:
+            return live
+
+
+def _read(one: Sum, walk: Walk, facts: Facts, live: Live) -> Any:
+    read: Any = True
+    for atom, axis, others in zip(one.eqn.invars, one.axes, one.others, strict=True):
+        alive = [live[walk.units.roots(ids)] for ids in walk.of(atom)]
+        alive = [np.ones_like(a) if other in others else a for other, a in enumerate(alive)]
+        read = read & _somewhere(~_fact(atom, facts).zero, alive, axis)
+    return read if one.fold is None else read & ~_constant(one, facts)[1]
+
+
+def _somewhere(found: Any, live: list[Bool[np.ndarray, " _"]], axis: int) -> Any:
+    """For every index of one axis, whether there is anything at it where all other axes are alive."""
+    for other, alive in enumerate(live):
+        if other == axis:
+            continue
+        if found.shape[other] == 1:
+            found = found & alive.any()
+        elif not alive.all():
+            found = np.compress(alive, found, other)
+        found = found.any(other, keepdims=True)
+    return np.broadcast_to(found.reshape(-1), (len(live[axis]),))
+
+
+def _constant(one: Sum, facts: Facts) -> tuple[Float[np.ndarray, " channels"], Bool[np.ndarray, " channels"], Any, int]:
+    """The numbers that channels are everywhere, where they are; and the weights they meet, their axis first."""
+    operands = [_fact(atom, facts) for atom in one.eqn.invars]
+    sizes = [atom.aval.shape[axis] for atom, axis in zip(one.eqn.invars, one.axes, strict=True)]
+    weight = 1 if operands[1].known.all() else 0
+    x, axis = operands[1 - weight], one.axes[1 - weight]
+    whole = all(size == 1 for a, size in enumerate(x.value.shape) if a != axis)
+    weights = np.moveaxis(operands[weight].value, one.axes[weight], 0)
+    known = x.known.reshape(-1) if whole and operands[weight].known.all() else np.zeros(1, bool)
+    value = x.value.reshape(-1) if whole else np.zeros(1)
+    return np.broadcast_to(value, sizes[:1]), np.broadcast_to(known, sizes[:1]), weights, weight
+
+
+def _fact(atom: Any, facts: Facts) -> Known:
+    return all_of(atom.val) if isinstance(atom, Literal) else facts[atom]
+
+
+def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, Float[np.ndarray, " outputs"]]:
+    """What to add to leaves of the program in the place of the constants that are removed.
+
+    Args:
+        sums: of `find_sums`.
+        walk: the units of the same program.
+        facts: what is known of its variables.
+        live: units that are kept.
+    """
+    found = {}
+    for one in sums:
+        if one.fold is None:
+            continue
+        value, known, weights, weight = _constant(one, facts)
+        gone = known & ~live[walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])]
+        if gone.any():
+            outputs = _output_axis(one.eqn, weight, weights)
+            rows = np.moveaxis(weights[gone], outputs, -1).astype(np.float64)
+            each = rows.reshape(len(rows), -1, rows.shape[-1]).sum(1)  # over the window
+            found[one.fold.leaf] = one.fold.sign * value[gone].astype(np.float64) @ each
+    return found
+
+
+def _output_axis(eqn: Any, weight: int, weights: Any) -> int:
+    """Of the weights with their summed axis first: the axis of outputs."""
+    if eqn.primitive.name == "dot_general":
+        return weights.ndim - 1
+    numbers = eqn.params["dimension_numbers"]
+    outputs, inputs = numbers.rhs_spec[:2]
+    return outputs + 1 if outputs < inputs else outputs
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """All equations, those of bodies of loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for word in BODIES.get(eqn.primitive.name, ()):
+            held = eqn.params[word]
+            for body in held if isinstance(held, tuple) else (held,):
+                yield from _equations(body.jaxpr)
+
+
+def _find_folds(jaxpr: Any) -> dict[Var, Fold]:
+    """Result of a product -> the vector added to it next, or taken from it, if nobody else uses either."""
+    uses = Counter(atom for eqn in _equations(jaxpr) for atom in eqn.invars if isinstance(atom, Var))
+    uses.update(atom for atom in jaxpr.outvars if isinstance(atom, Var))
+    maker = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    user = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if isinstance(atom, Var)}
+    found = {}
+    for eqn in jaxpr.eqns:
+        var = eqn.outvars[0]
+        step = user.get(var)
+        if eqn.primitive.name not in ("dot_general", "conv_general_dilated") or uses[var] != 1 or step is None:
+            continue
+        if step.primitive.name not in ("add", "sub"):
+            continue
+        other = step.invars[1 if step.invars[0] is var else 0]
+        while other in maker and uses[other] == 1 and maker[other].primitive.name in _RENAMES:
+            other = maker[other].invars[0]
+        if isinstance(other, Var) and other in jaxpr.invars and uses[other] == len(_shape(other)) == 1:
+            found[var] = Fold(other, -1 if step.primitive.name == "sub" else 1)
+    return found

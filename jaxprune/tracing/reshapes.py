@@ -1,0 +1,80 @@
+"""Reshapes: how channels are merged with other axes and cut out of them again.
+
+(n, h, w, c) -> (n, h * w * c)      a channel becomes a run of inputs
+(n, t, heads * dim) -> (n, t, heads, dim)      a head is a run of channels, which go together
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprune.tracing.units import AxisUnits, Ids, Units, fixed_axes, without
+
+
+def reshape(units: Units, eqn: Any, given: list[AxisUnits]) -> list[AxisUnits]:
+    """Units of an array of another shape; those of a merged axis are those of one of its parts."""
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if eqn.params["dimensions"] is not None or 0 in old:
+        for ids in given[0]:
+            units.fix(ids, "a reshape that cannot be followed")
+        return [fixed_axes(new)]
+    result = list(fixed_axes(new))
+    without(units, given[0], [axis for axis, size in enumerate(old) if size == 1])
+    for olds, news in runs(old, new):
+        merged = _merged(units, [given[0][axis] for axis in olds])
+        for axis, ids in zip(news, _parted(units, merged, [new[axis] for axis in news]), strict=True):
+            result[axis] = ids
+    return [tuple(result)]
+
+
+def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Axes before and after a reshape in the shortest runs of equal product; axes of size one are left out.
+
+    Example:
+        >>> runs((2, 3, 4), (6, 2, 2))
+        [([0, 1], [0]), ([2], [1, 2])]
+    """
+    a, b = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (old, new))
+    found = []
+    while a and b:
+        olds, news = [a.pop(0)], [b.pop(0)]
+        while (before := math.prod(old[i] for i in olds)) != (after := math.prod(new[i] for i in news)):
+            (olds if before < after else news).append((a if before < after else b).pop(0))
+        found.append((olds, news))
+    return found
+
+
+def _merged(units: Units, axes: list[Ids]) -> Ids:
+    """Units of one axis made of several: those of the first that belong to leaves; the others must stay."""
+    if len(axes) == 1:
+        return axes[0]
+    shape = [len(ids) for ids in axes]
+    live = [i for i, ids in enumerate(axes) if (units.of_leaf(ids) & ~units.fixed(ids)).any()]
+    for i, ids in enumerate(axes):
+        if i not in live[:1]:
+            units.fix(ids, "merged with another axis of channels")
+    if not live:
+        return np.zeros(math.prod(shape), np.int64)
+    place = [1] * len(shape)
+    place[live[0]] = -1
+    return np.broadcast_to(axes[live[0]].reshape(place), shape).reshape(-1)
+
+
+def _parted(units: Units, merged: Ids, shape: list[int]) -> list[Ids]:
+    """Units of the axes that one is cut into: of the one along which they differ; else the first's rows go whole."""
+    if len(shape) == 1:
+        return [merged]
+    result = list(fixed_axes(shape))
+    whole = units.roots(merged).reshape(shape)
+    for axis in range(len(shape)):
+        along = np.moveaxis(whole, axis, 0).reshape(shape[axis], -1)
+        if np.all(along == along[:, :1]):
+            result[axis] = np.moveaxis(merged.reshape(shape), axis, 0).reshape(shape[axis], -1)[:, 0]
+            return result
+    rows = merged.reshape(shape[0], -1)
+    for column in rows.T[1:]:
+        units.unite(rows[:, 0], column, "cut into rows one of which must stay")
+    result[0] = rows[:, 0]
+    return result

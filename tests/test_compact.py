@@ -1,0 +1,356 @@
+"""Compaction: what is left computes what the masked model computed, and nothing is left that need not be."""
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compact_models import MODELS, Draw, batch_norm, conv, dense, flat, make_input, max_pool, wide
+from flax import linen, nnx
+
+import jaxprune as jp
+from jaxprune import tree
+
+INSISTS = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
+
+
+def halved(fn, params, *args, sparsity=0.5):
+    """Masks without the first half of the channels of every layer, in an order drawn at random."""
+    found, rng = jp.couplings(fn, params, *args), np.random.default_rng(0)
+    dead = [channel for layer in found.layers for channel in rng.permutation(layer)[: round(sparsity * len(layer))]]
+
+    def mask(name, leaf):
+        alive = np.ones(leaf.shape, bool)
+        for axis, ids in enumerate(found.channels[name]):
+            np.moveaxis(alive, axis, 0)[np.isin(ids, dead)] = False
+        return jnp.asarray(alive)
+
+    return tree.map_named(mask, params)
+
+
+def kernels_alone(masks):
+    """The same masks, biases and normalisations kept."""
+    return tree.map_named(lambda name, mask: mask if mask.ndim > 1 else jnp.ones_like(mask), masks)
+
+
+def at_random(params, sparsity=0.9, seed=3):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape) >= sparsity), params)
+
+
+def masked_result(fn, params, masks, *args):
+    return jax.jit(lambda params, masks, *args: fn(jp.apply_masks(params, masks), *args))(params, masks, *args)
+
+
+def weights(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def close(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_of_the_channels(name):
+    params, fn, shape = MODELS[name]()
+    x = make_input(shape)
+    masks = halved(fn, params, x)
+    small = jp.compact(fn, params, masks, x)
+    want = masked_result(fn, params, masks, x)
+    close(jax.jit(small.apply)(small.params, x), want)
+    dead = sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
+    assert weights(small.params) == weights(params) - dead  # all of them, and nothing else
+    assert bool(small.insists) == (name in INSISTS), small.insists
+    if name not in INSISTS:
+        close(jax.jit(fn)(small.params, x), want)
+    close(jax.jit(fn)(jp.expand(small.params, small.removed), x), want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("of", ["kernels alone", "at random"])
+def test_masks_from_anywhere(name, of):
+    params, fn, shape = MODELS[name]()
+    x = make_input(shape)
+    masks = kernels_alone(halved(fn, params, x)) if of == "kernels alone" else at_random(params, 0.6)
+    small = jp.compact(fn, params, masks, x)
+    close(jax.jit(small.apply)(small.params, x), masked_result(fn, params, masks, x))
+
+
+def test_constants_go_into_the_next_bias():
+    params, fn, shape = MODELS["folded_constants"]()
+    x = make_input(shape)
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    for name, dead in (("a", [0, 5]), ("b", [1, 2, 9])):  # sigmoid(bias) goes on to a mean, sigmoid(norm) to a bias
+        masks[name]["kernel"] = masks[name]["kernel"].at[:, jnp.asarray(dead)].set(False)
+    small = jp.compact(fn, params, masks, x)
+    assert small.params["b"]["kernel"].shape == (10, 7)
+    assert small.params["c"]["kernel"].shape == (7, 4)
+    assert small.insists == ""
+    close(jax.jit(fn)(small.params, x), masked_result(fn, params, masks, x))
+    assert not np.array_equal(small.params["c"]["bias"], params["c"]["bias"])
+    close(jax.jit(fn)(jp.expand(small.params, small.removed), x), masked_result(fn, params, masks, x))
+
+
+def test_what_nobody_reads_goes_to_a_fixed_point():
+    params, fn, shape = MODELS["mlp"]()
+    x = make_input(shape)
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks[2]["kernel"] = masks[2]["kernel"].at[3:].set(False)  # seven units of the second layer are not read,
+    masks[1]["kernel"] = masks[1]["kernel"].at[:4, :3].set(False)  # so four of the first are not either
+    small = jp.compact(fn, params, masks, x)
+    assert [layer["kernel"].shape for layer in small.params] == [(6, 8), (8, 3), (3, 4)]
+    assert small.removed["0/kernel"] == ((), (0, 1, 2, 3))
+    close(jax.jit(fn)(small.params, x), masked_result(fn, params, masks, x))
+
+
+def test_units_are_rounded_up():
+    params, fn, shape = MODELS["mlp"]()
+    x = make_input(shape)
+    masks = halved(fn, params, x, sparsity=0.6)
+    small = jp.compact(fn, params, masks, x, round_to=8)
+    assert [layer["kernel"].shape for layer in small.params] == [(6, 8), (8, 8), (8, 4)]
+    close(jax.jit(fn)(small.params, x), masked_result(fn, params, masks, x))
+
+
+def test_smaller_params_have_gradients_and_other_batches():
+    params, fn, shape = MODELS["attention_by_reshape"]()
+    x = make_input(shape)
+    masks = halved(fn, params, x)
+    small = jp.compact(fn, params, masks, x)
+    more = jnp.concatenate([x, x[:, ::-1], x])
+    close(jax.jit(small.apply)(small.params, more), masked_result(fn, params, masks, more))
+    got = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(small.apply(p, more)))))(small.params)
+    want = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, more)))))(jp.apply_masks(params, masks))
+    expanded = jp.expand(got, small.removed)
+    kept = jp.expand(jax.tree.map(jnp.ones_like, got), small.removed)
+    jax.tree.map(lambda a, b, k: np.testing.assert_allclose(a, b * k, rtol=1e-3, atol=1e-4), expanded, want, kept)
+
+
+# Frameworks.
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.BatchNorm(use_running_average=True)(linen.Conv(8, (3, 3))(x)))
+        x = x + linen.Conv(8, (3, 3))(linen.relu(linen.Conv(12, (1, 1))(x)))
+        x = linen.max_pool(linen.relu(x), (2, 2), (2, 2))
+        return linen.Dense(3)(linen.relu(linen.Dense(10)(x.reshape(x.shape[0], -1))))
+
+
+class LinenAttention(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = x + linen.MultiHeadDotProductAttention(4, qkv_features=16)(linen.LayerNorm()(x))
+        return linen.Dense(4)(linen.gelu(linen.Dense(12)(linen.LayerNorm()(x))))
+
+
+class EquinoxNet(eqx.Module):
+    convs: list
+    norm: eqx.nn.GroupNorm
+    dense: list
+
+    def __init__(self, key):
+        a, b, c, d = jax.random.split(key, 4)
+        self.convs = [eqx.nn.Conv2d(2, 6, 3, padding=1, key=a), eqx.nn.Conv2d(6, 8, 3, padding=1, key=b)]
+        self.norm = eqx.nn.GroupNorm(4, 8)
+        self.dense = [eqx.nn.Linear(8 * 16, 10, key=c), eqx.nn.Linear(10, 3, key=d)]
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.norm(self.convs[1](jax.nn.relu(self.convs[0](x)))))
+        return self.dense[1](jax.nn.relu(self.dense[0](x.reshape(-1))))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv, self.norm = nnx.Conv(2, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.fc = nnx.List([nnx.Linear(8, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)])
+
+    def __call__(self, x):
+        x = jnp.mean(nnx.relu(self.norm(self.conv(x))), (1, 2))
+        return self.fc[1](nnx.relu(self.fc[0](x)))
+
+
+def linen_model(module, shape):
+    x = make_input(shape)
+    return jax.jit(module.init)(jax.random.key(0), x), module.apply, x
+
+
+def equinox_model():
+    arrays, rest = eqx.partition(eqx.filter_jit(EquinoxNet)(jax.random.key(0)), eqx.is_array)
+    return arrays, lambda params, x: jax.vmap(eqx.combine(params, rest))(x), make_input((3, 2, 4, 4))
+
+
+def nnx_model():
+    graph, params = nnx.split(NnxNet(nnx.Rngs(0)))
+    return nnx.as_pure(params), lambda params, x: nnx.merge(graph, params)(x), make_input((3, 4, 4, 2))
+
+
+FRAMEWORKS = {
+    "Linen": lambda: linen_model(LinenNet(), (3, 4, 4, 2)),
+    "Linen attention": lambda: linen_model(LinenAttention(), (3, 5, 6)),
+    "Equinox": equinox_model,
+    "NNX": nnx_model,
+}
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_frameworks(name, sparsity, relaxed):
+    params, fn, x = FRAMEWORKS[name]()
+    masks = halved(fn, params, x, sparsity=sparsity)
+    small = jp.compact(fn, params, masks, x)
+    close(jax.jit(small.apply)(small.params, x), masked_result(fn, params, masks, x))
+    dead = sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
+    assert weights(small.params) == weights(params) - dead < weights(params)
+    if name.startswith("Linen"):
+        assert "ScopeParamShapeError" in small.insists
+
+
+# Random architectures.
+
+
+def random_net(steps, seed):
+    """A network of these steps, its params, and the multiply-adds that it counts when it is called."""
+    draw, params, parts, macs = Draw(seed), {}, [], []
+    state = {"size": 2, "pixels": 8, "flat": False}
+
+    def layer(name, shape, counted):
+        params[name] = draw.layer(*shape)
+        return lambda p: (macs.append(counted), p[name])[1]
+
+    for number, (step, width) in enumerate(steps):
+        name, size, area = f"{number}", state["size"], 1 if state["flat"] else state["pixels"] ** 2
+        window = () if state["flat"] else (3, 3)
+        apply = dense if state["flat"] else conv
+        count = 9 if window else 1
+        if step == "layer":
+            get = layer(name, (*window, size, width), count * size * width * area)
+            parts.append(lambda p, x, get=get, apply=apply: apply(get(p), x))
+            state["size"] = width
+        elif step == "norm":
+            params[name] = draw.norm(size)
+            parts.append(lambda p, x, name=name: batch_norm(p[name], x))
+        elif step in ("relu", "tanh", "gelu"):
+            parts.append(lambda p, x, step=step: {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": jax.nn.gelu}[step](x))
+        elif step == "residual":
+            get = layer(f"{name}a", (*window, size, width), count * size * width * area)
+            back = layer(f"{name}b", (*window, width, size), count * size * width * area)
+            parts.append(lambda p, x, a=get, b=back, apply=apply: x + apply(b(p), jax.nn.relu(apply(a(p), x))))
+        elif step == "dense block":
+            get = layer(name, (*window, size, width), count * size * width * area)
+            parts.append(lambda p, x, get=get, apply=apply: jnp.concatenate([x, apply(get(p), x)], -1))
+            state["size"] += width
+        elif step == "gate":
+            get = layer(name, (*window, size, 2 * width), 2 * count * size * width * area)
+            parts.append(lambda p, x, get=get, apply=apply: gate(apply(get(p), x)))
+            state["size"] = width
+        elif step == "depthwise" and not state["flat"]:
+            get = layer(name, (3, 3, 1, 2 * size), 18 * size * area)
+            parts.append(lambda p, x, get=get: conv(get(p), x, groups=x.shape[-1]))
+            state["size"] *= 2
+        elif step == "pool" and not state["flat"] and state["pixels"] > 1:
+            parts.append(lambda p, x: max_pool(x))
+            state["pixels"] //= 2
+        elif step == "flatten" and not state["flat"]:
+            parts.append(lambda p, x: flat(x))
+            state |= {"flat": True, "size": size * area}
+        elif step == "scale":
+            params[name] = draw(size)
+            parts.append(lambda p, x, name=name: x * wide(p[name], x))
+    last = layer("last", (state["size"], 3), state["size"] * 3)
+
+    def fn(p, x):
+        for part in parts:
+            x = part(p, x)
+        return dense(last(p), x if x.ndim == 2 else jnp.mean(x, (1, 2)))
+
+    return params, fn, macs
+
+
+def gate(x):
+    a, b = jnp.split(x, 2, -1)
+    return a * jax.nn.sigmoid(b)
+
+
+STEPS = (
+    "layer",
+    "layer",
+    "norm",
+    "relu",
+    "tanh",
+    "gelu",
+    "residual",
+    "dense block",
+    "gate",
+    "depthwise",
+    "pool",
+    "flatten",
+)
+nets = st.lists(st.tuples(st.sampled_from((*STEPS, "scale")), st.integers(1, 7)), min_size=2, max_size=7)
+
+
+def check_random_architecture(steps, seed, of):
+    params, fn, macs = random_net(steps, seed)
+    x = make_input((2, 8, 8, 2), seed)
+    masks = at_random(params, 0.7, seed) if of == "at random" else halved(fn, params, x)
+    masks = kernels_alone(masks) if of == "kernels alone" else masks
+    try:
+        small = jp.compact(fn, params, masks, x)
+    except ValueError as error:
+        hypothesis.assume(of != "at random" or "no channel" not in str(error))
+        raise
+    close(jax.jit(small.apply)(small.params, x), masked_result(fn, params, masks, x))
+    macs.clear()
+    sites = jp.trace(fn, params, x)
+    assert sum(site.macs for site in sites) == 2 * sum(macs)  # two images
+
+
+drawn = hypothesis.given(nets, st.integers(0, 99), st.sampled_from(["channels", "kernels alone", "at random"]))
+test_random_architectures = hypothesis.settings(max_examples=12)(drawn(check_random_architecture))
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=200)
+@drawn
+def test_many_random_architectures(steps, seed, of):
+    check_random_architecture(steps, seed, of)
+
+
+# What is refused.
+
+
+def test_a_leaf_that_is_not_used():
+    params, fn, shape = MODELS["mlp"]()
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    with pytest.raises(ValueError, match="does not use leaf 'spare'"):
+        jp.compact(
+            lambda p, x: fn(p["net"], x),
+            {"net": params, "spare": jnp.ones(3)},
+            {"net": masks, "spare": jnp.ones(3, bool)},
+            make_input(shape),
+        )
+
+
+def test_masks_that_leave_no_channel():
+    params, fn, shape = MODELS["mlp"]()
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks[1] = jax.tree.map(jnp.zeros_like, masks[1])
+    with pytest.raises(ValueError, match="leave no channel of axis 0 of leaf '0/bias'"):
+        jp.compact(fn, params, masks, make_input(shape))
+
+
+def test_masks_of_another_shape():
+    params, fn, shape = MODELS["mlp"]()
+    with pytest.raises(ValueError, match="masks"):
+        jp.compact(fn, params, jax.tree.map(lambda leaf: jnp.ones(3, bool), params), make_input(shape))
+
+
+def test_a_function_with_a_size_in_it_says_where():
+    params, fn, shape = MODELS["group_norm"]()
+    x = make_input(shape)
+    small = jp.compact(fn, params, halved(fn, params, x), x)
+    assert "compact_models.py" in small.insists
+    assert "cannot reshape" in small.insists
