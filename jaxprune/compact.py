@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr
 
 from jaxprune import tree
 from jaxprune.masks import apply_masks
@@ -69,13 +68,12 @@ def compact(
         kwargs: likewise.
 
     Raises:
-        ValueError: the masks do not fit; a leaf that `apply_fn` does not use; no channel of a layer is left.
-        TypeError: the params are traced.
+        ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own; no
+            channel of a layer is left.
     """
     masked = jax.jit(apply_masks)(params, masks)
     jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
     found = walk(jaxpr, masked)
-    _check_used(jaxpr, found)
     leaves = tree.named_leaves(masked)
     inputs = [all_of(leaves[name]) for name in found.leaves]
     inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
@@ -166,17 +164,6 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
         wanted = min(-(-int(alive.sum()) // round_to) * round_to, len(roots))
         live[roots[~alive][: wanted - int(alive.sum())]] = True
     return live
-
-
-def _check_used(jaxpr: ClosedJaxpr, found: Walk) -> None:
-    used = {atom for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not hasattr(atom, "val")}
-    used |= {atom for atom in jaxpr.jaxpr.outvars if not hasattr(atom, "val")}
-    for name, var in zip(found.leaves, jaxpr.jaxpr.invars, strict=False):
-        if var not in used and var.aval.size:
-            raise ValueError(
-                f"The function does not use leaf {name!r}. Leave it out of the params, or hand the function the params "
-                "it is made for."
-            )
 
 
 def _check_left(found: Walk, live: Live) -> None:

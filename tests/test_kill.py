@@ -84,6 +84,7 @@ class Runs:
         self.end(run)
 
 
+@pytest.mark.slow
 def test_three_kills_one_inside_a_write(tmp_path):
     rng, runs = random.Random(1), Runs(tmp_path)
     runs.survive(rng, [None, ("fsync", rng.randrange(1, 40)), None])

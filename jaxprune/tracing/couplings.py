@@ -22,6 +22,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jaxprune import tree
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
+from jaxprune.tracing.refusals import check_consumed
 from jaxprune.tracing.rules import RULES, barrier
 from jaxprune.tracing.units import AxisUnits, Ids, Units
 from jaxprune.types import Leaves
@@ -79,7 +80,7 @@ def couplings(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any)
         kwargs: likewise.
 
     Raises:
-        ValueError: two leaves of the params have the same name.
+        ValueError: see `jaxprune.trace`: the function consumes none of the params, or holds weights of its own.
     """
     return walk(inlined(jaxpr_of(fn, params, *args, **kwargs)), params).couplings()
 
@@ -206,10 +207,14 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves) -> Walk:
     Args:
         jaxpr: of the model, without calls.
         params: the same pytree.
+
+    Raises:
+        ValueError: see `jaxprune.trace`.
     """
     found = Walk()
     units = found.units
-    for name, leaf in tree.named_leaves(params).items():
+    leaves = tree.named_leaves(params)
+    for name, leaf in leaves.items():
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             found.leaves[name] = tuple(units.fresh(size, of_leaf=True) for size in leaf.shape)
     inputs = list(found.leaves.values())
@@ -222,4 +227,10 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves) -> Walk:
             units.fix(ids, "it is an output of the function")
     for ids in (ids for axes in found.leaves.values() for ids in axes if len(ids) == 1):
         units.fix(ids, "it is the only channel")
+    used = {atom for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
+    used.update(atom for atom in jaxpr.jaxpr.outvars if not isinstance(atom, Literal))
+    unused = [name for name, var in zip(found.leaves, jaxpr.jaxpr.invars, strict=False) if var not in used]
+    check_consumed(jaxpr.jaxpr, {name: leaves[name] for name in found.leaves}, unused, strict=False)
+    for ids in (ids for name in unused for ids in found.leaves[name]):
+        units.fix(ids, "the function does not use it")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters import partial_eval
 
 CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -34,7 +35,7 @@ Bind = Callable[[JaxprEqn, list[Any]], Sequence[Any]]
 
 
 def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program without calls.
+    """The same program without calls, and without what nothing comes of; its inputs stay.
 
     Args:
         jaxpr: any.
@@ -48,7 +49,9 @@ def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         return bind(eqn, values, params)
 
     inputs = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in jaxpr.jaxpr.invars)
-    return jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run))(*inputs)
+    whole = jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run))(*inputs)
+    alive, _ = partial_eval.dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
+    return ClosedJaxpr(alive, whole.consts)
 
 
 def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind) -> list[Any]:
