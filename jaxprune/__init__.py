@@ -11,7 +11,7 @@ update land on exact zero, and `sparse` makes the zeros a weight of another kind
 """
 
 from jaxprune import sparse
-from jaxprune.compact import Compacted, compact, expand
+from jaxprune.compact import Compacted, compact, expand, smaller
 from jaxprune.criteria import magnitude, random, taylor
 from jaxprune.distributions import (
     ERK,
@@ -98,6 +98,7 @@ __all__ = [
     "rewind",
     "rounds",
     "sensitivity",
+    "smaller",
     "sparse",
     "sparsity_of",
     "straight_through",

@@ -13,7 +13,7 @@ References:
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from jaxprune.tracing.liveness import Live, find_sums, folded, live_units
 from jaxprune.tracing.shrunk import Shrinker
 from jaxprune.types import Leaves, Masks, Params
 
-Removed = Mapping[str, tuple[tuple[int, ...], ...]]
+Removed = Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,9 @@ def compact(
     jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
     found = walk(jaxpr, masked)
     leaves = tree.named_leaves(masked)
-    inputs = [all_of(leaves[name]) for name in found.leaves]
+    inputs = [all_of(leaves[name]) if _is_numeric(leaves[name]) else nothing(leaves[name]) for name in found.leaves]
     inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
-    facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr)
+    facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr, found)
     live = _rounded(live_units(sums, found, facts), found, round_to)
     _check_left(found, live)
     names = dict(zip(jaxpr.jaxpr.invars, found.leaves, strict=False))
@@ -85,7 +85,7 @@ def compact(
     kept = {name: tuple(live[found.units.roots(ids)] for ids in axes) for name, axes in found.leaves.items()}
 
     def small_leaf(name: str, leaf: Any) -> Any:
-        if name not in kept:
+        if name not in kept or not _is_numeric(leaf):
             return leaf
         whole = leaf + jnp.asarray(extra[name], leaf.dtype) if name in extra else leaf
         return jnp.asarray(np.asarray(whole)[np.ix_(*kept[name])])
@@ -143,6 +143,11 @@ def expand(small: Params, removed: Removed) -> Params:
         return leaf
 
     return tree.map_named(full, small)
+
+
+def _is_numeric(leaf: Any) -> bool:
+    """Whether it is numbers, and no key."""
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _shape_of(leaf: Any) -> Any:

@@ -1,5 +1,7 @@
 """Compaction: what is left computes what the masked model computed, and nothing is left that need not be."""
 
+import json
+
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
@@ -333,10 +335,37 @@ def test_many_random_architectures(steps, seed, of):
 def test_a_leaf_that_is_not_used_stays():
     params, fn, shape = MODELS["mlp"]()
     x = make_input(shape)
-    params, whole = {"net": params, "key": jax.random.key_data(jax.random.key(0))}, lambda p, x: fn(p["net"], x)
+    params, whole = {"net": params, "key": jax.random.key(0), "spare": jnp.ones(3)}, lambda p, x: fn(p["net"], x)
     small = jp.compact(whole, params, halved(whole, params, x), x)
-    np.testing.assert_array_equal(small.params["key"], params["key"])
+    assert small.params["key"] == params["key"]
+    assert small.params["spare"].shape == (3,)
     assert small.params["net"][0]["kernel"].shape == (6, 6)
+
+
+def test_a_vector_along_another_axis_is_no_bias():
+    draw = Draw()
+    params = {"a": draw.layer(6, 5), "b": draw(5, 5), "shift": draw(5), "c": draw(5, 3)}
+
+    def fn(p, x):  # five rows, and five channels: `shift` belongs to the rows
+        x = jax.nn.sigmoid(dense(p["a"], x))
+        return jnp.tanh(x @ p["b"] + jnp.expand_dims(p["shift"], 1)) @ p["c"]
+
+    x = make_input((5, 6))
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks["a"]["kernel"] = masks["a"]["kernel"].at[:, jnp.asarray([1, 2])].set(False)
+    small = jp.compact(fn, params, masks, x)
+    assert small.params["b"].shape == (5, 5)
+    all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
+
+
+def test_what_is_removed_is_plain_data_that_a_model_is_made_of_again():
+    params, fn, shape = MODELS["attention_by_reshape"]()
+    x = make_input(shape)
+    masks = halved(fn, params, x)
+    small = jp.compact(fn, params, masks, x)
+    removed = json.loads(json.dumps(small.removed))
+    again = jp.smaller(fn, removed, jp.expand(small.params, removed))
+    all_equal_the_masked_model(fn, params, masks, x, (again, small.params))
 
 
 def test_weights_that_are_no_arguments():

@@ -30,10 +30,14 @@ class Fold(NamedTuple):
     Attributes:
         leaf: the input of the program that it is.
         sign: what the constants are multiplied with first: -1 for a mean that is subtracted.
+        weight: which operand of the product makes its channels.
+        outputs: the axis of that operand that they lie along.
     """
 
     leaf: Var
     sign: int
+    weight: int = 1
+    outputs: int = 0
 
 
 class Sum(NamedTuple):
@@ -52,19 +56,19 @@ class Sum(NamedTuple):
     fold: Fold | None
 
 
-def find_sums(jaxpr: Jaxpr) -> list[Sum]:
+def find_sums(jaxpr: Jaxpr, walk: Walk) -> list[Sum]:
     """Every axis that a product of the program sums over.
 
     Args:
         jaxpr: the program, without calls.
+        walk: its units.
     """
     folds = _find_folds(jaxpr)
     found = []
     for eqn in _equations(jaxpr):
-        fold = folds.get(eqn.outvars[0])
+        fold = _placed(folds.get(eqn.outvars[0]), eqn, walk)
         if eqn.primitive.name == "dot_general":
             both, _ = eqn.params["dimension_numbers"]
-            fold = fold if len(both[0]) == 1 else None
             found += [Sum(eqn, (a, b), both, fold) for a, b in zip(*both, strict=True)]
         elif eqn.primitive.name == "conv_general_dilated" and eqn.params["feature_group_count"] == 1:
             # Groups go as a whole: where one is removed, its inputs and outputs are the same channels.
@@ -72,6 +76,22 @@ def find_sums(jaxpr: Jaxpr) -> list[Sum]:
             borders = any(map(any, eqn.params["padding"])) or set(eqn.params["lhs_dilation"]) != {1}
             found.append(Sum(eqn, (numbers.lhs_spec[1], numbers.rhs_spec[1]), ((), ()), None if borders else fold))
     return found
+
+
+def _placed(fold: Fold | None, eqn: Any, walk: Walk) -> Fold | None:
+    """The fold with the axis of the weights whose channels are the vector's, None if that is not one axis."""
+    if fold is None:
+        return None
+    convolution = eqn.primitive.name == "conv_general_dilated"
+    summed = (
+        eqn.params["dimension_numbers"][0] if not convolution else ((), eqn.params["dimension_numbers"].rhs_spec[1:])
+    )
+    vector = walk.units.roots(walk.of(fold.leaf)[0])
+    for operand, atom in enumerate(eqn.invars):
+        rest = [axis for axis in range(len(_shape(atom))) if axis not in summed[operand]]
+        if len(rest) == 1 and np.array_equal(walk.units.roots(walk.of(atom)[rest[0]]), vector):
+            return fold._replace(weight=operand, outputs=rest[0])
+    return None
 
 
 def live_units(sums: list[Sum], walk: Walk, facts: Facts) -> Live:
@@ -115,17 +135,15 @@ def _somewhere(found: Any, live: list[Bool[np.ndarray, " _"]], axis: int) -> Any
     return np.broadcast_to(found.reshape(-1), (len(live[axis]),))
 
 
-def _constant(one: Sum, facts: Facts) -> tuple[Float[np.ndarray, " channels"], Bool[np.ndarray, " channels"], Any, int]:
-    """The numbers that channels are everywhere, where they are; and the weights they meet, their axis first."""
-    operands = [_fact(atom, facts) for atom in one.eqn.invars]
-    sizes = [atom.aval.shape[axis] for atom, axis in zip(one.eqn.invars, one.axes, strict=True)]
-    weight = 1 if operands[1].known.all() else 0
-    x, axis = operands[1 - weight], one.axes[1 - weight]
-    whole = all(size == 1 for a, size in enumerate(x.value.shape) if a != axis)
-    weights = np.moveaxis(operands[weight].value, one.axes[weight], 0)
-    known = x.known.reshape(-1) if whole and operands[weight].known.all() else np.zeros(1, bool)
-    value = x.value.reshape(-1) if whole else np.zeros(1)
-    return np.broadcast_to(value, sizes[:1]), np.broadcast_to(known, sizes[:1]), weights, weight
+def _constant(one: Sum, facts: Facts) -> tuple[Any, Any]:
+    """The numbers that channels are everywhere, and whether they are."""
+    weight = one.fold.weight if one.fold else 1
+    weights, x = (_fact(one.eqn.invars[operand], facts) for operand in (weight, 1 - weight))
+    axis, shape = one.axes[1 - weight], _shape(one.eqn.invars[1 - weight])
+    whole = weights.known.all() and all(size == 1 for a, size in enumerate(x.value.shape) if a != axis)
+    value, known = (x.value, x.known) if whole else (np.zeros(1), np.zeros(1, bool))
+    size = shape[axis]
+    return np.broadcast_to(value.reshape(-1), (size,)), np.broadcast_to(known.reshape(-1), (size,))
 
 
 def _fact(atom: Any, facts: Facts) -> Known:
@@ -145,23 +163,14 @@ def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, F
     for one in sums:
         if one.fold is None:
             continue
-        value, known, weights, weight = _constant(one, facts)
+        value, known = _constant(one, facts)
         gone = known & ~live[walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])]
         if gone.any():
-            outputs = _output_axis(one.eqn, weight, weights)
-            rows = np.moveaxis(weights[gone], outputs, -1).astype(np.float64)
+            weights = _fact(one.eqn.invars[one.fold.weight], facts).value.astype(np.float64)
+            rows = np.moveaxis(weights, (one.axes[one.fold.weight], one.fold.outputs), (0, -1))[gone]
             each = rows.reshape(len(rows), -1, rows.shape[-1]).sum(1)  # over the window
             found[one.fold.leaf] = one.fold.sign * value[gone].astype(np.float64) @ each
     return found
-
-
-def _output_axis(eqn: Any, weight: int, weights: Any) -> int:
-    """Of the weights with their summed axis first: the axis of outputs."""
-    if eqn.primitive.name == "dot_general":
-        return weights.ndim - 1
-    numbers = eqn.params["dimension_numbers"]
-    outputs, inputs = numbers.rhs_spec[:2]
-    return outputs + 1 if outputs < inputs else outputs
 
 
 def _shape(var: Any) -> tuple[int, ...]:
