@@ -51,7 +51,7 @@ def test_a_format_must_win_by_a_margin(clock, ratio, format):
     assert set(tune().formats.values()) == {format}
 
 
-@pytest.mark.parametrize(("ratio", "is_dense"), [(1.1, True), (1.0, True), (0.99, True), (0.97, False)])
+@pytest.mark.parametrize(("ratio", "is_dense"), [(1.1, True), (1.0, True), (0.96, True), (0.94, False)])
 def test_the_whole_model_must_win_by_a_margin(clock, ratio, is_dense):
     clock(dense=1.0, bcsr=0.5, planned=ratio)
     chosen = tune()

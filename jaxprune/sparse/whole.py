@@ -21,8 +21,8 @@ from jaxprune.sparse.plan import Attempt, LeafPlan, Plan, Timing
 from jaxprune.tracing.finder import arrays_of
 from jaxprune.types import Params
 
-MARGIN = 0.02
-"""The planned model must be this fraction faster than the dense one, beyond the noise of the medians."""
+MARGIN = 0.05
+"""The planned model must be this fraction faster than the dense one: machines drift by as much after it is measured."""
 MOST = 1000
 """Most runs of a model: a small one runs in microseconds, and its median must be known within one percent."""
 
