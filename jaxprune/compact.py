@@ -151,8 +151,7 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 def _shape_of(leaf: Any) -> Any:
-    array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if array else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if tree.is_array(leaf) else leaf
 
 
 def _rounded(live: Live, found: Walk, round_to: int) -> Live:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(tables.Table):
     """A table with one row a leaf; `str(report)` is the text."""
 
     leaves: tuple[Leaf, ...]
@@ -57,15 +58,10 @@ class Report:
 
         return {"leaves": [plain(leaf) for leaf in self.leaves], "total": plain(self.total)}
 
-    def to_markdown(self) -> str:
-        """A GitHub table."""
-        return tables.markdown(HEADER, self._rows(), words=2)
-
-    def __str__(self) -> str:
-        return tables.columns(HEADER, self._rows(), words=2)
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
+    @property
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]], int]:
+        """Header, rows, and how many of the first columns hold words."""
+        rows = [
             (
                 leaf.name,
                 "x".join(map(str, leaf.shape)),
@@ -76,6 +72,7 @@ class Report:
             )
             for leaf in (*self.leaves, self.total)
         ]
+        return HEADER, rows, 2
 
 
 def summarize(params: Params, masks: Masks | None = None) -> Report:

@@ -24,7 +24,7 @@ from jaxprune.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(tables.Table):
     """Accuracies of a model with one leaf pruned; `str(sensitivity)` is a table, leaves by sparsities.
 
     Attributes:
@@ -53,19 +53,12 @@ class Sensitivity:
             lines.writerows((name, *pair) for pair in zip(self.sparsities, row, strict=True))
         return text.getvalue()
 
-    def to_markdown(self) -> str:
-        """A GitHub table."""
-        return tables.markdown(self._header(), self._rows(), words=1)
-
-    def __str__(self) -> str:
-        return tables.columns(self._header(), self._rows(), words=1)
-
-    def _header(self) -> tuple[str, ...]:
-        return ("leaf", "0%", *(f"{100 * sparsity:.4g}%" for sparsity in self.sparsities))
-
-    def _rows(self) -> list[tuple[str, ...]]:
+    @property
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]], int]:
+        """Header, rows, and how many of the first columns hold words."""
+        header = ("leaf", "0%", *(f"{100 * sparsity:.4g}%" for sparsity in self.sparsities))
         pairs = zip(self.names, self.accuracies, strict=True)
-        return [(name, *(f"{accuracy:.4f}" for accuracy in (self.dense, *row))) for name, row in pairs]
+        return header, [(name, *(f"{accuracy:.4f}" for accuracy in (self.dense, *row))) for name, row in pairs], 1
 
 
 def sensitivity(

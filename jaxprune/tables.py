@@ -3,6 +3,7 @@
 The first `words` columns hold words and stand to the left, the others hold numbers and stand to the right.
 """
 
+import abc
 from collections.abc import Iterable, Sequence
 
 
@@ -33,3 +34,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -
     """
     rule = ["---"] * words + ["---:"] * (len(header) - words)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+class Table(abc.ABC):
+    """What can be written as a table; `str(table)` is the one for a terminal."""
+
+    @property
+    @abc.abstractmethod
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]], int]:
+        """Header, rows, and how many of the first columns hold words."""
+
+    def to_markdown(self) -> str:
+        """A GitHub table."""
+        return markdown(*self.cells)
+
+    def __str__(self) -> str:
+        return columns(*self.cells)

@@ -6,7 +6,6 @@ The cost is any function of masks. `compacted_cost` gives those of the model aft
 removed for; for single weights a count of survivors will do.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxprune.compact import compact
 from jaxprune.methods import Method, compute_masks
+from jaxprune.sparse import timing
 from jaxprune.tracing import trace
 from jaxprune.types import Masks, Params
 
@@ -99,11 +99,7 @@ def compacted_cost(
         if of == "weights":
             return sum(leaf.size for leaf in jax.tree.leaves(small.params))
         call = jax.jit(small.apply).lower(small.params, *args).compile()
-        seconds = []
-        for _ in range(10):
-            start = time.perf_counter()
-            jax.block_until_ready(call(small.params, *args))
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds[1:]))
+        runs = timing.interleaved({"model": lambda: call(small.params, *args)}, repeats=9)
+        return float(np.median(runs["model"]))
 
     return cost

@@ -75,6 +75,11 @@ def selector(select: Select) -> Callable[[str, Any], bool]:
     return lambda name, leaf: bool(first_match(rules, name))
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, of whatever kind, or the shape and dtype of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
 def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
     """Leaf name -> leaf for the selected leaves, in the order of the tree.
 
@@ -84,7 +89,7 @@ def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
     """
     leaves = named_leaves(tree)
     for name, leaf in leaves.items():
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        if not is_array(leaf):
             raise TypeError(
                 f"{name!r} is a {type(leaf).__name__}, an array was expected. Hand in the arrays alone, "
                 "for Equinox `eqx.filter(model, eqx.is_array)`."

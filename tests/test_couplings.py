@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 from compact_models import MODELS, make_input
 from jax import lax
+from trace_helpers import normal
 
 import jaxprune as jp
 from jaxprune.tracing.units import Units
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def couplings_of(name):

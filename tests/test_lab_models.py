@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_helpers import SMALL, TEXT, TINY
+from trace_helpers import normal
 
 import jaxprune as jp
 from jaxprune import tree
@@ -20,10 +21,6 @@ from jaxprune.lab.models.vit import ViT
 
 KEY = jax.random.key(0)
 STATISTICS = ("/mean", "/var")
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def tiny(name):

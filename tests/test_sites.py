@@ -9,23 +9,12 @@ from flax import linen, nnx
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from trace_helpers import kinds, like, normal
 
 import jaxprune as jp
 from jaxprune.layout import Axes
 
 N, IN, OUT, ROWS = 5, 6, 8, 11
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def like(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def kinds(sites):
-    return [(site.name, site.kind) for site in sites]
 
 
 INDICES = like(N, dtype=jnp.int32)

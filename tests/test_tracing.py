@@ -11,6 +11,7 @@ from flax import linen, nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from test_sparse_apply import MODELS
+from trace_helpers import normal
 
 import jaxprune as jp
 from jaxprune.layout import Axes
@@ -18,10 +19,6 @@ from jaxprune.tracing import paths
 from jaxprune.tracing import sites as kinds
 
 N, IN, OUT = 5, 7, 4
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def products(fn, params, *args, **kwargs):

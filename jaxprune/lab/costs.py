@@ -107,9 +107,9 @@ def _places(profile: str) -> list[str]:
                 f"There is no profile {profile!r}: give a csv file, or FILE:COLUMN for one of its columns."
             )
         return [profile]
-    header = next((line for line in Path(profile).read_text().splitlines() if line.strip() and line[0] != "#"), "")
-    columns = [field for field in header.split(",") if field.startswith("nonzero_")]
+    reader, columns = sparsify.open_profile(profile)
     if not columns:
+        header = ",".join(reader.fieldnames or ())
         raise ValueError(f"{profile} is no profile: its header names no column nonzero_.... It reads {header[:80]!r}.")
     return [f"{profile}:{column}" for column in columns]
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-from jax.interpreters import partial_eval
 
 from jaxprune import tree
 from jaxprune.tracing.finder import arrays_of, jaxpr_of
@@ -38,8 +37,7 @@ def peak_activations(fn: Callable[..., Any], params: Leaves, *args: Any, **kwarg
     tree.named_leaves(params)
     whole = inlined(jaxpr_of(fn, params, *args, **kwargs)).jaxpr
     weights = set(whole.invars[: len(arrays_of(params)[0])])
-    needed, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
-    return _peak(needed, weights, set(whole.invars) - weights)
+    return _peak(whole, weights, set(whole.invars) - weights)
 
 
 def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:

@@ -213,8 +213,7 @@ def _dot_general(eqn: Any, given: list[Known]) -> list[Known]:
     (l_sum, r_sum), (l_batch, r_batch) = eqn.params["dimension_numbers"]
     lhs, rhs = given
     for a, b in zip((*l_sum, *l_batch), (*r_sum, *r_batch), strict=True):
-        whole = (*l_sum, *l_batch).index(a) < len(l_sum)
-        size = eqn.invars[0].aval.shape[a] if whole else max(lhs.value.shape[a], rhs.value.shape[b])
+        size = eqn.invars[0].aval.shape[a] if a in l_sum else max(lhs.value.shape[a], rhs.value.shape[b])
         lhs = Known(*(_along(part, a, size) for part in lhs))
         rhs = Known(*(_along(part, b, size) for part in rhs))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
@@ -264,7 +263,7 @@ def _conv(eqn: Any, given: list[Known]) -> list[Known] | None:
         return None
     channels = eqn.invars[0].aval.shape[l_spec[1]]
     x = Known(*(_along(part, 1, channels).reshape(part.shape[0], groups, -1) for part in x))
-    w = Known(*(_along_all(part, [eqn.invars[1].aval.shape[a] for a in r_spec]) for part in w))
+    w = Known(*(np.broadcast_to(part, [eqn.invars[1].aval.shape[a] for a in r_spec]) for part in w))
     w = Known(*(part.reshape(groups, -1, part.shape[1], math.prod(part.shape[2:])) for part in w))
     borders = any(map(any, params["padding"])) or any(dilation != 1 for dilation in params["lhs_dilation"])
     y = _product(x, w, "ngi,goik->ngo", eqn.outvars[0].aval.dtype, zeros_alone=borders)
@@ -273,10 +272,6 @@ def _conv(eqn: Any, given: list[Known]) -> list[Known] | None:
     if y_spec[0] > y_spec[1]:
         y = Known(*(np.moveaxis(part, 0, -1) for part in y))
     return [Known(*(part.reshape(shape) for part in y))]
-
-
-def _along_all(array: Any, shape: Sequence[int]) -> Any:
-    return np.broadcast_to(array, tuple(shape))
 
 
 _IN_NUMPY: Mapping[str, Callable[..., Any]] = {

@@ -66,7 +66,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class Costs(tables.Table):
     """A table with one row a leaf, as they are used first; `str(costs)` is the text."""
 
     leaves: tuple[Cost, ...]
@@ -116,15 +116,10 @@ class Costs:
         """Plain data for JSON: {"leaves": [{name, shape, weights, ...}, ...], "total": {...}}."""
         return {"leaves": [leaf.to_dict() for leaf in self.leaves], "total": self.total.to_dict()}
 
-    def to_markdown(self) -> str:
-        """A GitHub table."""
-        return tables.markdown(HEADER, self._rows(), words=2)
-
-    def __str__(self) -> str:
-        return tables.columns(HEADER, self._rows(), words=2)
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
+    @property
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]], int]:
+        """Header, rows, and how many of the first columns hold words."""
+        rows = [
             (
                 leaf.name,
                 "x".join(map(str, leaf.shape)),
@@ -138,6 +133,7 @@ class Costs:
             )
             for leaf in (*self.leaves, self.total)
         ]
+        return HEADER, rows, 2
 
 
 def costs(sites: Sequence[Site], masks: Masks | None = None, *, params: Leaves | None = None) -> Costs:
@@ -168,7 +164,7 @@ def costs(sites: Sequence[Site], masks: Masks | None = None, *, params: Leaves |
         )
     if masks is not None and params is not None:
         tree.check_like("The masks", masks, params)
-    like = {name: leaf for name, leaf in tree.named_leaves(params).items() if hasattr(leaf, "shape")}
+    like = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
     alive = {} if masks is None else tree.named_leaves(masks)
     _check_masks(alive)
     for what, leaves in (("params", like), ("masks", alive)):

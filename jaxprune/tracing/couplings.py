@@ -215,7 +215,7 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves) -> Walk:
     units = found.units
     leaves = tree.named_leaves(params)
     for name, leaf in leaves.items():
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        if tree.is_array(leaf):
             found.leaves[name] = tuple(units.fresh(size, of_leaf=True) for size in leaf.shape)
     inputs = list(found.leaves.values())
     for var in jaxpr.jaxpr.invars[len(inputs) :]:

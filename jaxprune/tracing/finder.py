@@ -89,7 +89,7 @@ def arrays_of(values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         The arrays, and a function of as many others that gives the pytree with those.
     """
     leaves, structure = jax.tree.flatten(values)
-    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    places = [i for i, leaf in enumerate(leaves) if tree.is_array(leaf)]
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         filled = list(leaves)
@@ -111,7 +111,7 @@ def sites_of(jaxpr: ClosedJaxpr, params: Leaves, *, strict: bool = False) -> tup
     Raises:
         ValueError: see `trace`.
     """
-    named = {name: leaf for name, leaf in tree.named_leaves(params).items() if _is_array(leaf)}
+    named = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
     alive, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     unused = [name for name, use in zip(named, used, strict=False) if not use]
     check_consumed(jaxpr.jaxpr, named, unused, strict=strict)
@@ -126,10 +126,6 @@ def sites_of(jaxpr: ClosedJaxpr, params: Leaves, *, strict: bool = False) -> tup
         numbered.append(dataclasses.replace(site, index=uses[site.name]))
         uses[site.name] += 1
     return tuple(numbered)
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _walk(jaxpr: Any, values: Sequence[Value], count: int) -> Found:

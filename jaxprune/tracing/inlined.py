@@ -42,16 +42,27 @@ def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """
 
     def run(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        params = dict(eqn.params)
-        for word in BODIES.get(eqn.primitive.name, ()):
-            held = params[word]
-            params[word] = tuple(map(inlined, held)) if isinstance(held, tuple) else inlined(held)
-        return bind(eqn, values, params)
+        return bind(eqn, values, with_bodies(eqn, inlined))
 
     inputs = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in jaxpr.jaxpr.invars)
     whole = jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run))(*inputs)
     alive, _ = partial_eval.dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
     return ClosedJaxpr(alive, whole.consts)
+
+
+def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+    """The jaxprs that a loop or a branch runs; none for other equations."""
+    held = [eqn.params[word] for word in BODIES.get(eqn.primitive.name, ())]
+    return [body for one in held for body in (one if isinstance(one, tuple) else (one,))]
+
+
+def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> dict[str, Any]:
+    """The parameters of an equation, each of its bodies changed."""
+    params = dict(eqn.params)
+    for word in BODIES.get(eqn.primitive.name, ()):
+        held = params[word]
+        params[word] = tuple(map(change, held)) if isinstance(held, tuple) else change(held)
+    return params
 
 
 def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind) -> list[Any]:

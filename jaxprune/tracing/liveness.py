@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from jaxprune.tracing.constant_rules import Known, all_of
 from jaxprune.tracing.couplings import Walk
-from jaxprune.tracing.inlined import BODIES
+from jaxprune.tracing.inlined import bodies
 
 Facts = Mapping[Var, Known]
 Live = Bool[np.ndarray, " units"]
@@ -181,10 +181,8 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations, those of bodies of loops and branches included."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for word in BODIES.get(eqn.primitive.name, ()):
-            held = eqn.params[word]
-            for body in held if isinstance(held, tuple) else (held,):
-                yield from _equations(body.jaxpr)
+        for body in bodies(eqn):
+            yield from _equations(body.jaxpr)
 
 
 def _find_folds(jaxpr: Any) -> dict[Var, Fold]:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from jaxprune.tracing.reshapes import runs
+
 Step = tuple[str, Any]
 
 
@@ -184,24 +186,12 @@ def _replayed(word: str, argument: Any, leaf: Any) -> Any:
 def _reshaped(
     axes: tuple[frozenset[int], ...], old: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[frozenset[int], ...]:
-    """Axes after a reshape: old and new sizes, ones aside, are cut into the shortest runs of equal product.
-
-    Within a run every new axis runs over all old ones; a new axis of size one runs over none.
-    """
+    """Axes after a reshape: within a run every new axis runs over all old ones; a new axis of size one over none."""
     if 0 in old:
         return (frozenset[int]().union(*axes),) * len(new)
-    olds = [(size, run_over) for size, run_over in zip(old, axes, strict=True) if size > 1]
-    news = [size for size in new if size > 1]
-    found: list[frozenset[int]] = []
-    while len(found) < len(news):
-        before, taken = olds.pop(0)
-        run, after = 1, news[len(found)]
-        while before != after:
-            if before < after:
-                size, more = olds.pop(0)
-                before, taken = before * size, taken | more
-            else:
-                after, run = after * news[len(found) + run], run + 1
-        found += [taken] * run
-    kept = iter(found)
-    return tuple(next(kept) if size > 1 else frozenset() for size in new)
+    found = [frozenset[int]()] * len(new)
+    for olds, news in runs(old, new):
+        taken = frozenset[int]().union(*(axes[axis] for axis in olds))
+        for axis in news:
+            found[axis] = taken
+    return tuple(found)

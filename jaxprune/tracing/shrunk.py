@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Bool
 
 from jaxprune.tracing.couplings import Walk
-from jaxprune.tracing.inlined import BODIES, bind, evaluate
+from jaxprune.tracing.inlined import BODIES, bind, evaluate, with_bodies
 
 Kept = tuple[Bool[np.ndarray, " _"], ...]
 
@@ -49,18 +49,17 @@ class Shrinker:
     def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, dict(eqn.params)
         if name in BODIES:
-            return self._bodies(eqn, values, params)
+            return self._bodies(eqn, values)
         given, results = [self.kept(atom) for atom in eqn.invars], [self.kept(var) for var in eqn.outvars]
-        if name in _WHOLE:
-            whole = bind(eqn, values, params)
-            return [taken(value, kept) for value, kept in zip(whole, results, strict=True)]
+        if name == "iota":  # numbers made out of nothing, of which some are left out afterwards
+            return [taken(bind(eqn, values, params)[0], results[0])]
         if name == "slice" and not all(keep.all() for keep in given[0]):
             return [_slice(params, values[0], given[0])]
         if name in _RESIZED:
             params |= _RESIZED[name](params, given, results)
         return bind(eqn, values, params)
 
-    def _bodies(self, eqn: JaxprEqn, values: list[Any], params: dict[str, Any]) -> Sequence[Any]:
+    def _bodies(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         def smaller(body: ClosedJaxpr) -> ClosedJaxpr:
             shapes = [
                 jax.ShapeDtypeStruct(tuple(int(kept.sum()) for kept in self.kept(var)), var.aval.dtype)
@@ -68,10 +67,7 @@ class Shrinker:
             ]
             return jax.make_jaxpr(lambda *inputs: self.run(body, inputs))(*shapes)
 
-        for word in BODIES[eqn.primitive.name]:
-            held = params[word]
-            params[word] = tuple(map(smaller, held)) if isinstance(held, tuple) else smaller(held)
-        return bind(eqn, values, params)
+        return bind(eqn, values, with_bodies(eqn, smaller))
 
 
 def taken(value: Any, kept: Kept) -> Any:
@@ -134,9 +130,6 @@ def _gathered(params: dict[str, Any], given: list[Kept], results: list[Kept]) ->
     sizes = zip(params["slice_sizes"], given[0], strict=True)
     return {"slice_sizes": tuple(int(keep.sum()) if size == len(keep) else size for size, keep in sizes)}
 
-
-_WHOLE = frozenset(("iota",))
-"""Operations that make an array out of nothing, whose channels are removed afterwards."""
 
 _RESIZED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "broadcast_in_dim": _shape("shape"),

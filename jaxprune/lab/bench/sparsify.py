@@ -53,18 +53,27 @@ def read_profile(place: str) -> dict[str, ProfileLine]:
     file, colon, column = place.rpartition(":")
     if not (colon and file and column):
         raise ValueError(f"A profile is FILE:COLUMN, such as profiles/resnet50.csv:pruned_83; {place!r} arrived.")
+    reader, known = open_profile(file)
+    column = column.removeprefix("nonzero_")
+    if column not in known or not {"layer", "shape_oihw"} <= set(reader.fieldnames or ()):
+        have = f"Columns of non-zeros there: {', '.join(known)}." if known else "It has no columns nonzero_...."
+        raise ValueError(f"{file} holds no profile {column!r}. {have}")
+    return {line["layer"]: _profile_line(file, line, column) for line in reader}
+
+
+def open_profile(file: str) -> tuple[csv.DictReader, list[str]]:
+    """The lines of a profile, comments left out, and the names of its columns of non-zeros.
+
+    Raises:
+        ValueError: no such file, or no text.
+    """
     try:
         lines = [line for line in Path(file).read_text().splitlines() if line.strip() and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The profile {file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     reader = csv.DictReader(lines)
     fields = reader.fieldnames or ()
-    known = [field.removeprefix("nonzero_") for field in fields if field.startswith("nonzero_")]
-    column = column.removeprefix("nonzero_")
-    if column not in known or not {"layer", "shape_oihw"} <= set(fields):
-        have = f"Columns of non-zeros there: {', '.join(known)}." if known else "It has no columns nonzero_...."
-        raise ValueError(f"{file} holds no profile {column!r}. {have}")
-    return {line["layer"]: _profile_line(file, line, column) for line in reader}
+    return reader, [field.removeprefix("nonzero_") for field in fields if field.startswith("nonzero_")]
 
 
 def _profile_line(file: str, line: dict[str, str], column: str) -> ProfileLine:
