@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Draw:
@@ -266,7 +267,7 @@ def branches_and_loops():
     params = {"a": draw.layer(6, 8), "b": draw.layer(8, 8), "c": draw.layer(8, 3)}
 
     def fn(p, x):
-        x = jax.jit(jax.nn.relu)(dense(p["a"], x))
+        x = checkpoint_name(jax.jit(jax.nn.relu)(dense(p["a"], x)), "hidden")
         x = lax.cond(x[0, 0] > 0, lambda x: jax.nn.relu(dense(p["b"], x)), lambda x: x * 2, x)
         x = lax.fori_loop(0, 3, lambda i, x: x + jnp.tanh(x), x)
         return dense(p["c"], x)

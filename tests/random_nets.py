@@ -105,6 +105,26 @@ def stacked(draw, size, side, width):
     return params, fn, size, side
 
 
+def tied(draw, size, side, width):
+    """One matrix there and back."""
+
+    def fn(ops, p, x):
+        ops.macs += 2 * x.size * p.shape[-1]
+        return x + jnp.tanh(x @ p) @ p.T
+
+    return draw(size, width), fn, size, side
+
+
+def branch(draw, size, side, width):
+    """One of two layers, as the input says."""
+    params = [draw.layer(*shape(side, size, width)) for _ in range(2)]
+
+    def fn(ops, p, x):
+        return lax.cond(jnp.sum(x) > 0, lambda x: jax.nn.relu(ops(p[0], x)), lambda x: ops(p[1], x), x)
+
+    return params, fn, width, side
+
+
 def pool(draw, size, side, width):
     return ((), lambda ops, p, x: max_pool(x), size, side // 2) if side > 1 else None
 
@@ -119,7 +139,7 @@ def elementwise(fn, params=lambda draw, size: ()):
 
 STEPS = {
     **{step.__name__: step for step in (layer, residual, dense_block, gate, depthwise, grouped, group_norm)},
-    **{step.__name__: step for step in (attention, stacked, pool, flatten)},
+    **{step.__name__: step for step in (attention, stacked, tied, branch, pool, flatten)},
     "relu": elementwise(lambda p, x: jax.nn.relu(x)),
     "tanh": elementwise(lambda p, x: jnp.tanh(x)),
     "gelu": elementwise(lambda p, x: jax.nn.gelu(x)),

@@ -288,8 +288,6 @@ _IN_NUMPY: Mapping[str, Callable[..., Any]] = {
     "sqrt": np.sqrt,
     "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
     "logistic": lambda x: np.reciprocal(1 + np.exp(-x)),
-    "copy": lambda x: x,
-    "stop_gradient": lambda x: x,
 }
 """Operations that NumPy does alike, at once; in JAX each is a program to compile for every shape."""
 

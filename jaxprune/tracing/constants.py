@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
 from jaxprune.tracing.constant_rules import CONSTANT_RULES, Known, all_of, elementwise, in_all, nothing
-from jaxprune.tracing.rules import ELEMENTWISE
+from jaxprune.tracing.rules import ELEMENTWISE, IDENTITIES
 
 
 def constants(jaxpr: ClosedJaxpr, inputs: Sequence[Known]) -> dict[Var, Known]:
@@ -51,7 +51,9 @@ def _step(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Kno
     if name == "cond":
         found = [_run(branch, given[1:], known) for branch in eqn.params["branches"]]
         return [in_all(results) for results in zip(*found, strict=True)]
-    if name in ELEMENTWISE and name != "optimization_barrier":
+    if name in IDENTITIES:
+        return given
+    if name in ELEMENTWISE:
         return [elementwise(eqn, given)]
     rule = CONSTANT_RULES.get(name)
     unknown = [nothing(var.aval) for var in eqn.outvars]

@@ -19,13 +19,19 @@ Rule = Callable[[Units, JaxprEqn, list[AxisUnits]], list[AxisUnits]]
 
 _WORDS = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier
-    or population_count pow real reduce_precision rem round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
+    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+    population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_WORDS.split())
 """Operations on corresponding elements; scalars go with any shape, and axes of size one with any size."""
+
+IDENTITIES = frozenset(
+    {"copy", "copy_p", "stop_gradient", "name", "optimization_barrier"}
+    | {"device_put", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"}
+)
+"""Operations that hand every operand on as it is."""
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -34,8 +40,6 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 def elementwise(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
     """Corresponding indices of all operands are the same."""
-    if eqn.primitive.name == "optimization_barrier":
-        return given
     return [_united(units, eqn.primitive.name, given, _shape(eqn.outvars[0]))]
 
 
@@ -49,6 +53,10 @@ def _united(units: Units, name: str, given: list[AxisUnits], shape: tuple[int, .
                 reason = f"{name} with an array whose channels must stay"
                 result[axis] = ids if so_far is None else units.unite(so_far, ids, reason)
     return tuple(units.fresh(size) if ids is None else ids for ids, size in zip(result, shape, strict=True))
+
+
+def _identity(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
+    return given
 
 
 def _transpose(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
@@ -248,6 +256,7 @@ def barrier(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUni
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(IDENTITIES, _identity),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _reduce),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),

@@ -15,17 +15,11 @@ from jax.extend.core import Literal
 
 from jaxprune.tracing.paths import Path
 from jaxprune.tracing.refusals import Lost
-from jaxprune.tracing.rules import ELEMENTWISE
+from jaxprune.tracing.rules import ELEMENTWISE, IDENTITIES
 from jaxprune.tracing.sites import KINDS, OPS, Site, make_site
 
 Value: TypeAlias = Path | bool
 """The path of a leaf; or True for what depends on the model's inputs, False for what does not."""
-
-IDENTITIES = frozenset(
-    {"copy", "copy_p", "stop_gradient", "name", "optimization_barrier"}
-    | {"device_put", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"}
-)
-"""Operations that hand every operand on as it is."""
 
 
 class Found(NamedTuple):
