@@ -2,35 +2,20 @@
 
 import json
 
-import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compact_helpers import all_equal_the_masked_model, count_dead, halved, weights
 from compact_models import MODELS, Draw, dense, make_input
-from flax import linen, nnx
 from random_nets import STEPS, random_net
 
 import jaxprune as jp
 from jaxprune import tree
 
 INSISTS = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
-
-
-def halved(fn, params, *args, sparsity=0.5):
-    """Masks without the first half of the channels of every layer, in an order drawn at random."""
-    found, rng = jp.couplings(fn, params, *args), np.random.default_rng(0)
-    dead = [channel for layer in found.layers for channel in rng.permutation(layer)[: round(sparsity * len(layer))]]
-
-    def mask(name, leaf):
-        alive = np.ones(leaf.shape, bool)
-        for axis, ids in enumerate(found.channels[name]):
-            np.moveaxis(alive, axis, 0)[np.isin(ids, dead)] = False
-        return jnp.asarray(alive)
-
-    return tree.map_named(mask, params)
 
 
 def kernels_alone(masks):
@@ -43,34 +28,13 @@ def at_random(params, sparsity=0.9, seed=3):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape) >= sparsity), params)
 
 
-def all_equal_the_masked_model(fn, params, masks, x, *calls):
-    """(function, params) pairs give what the masked model gives; one program for all, which compiles faster."""
-
-    @jax.jit
-    def run(params, masks, others):
-        return fn(jp.apply_masks(params, masks), x), [call(p, x) for (call, _), p in zip(calls, others, strict=True)]
-
-    want, got = run(params, masks, [other for _, other in calls])
-    for each in got:
-        close(each, want)
-
-
-def weights(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_channels(name):
     params, fn, shape = MODELS[name]()
     x = make_input(shape)
     masks = halved(fn, params, x)
     small = jp.compact(fn, params, masks, x)
-    dead = sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
-    assert weights(small.params) == weights(params) - dead  # all of them, and nothing else
+    assert weights(small.params) == weights(params) - count_dead(masks)  # all of them, and nothing else
     assert bool(small.insists) == (name in INSISTS), small.insists
     calls = [(small.apply, small.params), (fn, jp.expand(small.params, small.removed)), (fn, small.params)]
     all_equal_the_masked_model(fn, params, masks, x, *(calls[:2] if name in INSISTS else calls))
@@ -137,87 +101,6 @@ def test_smaller_params_have_gradients_and_other_batches():
     expanded = jp.expand(got, small.removed)
     kept = jp.expand(jax.tree.map(jnp.ones_like, got), small.removed)
     jax.tree.map(lambda a, b, k: np.testing.assert_allclose(a, b * k, rtol=1e-3, atol=1e-4), expanded, want, kept)
-
-
-# Frameworks.
-
-
-class LinenNet(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        x = linen.relu(linen.BatchNorm(use_running_average=True)(linen.Conv(8, (3, 3))(x)))
-        x = x + linen.Conv(8, (3, 3))(linen.relu(linen.Conv(12, (1, 1))(x)))
-        x = linen.max_pool(linen.relu(x), (2, 2), (2, 2))
-        return linen.Dense(3)(linen.relu(linen.Dense(10)(x.reshape(x.shape[0], -1))))
-
-
-class LinenAttention(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        x = x + linen.MultiHeadDotProductAttention(4, qkv_features=16)(linen.LayerNorm()(x))
-        return linen.Dense(4)(linen.gelu(linen.Dense(12)(linen.LayerNorm()(x))))
-
-
-class EquinoxNet(eqx.Module):
-    convs: list
-    norm: eqx.nn.GroupNorm
-    dense: list
-
-    def __init__(self, key):
-        a, b, c, d = jax.random.split(key, 4)
-        self.convs = [eqx.nn.Conv2d(2, 6, 3, padding=1, key=a), eqx.nn.Conv2d(6, 8, 3, padding=1, key=b)]
-        self.norm = eqx.nn.GroupNorm(4, 8)
-        self.dense = [eqx.nn.Linear(8 * 16, 10, key=c), eqx.nn.Linear(10, 3, key=d)]
-
-    def __call__(self, x):
-        x = jax.nn.relu(self.norm(self.convs[1](jax.nn.relu(self.convs[0](x)))))
-        return self.dense[1](jax.nn.relu(self.dense[0](x.reshape(-1))))
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.conv, self.norm = nnx.Conv(2, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-        self.fc = nnx.List([nnx.Linear(8, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)])
-
-    def __call__(self, x):
-        x = jnp.mean(nnx.relu(self.norm(self.conv(x))), (1, 2))
-        return self.fc[1](nnx.relu(self.fc[0](x)))
-
-
-def linen_model(module, shape):
-    x = make_input(shape)
-    return jax.jit(module.init)(jax.random.key(0), x), module.apply, x
-
-
-def equinox_model():
-    arrays, rest = eqx.partition(eqx.filter_jit(EquinoxNet)(jax.random.key(0)), eqx.is_array)
-    return arrays, lambda params, x: jax.vmap(eqx.combine(params, rest))(x), make_input((3, 2, 4, 4))
-
-
-def nnx_model():
-    graph, params = nnx.split(NnxNet(nnx.Rngs(0)))
-    return nnx.as_pure(params), lambda params, x: nnx.merge(graph, params)(x), make_input((3, 4, 4, 2))
-
-
-FRAMEWORKS = {
-    "Linen": lambda: linen_model(LinenNet(), (3, 4, 4, 2)),
-    "Linen attention": lambda: linen_model(LinenAttention(), (3, 5, 6)),
-    "Equinox": equinox_model,
-    "NNX": nnx_model,
-}
-
-
-@pytest.mark.parametrize("name", FRAMEWORKS)
-@pytest.mark.parametrize("sparsity", [pytest.param(0.3, marks=pytest.mark.slow), 0.5])
-def test_frameworks(name, sparsity, relaxed):
-    params, fn, x = FRAMEWORKS[name]()
-    masks = halved(fn, params, x, sparsity=sparsity)
-    small = jp.compact(fn, params, masks, x)
-    all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
-    dead = sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
-    assert weights(small.params) == weights(params) - dead < weights(params)
-    if name.startswith("Linen"):
-        assert "ScopeParamShapeError" in small.insists
 
 
 # Random architectures.

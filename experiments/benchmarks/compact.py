@@ -1,10 +1,10 @@
 """What compaction brings: ResNet-50 without half of the channels of every layer, against itself, and every other model.
 
-    python experiments/benchmarks/compact.py [--models resnet50 ...] [--batch 8] [--sparsity 0.5] [--seconds 30]
+    python experiments/benchmarks/compact.py [--models resnet50] [--batch 8] [--sparsity 0.5] [--keep conv1] [--seconds 30]
 
-Channels are masked by mean magnitude, `Channels` with `Uniform`; then `compact` removes them. For every model: seconds
-for the couplings and for compacting, weights and multiply-adds before and after, and the largest difference between
-compacted and masked results relative to the largest result. With `--seconds`, dense and compacted models take turns in
+Channels are masked by mean magnitude, `Channels` with `Uniform`, all but those of the leaves to keep; then `compact`
+removes them. For every model: seconds for the couplings and for compacting, weights and multiply-adds before and after,
+and the largest difference between compacted and masked results relative to the largest result. With `--seconds`, dense and compacted models take turns in
 this process; the ratio is that of the medians. Weights are random, since neither speed nor exactness depends on them.
 """
 
@@ -31,14 +31,15 @@ def make_input(sample: jax.ShapeDtypeStruct, batch: int) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape), sample.dtype)
 
 
-def compare(name: str, batch: int, sparsity: float, seconds: float) -> None:
+def compare(name: str, batch: int, sparsity: float, keep: list[str], seconds: float) -> None:
     """Print what becomes of one model."""
     network = zoo.build(name, jax.random.key(0))
     x = make_input(network.sample, batch)
     start = time.perf_counter()
     channels = jp.Channels(jp.couplings(network.apply, network.params, x))
     coupled = time.perf_counter() - start
-    method = jp.Method(granularity=channels, distribution=jp.Uniform())
+    rules = {**{f"{kept}/*": 0.0 for kept in keep}, "*": sparsity}
+    method = jp.Method(granularity=channels, distribution=jp.ByRule(rules))
     masks = jax.jit(lambda params: jp.compute_masks(method, params, sparsity))(network.params)
     start = time.perf_counter()
     small = jp.compact(network.apply, network.params, masks, x)
@@ -70,12 +71,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet50"], choices=zoo.NAMES)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--keep", nargs="*", default=[], help="layers whose outputs are left whole")
     parser.add_argument("--seconds", type=float, default=0.0)
     arguments = parser.parse_args()
     print(describe_machine())
     print(f"{'model':<16}{'masked':>6}{'weights':>14}{'':>28}{'':>6}{'error':>20}{'couple':>9}{'compact':>9}")
     for name in arguments.models:
-        compare(name, arguments.batch, arguments.sparsity, arguments.seconds)
+        compare(name, arguments.batch, arguments.sparsity, arguments.keep, arguments.seconds)
 
 
 if __name__ == "__main__":
