@@ -7,10 +7,11 @@ which step? Each answer is a pure function or a frozen dataclass, usable alone, 
     masks = expand(distribution(pool(criterion(params)), sparsity))
 
 is the whole library in one line. `compute_masks` runs it, `prune` runs it while an optimizer trains and makes every
-update land on exact zero, and `sparse` makes the zeros a weight of another kind, in the same model.
+update land on exact zero, and `sparse` makes the zeros a weight of another kind, in the same model. `save` writes what
+is left to a small file.
 """
 
-from jaxprune import sparse
+from jaxprune import sparse, storage
 from jaxprune.compact import Compacted, compact, expand, smaller
 from jaxprune.criteria import magnitude, random, taylor
 from jaxprune.distributions import (
@@ -41,6 +42,7 @@ from jaxprune.methods import Method, compute_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import at, constant, cubic, every, one_shot, rounds
 from jaxprune.sensitivity import sensitivity
+from jaxprune.storage import load, save
 from jaxprune.targets import Within, compacted_cost, masks_within
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
@@ -86,6 +88,7 @@ __all__ = [
     "keep_params_sparse",
     "kth_largest",
     "layout_of",
+    "load",
     "magnitude",
     "masks_within",
     "nonzero_masks",
@@ -97,10 +100,12 @@ __all__ = [
     "random",
     "rewind",
     "rounds",
+    "save",
     "sensitivity",
     "smaller",
     "sparse",
     "sparsity_of",
+    "storage",
     "straight_through",
     "summarize",
     "taylor",

@@ -5,8 +5,10 @@ Values can be looked at only where they are concrete; under a trace (jit, vmap, 
 
 from typing import Any
 
+import jax
 import jax.core
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 
 def is_concrete(value: Any) -> bool:
@@ -44,10 +46,10 @@ def check_leaves(what: str, leaves: dict[str, Any], *, non_negative: bool = Fals
     """
     known = {name: leaf for name, leaf in leaves.items() if is_concrete(leaf)}
     # All leaves are dispatched before the first is looked at: one wait, not one a leaf.
-    finite = {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in known.items()}
+    finite = {name: _all_finite(leaf) for name, leaf in known.items()}
     if not all(is_concrete(flag) for flag in finite.values()):
         return  # known leaves, closed over by a function being traced: what is computed from them is not known
-    fine = {name: jnp.all(leaf >= 0) for name, leaf in known.items()} if non_negative else finite
+    fine = {name: _none_negative(leaf) for name, leaf in known.items()} if non_negative else finite
     for name, leaf in known.items():
         if not finite[name]:
             kind, count = ("NaN", jnp.isnan(leaf)) if jnp.any(jnp.isnan(leaf)) else ("infinite", jnp.isinf(leaf))
@@ -57,3 +59,13 @@ def check_leaves(what: str, leaves: dict[str, Any], *, non_negative: bool = Fals
             )
         if not fine[name]:
             raise ValueError(f"{name!r} has a negative {what}; scores are >= 0, larger = keep.")
+
+
+@jax.jit
+def _all_finite(leaf: Array) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(leaf))
+
+
+@jax.jit
+def _none_negative(leaf: Array) -> Bool[Array, ""]:
+    return jnp.all(leaf >= 0)

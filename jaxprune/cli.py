@@ -1,4 +1,4 @@
-"""The command `jaxprune`: run experiments, look at them, bring data in, measure.
+"""The command `jaxprune`: run experiments, look at them, bring data in, measure, and handle model files.
 
 Everything printed by this project is printed here. Problems are one line on standard error, without a traceback;
 `--debug` shows it.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxprune.lab import file_options
 from jaxprune.lab.bench import options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -53,10 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        usage = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        for line in (str(error) or type(error).__name__).splitlines():
+        usage = isinstance(error, ValueError | TypeError | FileNotFoundError | IsADirectoryError)
+        for line in _words(error).splitlines():
             print(f"jaxprune: {line}", file=sys.stderr)
         return EXIT_USAGE if usage else EXIT_FAILED
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -131,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     costs.set_defaults(do=_costs)
 
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
+    file_options.add_parsers(commands, style, {"inspect": _inspect, "convert": _convert, "predict": _predict})
     return parser
 
 
@@ -209,6 +217,48 @@ def _bench_plot(arguments: argparse.Namespace, _: list[str]) -> int:
 
     for path in session.draw(arguments.file, arguments.out or arguments.file.parent):
         print(f"figure: {path}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.storage import Artifact
+    from jaxprune.storage.contents import contents
+
+    with Artifact(arguments.file) as file:
+        table = contents(file)
+    if arguments.json:
+        print(json.dumps(table.to_dict(), indent=1))
+        return 0
+    print(f"{arguments.file}: {'plain safetensors' if table.version is None else f'version {table.version}'}\n")
+    print(table.to_markdown() if arguments.markdown else table)
+    if table.metadata:
+        print("\n" + "\n".join(f"{key}: {_short(value)}" for key, value in table.metadata.items()))
+    return 0
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import convert
+
+    kind = convert.kind_of(arguments.target, arguments.to)
+    model = convert.read(arguments.source)
+    if arguments.quantize:
+        model = convert.quantized(model, arguments.quantize, tuple(arguments.select))
+    convert.write(arguments.target, model, kind, encoding=arguments.encoding, deflate=arguments.deflate)
+    print(f"{arguments.target} is written: {convert.size_text(arguments.target, model)}.")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import predict
+
+    model = predict.load(arguments.file)
+    found = predict.predict(model, arguments.images, arguments.formats)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     return 0
 
 

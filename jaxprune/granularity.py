@@ -120,8 +120,7 @@ class Block:
 
     def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
         """Each tile's verdict, repeated over its weights."""
-        tall = jnp.repeat(kept, self.rows, axis=-2, total_repeat_length=kept.shape[-2] * self.rows)
-        wide = jnp.repeat(tall, self.cols, axis=-1, total_repeat_length=kept.shape[-1] * self.cols)
+        wide = jnp.repeat(jnp.repeat(kept, self.rows, axis=-2), self.cols, axis=-1)
         return wide[..., : shape[-2], : shape[-1]]
 
     def _tile_sums(self, values: View) -> Groups:

@@ -1,11 +1,13 @@
 """Two sums that must not depend on who does them: on how an array is sharded, or on float32's 24 bits."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from jaxprune.types import Sparsity
 
 
+@jax.jit(static_argnums=1)
 def ordered_sum(values: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
     """Sum over `axes` (kept, with size 1) whose order of additions is fixed: halves are added until one is left.
 

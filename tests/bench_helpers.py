@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab.bench import layers, networks, peak, sparsify
@@ -20,7 +20,7 @@ def lines_of(path):
 
 
 def nonzeros(params):
-    return {name: int(jnp.count_nonzero(leaf)) for name, leaf in tree.selected_leaves(tree.weights, params).items()}
+    return {name: np.count_nonzero(leaf) for name, leaf in tree.selected_leaves(tree.weights, params).items()}
 
 
 def pruned_resnet():

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import jaxprune as jp
+from jaxprune import tree
 from jaxprune.lab import checkpoint, config, flat, run
 
 # 64 samples a step, 20 steps an epoch: 40 + 25 + 20 steps, saved 12 times. The ramp ends at step 21, between saves.
@@ -83,8 +85,9 @@ sys.exit(cli.main(words))
 
 
 @contextlib.contextmanager
-def compiled_once(folder):
-    """XLA compiles every program once for all the runs in here: the same executable, from `folder`."""
+def compiled_once(factory):
+    """XLA compiles every program once for all the runs in here, of all modules; yields the folder where they lie."""
+    folder = factory.getbasetemp() / "programs"
     wanted = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -95,7 +98,7 @@ def compiled_once(folder):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
-        yield
+        yield folder
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -240,9 +243,18 @@ def assert_complete(folder, results, seeds=(0,)):
     assert "tiny" in page
     assert len(page) > 10_000
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']+|@import|url\((?!["']?data:)""", page)
+    for seed, size in zip(seeds, results["artifact"]["bytes"]["values"], strict=True):
+        path = folder / f"seed_{seed}" / "model.jaxprune"
+        loaded = tree.named_leaves(jp.load(path))  # to the bit what was fine-tuned, and its masks
+        params, kept = params_and_masks(arrays_of(checkpoints(folder / f"seed_{seed}/finetune")[-1]))
+        assert {n: np.asarray(x).tobytes() for n, x in loaded.items()} == {n: x.tobytes() for n, x in params.items()}
+        assert all(np.array_equal(kept[n], mask) for n, mask in tree.named_leaves(jp.load(path, to="masks")).items())
+        assert path.stat().st_size == size
+    assert results["artifact"]["accuracy"] == results["accuracy"]["finetuned"]
     pictures = sorted((folder / "figures").iterdir())
     assert [picture.name for picture in pictures] == [
         "leaf_sparsity.png",
+        "storage.png",
         "training_curve.png",
         "weight_histograms.png",
     ]

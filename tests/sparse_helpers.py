@@ -23,17 +23,27 @@ needs_kernels = pytest.mark.skipif(bool(sparse.native.why_missing()), reason=spa
 each_format = pytest.mark.parametrize("format", FORMATS)
 
 
+def put(array, dtype):
+    """`jnp.asarray`, which would compile a program for every shape."""
+    return jax.device_put(np.asarray(array, jnp.dtype(dtype)))
+
+
 def make_leaf(shape, density, dtype, seed=0):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(np.where(rng.random(shape) < density, rng.normal(size=shape), 0), dtype)
+    return put(np.where(rng.random(shape) < density, rng.normal(size=shape), 0), dtype)
 
 
 def make_x(shape, dtype="float32", seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return put(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def compress_one(leaf, format, layout="in_out"):
     return sparse.compress({"kernel": leaf}, format, layout=LAYOUTS[layout])["kernel"]
+
+
+def compress_all(leaf, layout="in_out"):
+    """Format -> the leaf in it, to be looked at in one program."""
+    return {format: compress_one(leaf, format, layout) for format in FORMATS}
 
 
 def least(dtype):

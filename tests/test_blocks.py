@@ -1,5 +1,7 @@
 """Blocks: the shape is found, nothing is lost, the product is the dense one whatever the blocks are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def block_leaf(n_in, n_out, block, density, dtype="float32", seed=0):
     tall, wide = block
     keep = np.random.default_rng(seed).random((-(-n_in // tall), -(-n_out // wide))) < density
     whole = np.kron(keep, np.ones(block))[:n_in, :n_out]
-    return jnp.where(whole > 0, make_leaf((n_in, n_out), 1.0, dtype, seed), jnp.zeros((), dtype))
+    return jnp.asarray(np.where(whole > 0, make_leaf((n_in, n_out), 1.0, dtype, seed), 0), dtype)
 
 
 problems = {
@@ -41,18 +43,27 @@ problems = {
 @settings(max_examples=10)
 @given(**problems)
 def test_products_and_round_trip(n_in, n_out, block, density, dtype, layout, batch, seed):
-    leaf = block_leaf(n_in, n_out, block, density, dtype, seed)
-    leaf = leaf if layout == "in_out" else leaf.T
+    w = np.asarray(block_leaf(n_in, n_out, block, density, dtype, seed))  # (in, out)
+    leaf = jnp.asarray(w if layout == "in_out" else w.T)
     weight = compress_one(leaf, "block", layout)
-    assert np.asarray(weight.decompress()).tobytes() == np.asarray(leaf).tobytes()
+    x, y = make_x((*batch, n_in), dtype, seed), make_x((*batch, n_out), dtype, seed)
+
+    @jax.jit
+    def run(weight, x, y):
+        return (
+            weight.decompress(),
+            sparse.matmul(x, weight),
+            sparse.apply(lambda y, w: y @ turned(w, layout))(y, weight),
+        )
+
+    back, *products = run(weight, x, y)
+    assert np.asarray(back).tobytes() == np.asarray(leaf).tobytes()
     assert weight.nbytes == sum(part.nbytes for part in jax.tree.leaves(weight))
-    w = np.asarray(leaf if layout == "in_out" else leaf.T).astype(np.float64)
-    for matrix, fn in ((w, sparse.matmul), (w.T, sparse.apply(lambda x, leaf: x @ turned(leaf, layout)))):
-        x = make_x((*batch, len(matrix)), dtype, seed)
-        y, x64 = fn(x, weight), np.asarray(x).astype(np.float64)
-        assert (y.shape, y.dtype) == ((*batch, matrix.shape[1]), x.dtype)
-        error = np.abs(np.asarray(y).astype(np.float64) - x64 @ matrix)
-        assert np.all(error <= TOLERANCE[dtype] * (np.abs(x64) @ np.abs(matrix)) + least(dtype))
+    for inputs, matrix, got in zip((x, y), (w, w.T), products, strict=True):
+        x64, w64 = (np.asarray(array).astype(np.float64) for array in (inputs, matrix))
+        assert (got.shape, got.dtype) == ((*batch, matrix.shape[1]), dtype)
+        error = np.abs(np.asarray(got).astype(np.float64) - x64 @ w64)
+        assert np.all(error <= TOLERANCE[dtype] * (np.abs(x64) @ np.abs(w64)) + least(dtype))
 
 
 def turned(leaf, layout):
@@ -65,9 +76,9 @@ def test_the_shape_of_the_blocks_is_found(block):
     n_in, n_out = 3 * block[0], 5 * block[1]
     keep = np.zeros((3, 5))
     keep[[0, 1, 1, 2], [0, 0, 2, 4]] = 1  # blocks that do not pair up to a larger one
-    leaf = make_leaf((n_in, n_out), 1.0, "float32") * jnp.asarray(np.kron(keep, np.ones(block)), jnp.float32)
+    leaf = np.asarray(make_leaf((n_in, n_out), 1.0, "float32")) * np.kron(keep, np.ones(block))
     for layout, one in (("in_out", leaf), ("out_in", leaf.T)):
-        weight = compress_one(one, "block", layout)
+        weight = compress_one(jnp.asarray(one, jnp.float32), "block", layout)
         assert (weight.block, weight.index.size) == (block, 4)
         assert weight.nse == np.count_nonzero(leaf)  # no zero is stored
         assert weight.nbytes == 4 * 4 * block[0] * block[1] + 4 * 4 + 4 * 6
@@ -88,14 +99,14 @@ def test_a_leaf_without_blocks_is_right_and_says_what_it_weighs():
     weight = compress_one(leaf, "block")
     assert weight.nse >= np.count_nonzero(leaf)
     assert weight.nbytes <= compress_one(leaf, "bcoo").nbytes
-    np.testing.assert_allclose(sparse.matmul(x, weight), x @ leaf, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sparse.matmul(x, weight), np.asarray(x) @ np.asarray(leaf), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("block", "density"), [((32, 32), 0.5), ((16, 1), 0.5), ((16, 1), 0.0)])
 def test_gradients_jvp_and_vmap_equal_dense(block, density):
     leaf, x = block_leaf(96, 64, block, density), make_x((5, 96))
     weight = compress_one(leaf, "block")
-    rows, cols = weight.coordinates()
+    rows, cols = jax.jit(lambda weight: weight.coordinates())(weight)
 
     def loss(values, x):
         return jnp.sum(jnp.sin(sparse.matmul(x, weight.with_values(values))))
@@ -103,14 +114,17 @@ def test_gradients_jvp_and_vmap_equal_dense(block, density):
     def dense_loss(leaf, x):
         return jnp.sum(jnp.sin(x @ leaf))
 
-    d_values, d_x = jax.jit(jax.grad(loss, (0, 1)))(weight.values, x)
-    d_leaf, dense_d_x = jax.grad(dense_loss, (0, 1))(leaf, x)
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(loss, w, x):
+        many = jax.vmap(loss, (0, None))(jnp.stack([w, 2 * w]), x)
+        return *jax.grad(loss, (0, 1))(w, x), jax.jvp(loss, (w, x), (w, x))[1], many
+
+    d_values, d_x, tangent, many = derivatives(loss, weight.values, x)
+    d_leaf, dense_d_x, dense_tangent, dense_many = map(np.asarray, derivatives(dense_loss, leaf, x))
     np.testing.assert_allclose(d_x, dense_d_x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(d_values, d_leaf[cols, rows], rtol=1e-4, atol=1e-4)
-    tangent = jax.jvp(loss, (weight.values, x), (weight.values, x))[1]
-    np.testing.assert_allclose(tangent, jax.jvp(dense_loss, (leaf, x), (leaf, x))[1], rtol=1e-3, atol=1e-3)
-    many = jax.vmap(loss, (0, None))(jnp.stack([weight.values, 2 * weight.values]), x)
-    np.testing.assert_allclose(many, [dense_loss(leaf, x), dense_loss(2 * leaf, x)], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(d_values, d_leaf[np.asarray(cols), np.asarray(rows)], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tangent, dense_tangent, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(many, dense_many, rtol=1e-4, atol=1e-3)
 
 
 def test_the_portable_product_is_plain_jax():
@@ -119,12 +133,13 @@ def test_the_portable_product_is_plain_jax():
     weight = compress_one(leaf, "block")
     tall, wide = weight.block
 
+    @jax.jit
     def product(values, x):
-        values, x = jnp.asarray(values), jnp.asarray(x)
         return blocks.block_product(values, weight.index, weight.bounds, x, n_out=32, tall=tall, wide=wide)
 
-    many = jax.vmap(product, (0, None))(jnp.stack([weight.values, -weight.values]), x)
-    np.testing.assert_allclose(many, jnp.stack([leaf.T @ x, -leaf.T @ x]), rtol=1e-4, atol=1e-5)
+    values, want = np.asarray(weight.values), np.asarray(leaf).T @ np.asarray(x)
+    many = jax.vmap(product, (0, None))(jnp.asarray(np.stack([values, -values])), x)
+    np.testing.assert_allclose(many, np.stack([want, -want]), rtol=1e-4, atol=1e-5)
     check_grads(product, (weight.values, x), order=1, atol=0.05, rtol=0.05)
 
 
@@ -140,7 +155,9 @@ def test_a_model_runs_unchanged():
 
     x, compressed = make_x((9, 64)), sparse.compress(params, "block")
     assert [weight.block for weight in compressed[:2]] == [(16, 16), (16, 16)]
-    np.testing.assert_allclose(jax.jit(sparse.apply(model))(compressed, x), model(params, x), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.jit(sparse.apply(model))(compressed, x), jax.jit(model)(params, x), rtol=1e-4, atol=1e-3
+    )
     assert all(map(np.array_equal, sparse.decompress(compressed), params))
 
 
@@ -189,4 +206,4 @@ def test_other_uses_are_refused():
     with pytest.raises(sparse.SparseUseError, match=r"'kernel'.*BlockWeight.*`add`"):
         jax.jit(sparse.apply(lambda w: w + 1))(weight)
     dense = jax.jit(sparse.apply(lambda w: w + 1, unsupported="dense"))(weight)
-    assert np.array_equal(dense, weight.decompress() + 1)
+    assert np.array_equal(dense, np.asarray(weight.decompress()) + 1)

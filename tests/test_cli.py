@@ -19,8 +19,7 @@ pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    with compiled_once(folder):
+    with compiled_once(tmp_path_factory) as folder:
         yield folder
 
 
@@ -204,25 +203,25 @@ def test_folders_that_are_not_this_runs_are_code_2(tmp_path, reference, capsys):
 # ---------------------------------------------------------------- accidents, in processes of their own
 
 
-def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path, reference, programs):
-    """Control-C in a save, where Orbax is cut short, and at a moment from outside."""
-    words = ["run", reference[0].parent / "tiny.toml", "--out", tmp_path / "run", "--quiet"]
+def test_after_every_accident_the_same_command_goes_on(tmp_path, reference, programs):
+    """Files that may not grow; Control-C in a save, where Orbax is cut short; Control-C at a moment from outside."""
+    folder, words = tmp_path / "run", ["run", reference[0].parent / "tiny.toml", "--out", tmp_path / "run", "--quiet"]
+    files_that_may_not_grow_are_one_line_and_the_old_checkpoint_survives(folder, words, programs)
     one_line = ["jaxprune: interrupted; the same command goes on from the last checkpoint"]
     code, out, err = finish(spawn(words, programs, "interrupt", "2@8"))
     assert (code, out, err.splitlines()) == (130, "", one_line)
     process = spawn(words, programs)
-    while process.poll() is None and not checkpoints(tmp_path / "run" / "seed_0" / "prune"):
+    while process.poll() is None and not checkpoints(folder / "seed_0" / "prune"):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, out, err.splitlines()) == (130, "", one_line)
     assert finish(spawn(words, programs))[0] == 0
-    assert_same_run(tmp_path / "run", reference[0])
+    assert_same_run(folder, reference[0])
 
 
-def test_files_that_may_not_grow_are_one_line_and_the_old_checkpoint_survives(tmp_path, reference, programs):
+def files_that_may_not_grow_are_one_line_and_the_old_checkpoint_survives(folder, words, programs):
     """RLIMIT_FSIZE stands for the full disk: what is refused here is refused to TensorStore's threads as well."""
-    folder, words = tmp_path / "run", ["run", reference[0].parent / "tiny.toml", "--out", tmp_path / "run", "--quiet"]
     code, out, err = finish(spawn(words, programs, "full", 3))
     assert (code, out) == (1, "")
     assert len(err.splitlines()) == 1, err
@@ -231,8 +230,6 @@ def test_files_that_may_not_grow_are_one_line_and_the_old_checkpoint_survives(tm
     assert not list(folder.rglob(".tmp-0*"))
     last = checkpoints(folder / "seed_0/train")[-1]
     manifest.check_files(last, manifest.read_manifest(last))  # to the byte what was written
-    assert finish(spawn(words, programs))[0] == 0
-    assert_same_run(folder, reference[0])
 
 
 # ---------------------------------------------------------------- report

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, drawn_nnx
 from flax import linen, nnx
 from sparse_helpers import make_x, needs_kernels, sparse_leaves
 
 from jaxprune import sparse
 from jaxprune.layout import TORCH
 
+X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 TARGET = 'custom_call_target="jaxprune_product"'
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
@@ -21,7 +23,7 @@ def linen_model():
     second = linen.Conv(4, (3, 1), strides=2, padding="VALID", kernel_dilation=2)
     layers = [linen.Conv(8, (3, 3)), linen.relu, second, lambda x: x.mean((1, 2)), linen.Dense(4)]
     model = linen.Sequential(layers)
-    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), 3
+    return model.apply, drawn(jax.eval_shape(model.init, jax.random.key(0), X)), 3
 
 
 def nnx_model():
@@ -33,7 +35,7 @@ def nnx_model():
         def __call__(self, x):
             return self.second(nnx.relu(self.first(x)))
 
-    graph, params = nnx.split(Net(nnx.Rngs(0)))
+    graph, params = nnx.split(drawn_nnx(lambda: Net(nnx.Rngs(0))))
     return lambda params, x: nnx.merge(graph, params)(x), params, 2
 
 
@@ -43,13 +45,14 @@ def haiku_model():
         return hk.Conv1D(4, 3, stride=2, padding="VALID")(jax.nn.relu(x).reshape(x.shape[0], -1, 8))
 
     model = hk.without_apply_rng(hk.transform(net))
-    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), 2
+    return model.apply, drawn(jax.eval_shape(model.init, jax.random.key(0), X)), 2
 
 
 def equinox_model():
-    keys = jax.random.split(jax.random.key(0))
-    net = eqx.nn.Sequential([eqx.nn.Conv2d(3, 8, 3, padding=1, key=keys[0]), eqx.nn.Conv2d(8, 4, 3, 2, key=keys[1])])
-    arrays, rest = eqx.partition(net, eqx.is_array)
+    def net(key):
+        return eqx.nn.Sequential([eqx.nn.Conv2d(3, 8, 3, padding=1, key=key), eqx.nn.Conv2d(8, 4, 3, 2, key=key)])
+
+    arrays, rest = eqx.partition(drawn(eqx.filter_eval_shape(net, jax.random.key(0))), eqx.is_array)
     return lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(jnp.moveaxis(x, -1, 1)), arrays, 2
 
 
@@ -64,10 +67,11 @@ def equinox_model():
 )
 def test_models_run_unchanged(relaxed, model, format):
     fn, params, count = model()
-    params = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 0.1, leaf, 0), params)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.where(np.abs(leaf) > 0.1, leaf, 0), leaf.dtype), params)
     compressed = sparse.compress(params, format, **({"layout": TORCH} if model is equinox_model else {}))
     assert len(sparse_leaves(compressed)) == count
-    x, predict = make_x((2, 8, 8, 3)), jax.jit(sparse.apply(fn))
-    assert predict.lower(compressed, x).compile().as_text().count(TARGET) == count
-    got, want = predict(compressed, x), jax.jit(fn)(sparse.decompress(compressed), x)
+    x = make_x(X.shape)
+    predict = jax.jit(sparse.apply(fn)).lower(compressed, x).compile()
+    assert predict.as_text().count(TARGET) == count
+    got, want = predict(compressed, x), jax.jit(lambda tree, x: fn(sparse.decompress(tree), x))(compressed, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ ROOMS = {
     6: ["cli"],
 }
 FLOOR = {f"jaxprune.{room}": floor for floor, rooms in ROOMS.items() for room in rooms}
-CORE = {"jax", "numpy", "optax", "jaxtyping", "quax"}
+CORE = {"jax", "numpy", "optax", "jaxtyping", "quax", "ml_dtypes"}
 LAB_ONLY = {"flax", "orbax", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "pydantic"}
 # What sparse and storage may know of the rest, besides each other. `tracing` knows no pruner either: it says where a
 # model uses its weights, and `sparse.tune` measures there.

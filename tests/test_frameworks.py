@@ -4,6 +4,8 @@ The loops below are written as the frameworks' documentation writes them. Nothin
 loss, not the step, not the state that travels. What comes out must have exact zeros all the same.
 """
 
+import functools
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn, drawn_nnx
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
@@ -42,8 +45,8 @@ def train_nnx(make_tx):
         def __call__(self, x):
             return self.second(nnx.relu(self.first(x)))
 
-    model = Model(nnx.Rngs(0))
-    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    model = drawn_nnx(lambda: Model(nnx.Rngs(0)))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, make_tx(nnx.state(model, nnx.Param)), wrt=nnx.Param)
 
     @nnx.jit
@@ -64,7 +67,7 @@ def train_linen(make_tx):
             return linen.Dense(N_OUT)(linen.relu(linen.Dense(WIDTH)(x)))
 
     model = Model()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), X))["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=make_tx(params))
 
     @jax.jit
@@ -78,7 +81,7 @@ def train_linen(make_tx):
 
 
 def train_equinox(make_tx):
-    model = eqx.nn.MLP(N_IN, N_OUT, WIDTH, depth=1, key=jax.random.key(0))
+    model = drawn(eqx.filter_eval_shape(eqx.nn.MLP, N_IN, N_OUT, WIDTH, depth=1, key=jax.random.key(0)))
     before = eqx.filter(model, eqx.is_inexact_array)
     tx = make_tx(before)
     state = tx.init(before)
@@ -99,7 +102,7 @@ def train_haiku(make_tx):
         return hk.Linear(N_OUT)(jax.nn.relu(hk.Linear(WIDTH)(x)))
 
     model = hk.without_apply_rng(hk.transform(forward))
-    params = model.init(jax.random.key(0), X)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), X))
     return train_functions(make_tx, params, model.apply)
 
 
@@ -165,6 +168,13 @@ LOOPS = {
 DISTRIBUTIONS = {"global": jp.Global(), "per_output": jp.PerOutput()}
 
 
+@functools.cache
+def trained(framework, line, distribution):
+    """Params before, params after, masks; for all who look at them, since every step is a program to compile."""
+    loop, layout = LOOPS[framework]
+    return loop(line(jp.Method(distribution=DISTRIBUTIONS[distribution], layout=layout)))
+
+
 def arrays(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -186,25 +196,22 @@ def assert_promises(before, after, masks):
 )
 @pytest.mark.parametrize("framework", LOOPS)
 def test_one_line_of_the_loop_changes(framework, line, distribution):
-    loop, layout = LOOPS[framework]
-    method = jp.Method(distribution=DISTRIBUTIONS[distribution], layout=layout)
-    before, after, masks = loop(line(method))
+    before, after, masks = trained(framework, line, distribution)
     assert_promises(before, after, masks)
     assert sum(np.sum(~mask) for mask in arrays(masks)) == SPARSITY * WEIGHTS
     if distribution == "per_output":
         for mask in (mask for mask in arrays(masks) if mask.ndim > 1):
-            alive = mask.sum(axis=layout.axes("", mask.shape).inputs)
+            alive = mask.sum(axis=LOOPS[framework][1].axes("", mask.shape).inputs)
             assert np.all(alive == mask.size / len(alive) * (1 - SPARSITY))
 
 
 @pytest.mark.parametrize("framework", LOOPS)
 def test_the_masks_are_the_tree_that_the_library_takes(framework):
     """What the optimizer's state holds goes into `apply_masks` and into the next optimizer, as it is."""
-    loop, layout = LOOPS[framework]
-    _, after, masks = loop(gradual(jp.Method(layout=layout)))
+    _, after, masks = trained(framework, gradual, "global")
     again = jp.apply_masks(after, masks)
     assert all(np.array_equal(a, b) for a, b in zip(arrays(again), arrays(after), strict=True))
-    before, tuned, kept = loop(lambda params: optax.chain(optax.sgd(0.1), jp.keep_params_sparse(masks)))
+    before, tuned, kept = LOOPS[framework][0](lambda params: optax.chain(optax.sgd(0.1), jp.keep_params_sparse(masks)))
     assert_promises(before, tuned, kept)
     assert all(np.array_equal(a, b) for a, b in zip(arrays(kept), arrays(masks), strict=True))
 
@@ -223,7 +230,7 @@ class TiedNnx(nnx.Module):
 
 
 def test_tied_weights_in_nnx_are_pruned_once_and_stay_tied():
-    model = TiedNnx(nnx.Rngs(0))
+    model = drawn_nnx(lambda: TiedNnx(nnx.Rngs(0)))
     optimizer = nnx.Optimizer(model, gradual(jp.Method())(None), wrt=nnx.Param)
 
     @nnx.jit
@@ -239,7 +246,8 @@ def test_tied_weights_in_nnx_are_pruned_once_and_stay_tied():
 
 
 def test_tied_weights_in_equinox_are_pruned_once_and_stay_tied():
-    encoder, decoder = (eqx.nn.Linear(N_IN, N_IN, key=jax.random.key(i)) for i in range(2))
+    shapes = eqx.filter_eval_shape(eqx.nn.Linear, N_IN, N_IN, key=jax.random.key(0))
+    encoder, decoder = (drawn(shapes, seed=i) for i in range(2))
     model = eqx.nn.Shared((encoder, decoder), lambda pair: pair[1].weight, lambda pair: pair[0].weight)
     tx = gradual(jp.Method(layout=jp.TORCH))(None)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
@@ -269,7 +277,7 @@ def test_tied_weights_in_a_dict_are_pruned_once():
 
     tx = gradual(jp.Method())(params)
     state = tx.init(params)
-    grads = jax.grad(lambda params: jnp.mean((apply(params, X) - X) ** 2))(params)
+    grads = jax.jit(jax.grad(lambda params: jnp.mean((apply(params, X) - X) ** 2)))(params)
     for _ in range(STEPS):
         updates, state = jax.jit(tx.update)(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -286,7 +294,8 @@ def stacked_masks_equal_unrolled(stacked, masks):
     """Every layer loses its share, and the same weights as if it were a leaf of its own."""
     dead = round(N_IN * N_IN * SPARSITY)
     for i in range(LAYERS):
-        alone = jp.compute_masks(jp.Method(distribution=jp.Uniform()), {"kernel": stacked[i]}, SPARSITY)
+        layer = jnp.asarray(np.asarray(stacked)[i])
+        alone = jp.compute_masks(jp.Method(distribution=jp.Uniform()), {"kernel": layer}, SPARSITY)
         assert np.array_equal(alone["kernel"], masks[i])
         assert np.sum(~masks[i]) == dead
 
@@ -300,8 +309,8 @@ def test_stacked_layers_in_nnx():
     def apply(layer, x):
         return nnx.tanh(layer(x))
 
-    model = make(nnx.Rngs(0).split(LAYERS))
-    start = jnp.copy(model.kernel[...])
+    model = drawn_nnx(lambda: make(nnx.Rngs(0).split(LAYERS)))
+    start = np.array(model.kernel[...])
     method = jp.Method(distribution=jp.Uniform(), layout=STACKED)
     tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.at(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -328,7 +337,7 @@ def test_stacked_layers_in_linen():
 
     scan = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
     model = scan()
-    params = model.init(jax.random.key(0), X, None)["params"]
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), X, None))["params"]
     method = jp.Method(distribution=jp.Uniform(), layout=STACKED)
     tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.at(0))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)

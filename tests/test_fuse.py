@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quax
+from drawn import drawn
 from flax import linen
 from jax.extend.core import jaxprs_in_params
-from sparse_helpers import compress_one, make_leaf, make_x, needs_kernels
+from sparse_helpers import compress_one, make_leaf, make_x, needs_kernels, put
 
 from jaxprune import sparse
 from jaxprune.sparse.fuse import find_chains
@@ -29,6 +30,16 @@ def chains(fn, *args):
     """(bias, residual, relu) of each chain in a function, and how many steps each has."""
     found = find_chains(jax.make_jaxpr(quax.quaxify(fn))(*args).jaxpr)
     return [(chain.bias is not None, chain.residual is not None, chain.relu) for chain in found]
+
+
+def assert_close(got, want, rtol=1e-4):
+    jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=rtol, atol=1e-5), got, want)
+
+
+def assert_equals_dense(fn, weight, *rest, rtol=1e-5):
+    """The results of a function of (weight, ...), compiled, with the weight and with its leaf."""
+    both = jax.jit(lambda weight, leaf, *rest: (sparse.apply(fn)(weight, *rest), fn(leaf, *rest)))
+    assert_close(*both(weight, weight.decompress(), *rest), rtol)
 
 
 def operands(dtype="float32"):
@@ -59,11 +70,8 @@ JOIN = {
 @pytest.mark.parametrize("case", JOIN)
 def test_steps_that_join(case):
     fn, want = JOIN[case]
-    args = operands()
-    dense = (args[0].decompress(), *args[1:])
-    assert chains(fn, *args) == want
-    got = jax.jit(sparse.apply(fn))(*args)
-    np.testing.assert_allclose(got, fn(*dense), rtol=1e-5, atol=1e-5)
+    assert chains(fn, *operands()) == want
+    assert_equals_dense(fn, *operands())
 
 
 def twice(w, x, b, r):
@@ -99,11 +107,8 @@ APART = {
 @pytest.mark.parametrize("case", APART)
 def test_steps_that_must_not_join(case, relaxed):
     fn, want = APART[case]
-    args = operands()
-    dense = (args[0].decompress(), *args[1:])
-    assert chains(fn, *args) == want
-    got = jax.jit(sparse.apply(fn))(*args)
-    jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5), got, fn(*dense))
+    assert chains(fn, *operands()) == want
+    assert_equals_dense(fn, *operands())
 
 
 def convolve(w, x, strides=1):
@@ -153,11 +158,9 @@ POOLS = {
 @pytest.mark.parametrize("case", POOLS)
 def test_pools_that_join_and_that_must_not(case, relaxed):
     fn, want = POOLS[case]
-    args = image_operands()
-    found = find_chains(jax.make_jaxpr(quax.quaxify(fn))(*args).jaxpr)
+    found = find_chains(jax.make_jaxpr(quax.quaxify(fn))(*image_operands()).jaxpr)
     assert [(c.pool, c.bias is not None, c.residual is not None, c.relu) for c in found] == [want]
-    dense = (args[0].decompress(), *args[1:])
-    np.testing.assert_allclose(jax.jit(sparse.apply(fn))(*args), fn(*dense), rtol=1e-5, atol=1e-5)
+    assert_equals_dense(fn, *image_operands())
 
 
 @pytest.mark.parametrize("format", ["native", "native_block", "native_int8"])
@@ -168,8 +171,8 @@ def test_pools_of_each_format_equal_those_apart(relaxed, format, channels, dtype
     if format == "native_int8":  # an output whose scale is negative: its smallest sum is the largest number
         weight = weight.replace(scale=weight.scale.at[::2].multiply(-1))
     layer = lambda w, x, b: pool(relu(convolve(w, x) + b), (3, 2))  # noqa: E731
-    want = jax.jit(quax.quaxify(layer))(weight, x, b).astype(jnp.float32)
-    got = jax.jit(sparse.apply(layer))(weight, x, b).astype(jnp.float32)
+    both = jax.jit(lambda *args: (quax.quaxify(layer)(*args), sparse.apply(layer)(*args)))
+    want, got = map(np.float32, both(weight, x, b))
     # Apart, 16-bit sums of up to 8 are rounded before the bias is added, too.
     rtol, atol = (2.0**-7, 8 * 2.0**-8) if dtype == "bfloat16" else (1e-6, 1e-6)
     np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
@@ -178,20 +181,20 @@ def test_pools_of_each_format_equal_those_apart(relaxed, format, channels, dtype
 def test_pools_have_derivatives_and_batches():
     weight, x, b, _ = image_operands()
     layer = lambda w, x, b: pool(relu(convolve(w, x) + b))  # noqa: E731
-    dense, fused, many = weight.decompress(), sparse.apply(layer), jnp.stack([x, 2 * x, -x])
     loss = lambda fn: lambda *args: jnp.sum(jnp.sin(fn(*args)))  # noqa: E731
-    for of_layer in (
-        lambda fn, w: jax.jit(jax.grad(loss(fn), (1, 2)))(w, x, b),
-        lambda fn, w: jax.vmap(fn, (None, 0, None))(w, many, b),
-    ):
-        got, want = of_layer(fused, weight), of_layer(layer, dense)
-        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+
+    def of_layer(fn, w):
+        return jax.grad(loss(fn), (1, 2))(w, x, b), jax.vmap(fn, (None, 0, None))(w, jnp.stack([x, 2 * x, -x]), b)
+
+    both = jax.jit(lambda w: (of_layer(sparse.apply(layer), w), of_layer(layer, w.decompress())))
+    assert_close(*both(weight))
 
 
 def test_a_nan_is_the_largest_of_its_pool():
-    weight = compress_one(jnp.eye(2)[None, None], "native")
-    x = jnp.ones((1, 4, 4, 2)).at[0, 1, 1, 0].set(jnp.nan).at[0, 2, 2, 1].set(jnp.nan).at[0, 0, 0, 1].set(jnp.inf)
-    y = jax.jit(sparse.apply(lambda w, x: pool(convolve(w, x))))(weight, x)
+    weight = compress_one(jnp.asarray(np.eye(2)[None, None], jnp.float32), "native")
+    x = np.ones((1, 4, 4, 2), np.float32)
+    x[0, [1, 2, 0], [1, 2, 0], [0, 1, 1]] = np.nan, np.nan, np.inf
+    y = np.asarray(jax.jit(sparse.apply(lambda w, x: pool(convolve(w, x))))(weight, x))
     np.testing.assert_array_equal(y[0, ..., 0], [[np.nan, 1], [1, 1]])
     np.testing.assert_array_equal(y[0, ..., 1], [[np.inf, 1], [1, np.nan]])
 
@@ -226,40 +229,46 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 def test_transformations_inside_equal_dense(around):
     args, fn = operands(), AROUND[around](layer)
-    want = fn(args[0].decompress(), *args[1:])
-    for got in (jax.jit(sparse.apply(fn))(*args), sparse.apply(fn)(*args)):
-        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+    assert_equals_dense(fn, *args, rtol=1e-4)
+    assert_close(sparse.apply(fn)(*args), jax.jit(fn)(args[0].decompress(), *args[1:]))
 
 
 def test_transformations_outside_equal_dense():
-    weight, *args = operands()
-    dense, fused = weight.decompress(), sparse.apply(layer)
-    many = jax.tree.map(lambda arg: jnp.stack([arg, 2 * arg, -arg]), args)
-    for of_layer in (
-        lambda fn, w: jax.jit(grad_of_all(fn))(w, *args),
-        lambda fn, w: jax.jvp(lambda *args: fn(w, *args), args, args),
-        lambda fn, w: jax.jit(jax.vmap(fn, (None, 0, 0, 0)))(w, *many),
-        lambda fn, w: jax.vmap(fn, (None, 0, None, None))(w, many[0], *args[1:]),
-        lambda fn, w: jax.vmap(fn, (None, None, None, 2))(w, *args[:2], jnp.moveaxis(many[2], 0, 2)),
-        lambda fn, w: jax.vmap(grad_of_all(fn), (None, 0, 0, 0))(w, *many),
-        lambda fn, w: jax.jacfwd(lambda x: fn(w, x, *args[1:]))(args[0]),
-        lambda fn, w: jax.lax.map(lambda x: fn(w, x, *args[1:]), many[0]),
-    ):
-        got, want = of_layer(fused, weight), of_layer(layer, dense)
-        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5), got, want)
+    def of_layer(fn, w, x, b, r):
+        many = [jnp.stack([arg, 2 * arg, -arg]) for arg in (x, b, r)]
+        return (
+            jax.jvp(lambda *args: fn(w, *args), (x, b, r), (x, b, r)),
+            jax.vmap(fn, (None, 0, 0, 0))(w, *many),
+            jax.vmap(fn, (None, 0, None, None))(w, many[0], b, r),
+            jax.vmap(fn, (None, None, None, 2))(w, x, b, jnp.moveaxis(many[2], 0, 2)),
+            grad_of_all(fn)(w, x, b, r),
+            jax.vmap(grad_of_all(fn), (None, 0, 0, 0))(w, *many),
+            jax.jacfwd(lambda x: fn(w, x, b, r))(x),
+            jax.lax.map(lambda x: fn(w, x, b, r), many[0]),
+        )
+
+    both = jax.jit(lambda w, *args: (of_layer(sparse.apply(layer), w, *args), of_layer(layer, w.decompress(), *args)))
+    assert_close(*both(*operands()))
 
 
 def test_values_have_gradients_through_the_chain():
     weight, *args = operands()
     loss = lambda w, *args: jnp.sum(jnp.sin(layer(w, *args)))  # noqa: E731
-    got = jax.jit(jax.grad(lambda values: sparse.apply(loss)(weight.with_values(values), *args)))(weight.values)
-    rows, cols = weight.coordinates()
-    np.testing.assert_allclose(got, jax.grad(loss)(weight.decompress(), *args)[cols, rows], rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def gradients(weight):
+        got = jax.grad(lambda values: sparse.apply(loss)(weight.with_values(values), *args))(weight.values)
+        return got, jax.grad(loss)(weight.decompress(), *args), weight.coordinates()
+
+    got, want, places = jax.device_get(gradients(weight))
+    assert_close(got, want[places[::-1]])
 
 
 def test_nan_and_infinities_pass_relu_as_in_jax():
     weight, x, b, r = operands()
-    y = jax.jit(sparse.apply(layer))(weight, x, b, r.at[2, 3].set(jnp.nan).at[1, 1].set(jnp.inf).at[0, 0].set(-jnp.inf))
+    r = np.array(r)
+    r[2, 3], r[1, 1], r[0, 0] = np.nan, np.inf, -np.inf
+    y = np.asarray(jax.jit(sparse.apply(layer))(weight, x, b, r))
     assert np.argwhere(np.isnan(y)).tolist() == [[2, 3]]
     assert (y[1, 1], y[0, 0]) == (jnp.inf, 0)
 
@@ -304,17 +313,18 @@ class Block(linen.Module):
 @pytest.mark.parametrize(("model", "shape", "products"), [(Mlp(), (5, 12), 3), (Block(), (2, 8, 8, 3), 5)])
 def test_models_are_products_and_nothing_else(relaxed, model, shape, products):
     x = make_x(shape)
-    params = model.init(jax.random.key(0), x)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
     # Biases, which are zero at first, become 0.1.
-    params = jax.tree.map(lambda p: p + 0.1 if p.ndim == 1 else jnp.where(jnp.abs(p) > 0.1, p, 0), params)
+    params = jax.tree.map(lambda p: put(np.where(np.abs(p) > 0.1, p, 0.1 * (p.ndim == 1)), "float32"), params)
     compressed, predict = sparse.compress(params, "native"), sparse.apply(model.apply)
     jaxpr = jax.make_jaxpr(predict)(compressed, x).jaxpr
     assert count(jaxpr, ["native_fused_product", "native_product"]) == products
     assert count(jaxpr, ["add", "add_any", "max", "custom_jvp_call"]) == 0
-    program = jax.jit(predict).lower(compressed, x).compile().as_text()
-    assert program.count(TARGET) == products
-    assert program.count(" add(") == program.count(" maximum(") == program.count(" transpose(") == 0
-    np.testing.assert_allclose(jax.jit(predict)(compressed, x), model.apply(params, x), rtol=1e-4, atol=1e-4)
+    program = jax.jit(predict).lower(compressed, x).compile()
+    text = program.as_text()
+    assert text.count(TARGET) == products
+    assert text.count(" add(") == text.count(" maximum(") == text.count(" transpose(") == 0
+    np.testing.assert_allclose(program(compressed, x), jax.jit(model.apply)(params, x), rtol=1e-4, atol=1e-4)
     unfused = quax.quaxify(model.apply)
     np.testing.assert_allclose(jax.jit(predict)(compressed, x), jax.jit(unfused)(compressed, x), rtol=1e-5, atol=1e-5)
 

@@ -48,9 +48,10 @@ def look(weight):
     return jax.tree.map(np.asarray, jax.jit(lambda weight: (weight.coordinates(), weight.decompress()))(weight))
 
 
-def product_as(dtype):
-    """x @ leaf with a result of this dtype, as a model has it."""
-    return jax.jit(sparse.apply(lambda x, leaf: jax.lax.dot(x, leaf, preferred_element_type=jnp.dtype(dtype))))
+def products_as(dtype):
+    """x @ leaf for several x, with results of this dtype, as a model has it."""
+    dot = sparse.apply(lambda x, leaf: jax.lax.dot(x, leaf, preferred_element_type=jnp.dtype(dtype)))
+    return jax.jit(lambda xs, leaf: [dot(x, leaf) for x in xs])
 
 
 floats = st.sampled_from(["float32", "bfloat16"])
@@ -77,7 +78,7 @@ usual |= {"results": "float32", "seed": 0}
 @given(**problems)
 def test_products_equal_numpy(format, n_in, groups, batch, density, weights, activations, results, seed):
     leaf, x = make_leaf((n_in, 4 * groups), density, weights, seed), make_x((batch, n_in), activations, seed)
-    y = product_as(results)(x, compress_one(leaf, format))
+    [y] = products_as(results)([x], compress_one(leaf, format))
     assert_product(y, to_numpy(x), stored_leaf(leaf, format), results)
 
 
@@ -90,18 +91,19 @@ from jaxprune import sparse
 for format, dtype in itertools.product(formats.NATIVE, ("float32", "bfloat16")):
     leaf = make_leaf((300, 68), 0.2, dtype)
     weight, w = compress_one(leaf, format), formats.stored_leaf(leaf, format)
-    for batch in (1, 2, 7, 16, 33, 64, 65, 100, 130) if dtype == "float32" else (1, 16, 65):
-        x = make_x((batch, 300), dtype)
-        formats.assert_product(formats.product_as(dtype)(x, weight), formats.to_numpy(x), w, dtype)
+    batches = (1, 2, 7, 16, 33, 64, 65, 100, 130) if dtype == "float32" else (1, 16, 65)
+    xs = [make_x((batch, 300), dtype) for batch in batches]
+    for x, y in zip(xs, formats.products_as(dtype)(xs, weight), strict=True):
+        formats.assert_product(y, formats.to_numpy(x), w, dtype)
     if format != "native_row":  # of which a convolution is another tile
         test_conv.check(format, dtype)
-for (n_in, n_out), batch in itertools.product([(1, 1), (127, 5), (129, 66), (320, 257)], (1, 17, 65)):
-    leaf, x = make_leaf((n_in, n_out), 0.2, "float32"), make_x((batch, n_in))
-    y = formats.product_as("float32")(x, compress_one(leaf, "native"))
-    formats.assert_product(y, formats.to_numpy(x), formats.to_numpy(leaf), "float32")
+for n_in, n_out in [(1, 1), (127, 5), (129, 66), (320, 257)]:
+    leaf, xs = make_leaf((n_in, n_out), 0.2, "float32"), [make_x((batch, n_in)) for batch in (1, 17, 65)]
+    for x, y in zip(xs, formats.products_as("float32")(xs, compress_one(leaf, "native")), strict=True):
+        formats.assert_product(y, formats.to_numpy(x), formats.to_numpy(leaf), "float32")
 for kind, dtype in itertools.product([(2, 4), (1, 4)], ("float32", "bfloat16")):
     leaf, x = test_native_nm.nm_leaf(320, 70, *kind, dtype), make_x((1, 320), dtype)
-    y = formats.product_as(dtype)(x, compress_one(leaf, "native_nm"))
+    [y] = formats.products_as(dtype)([x], compress_one(leaf, "native_nm"))
     formats.assert_product(y, formats.to_numpy(x), formats.to_numpy(leaf), dtype)
 print(sparse.native.instruction_set())
 """
@@ -127,14 +129,13 @@ def test_a_mask_of_blocks_stores_no_zeros(layout, rows, cols):
     rng = np.random.default_rng(0)
     kept = rng.random((1, 30 // rows, 24 // cols)) < 0.6
     mask = np.asarray(Block(rows, cols).expand(jnp.asarray(kept), (1, 30, 24)))[0]
-    leaf = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
-    leaf = jnp.asarray(leaf if layout == "in_out" else leaf.T)
+    matrix = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
+    leaf = jnp.asarray(matrix if layout == "in_out" else matrix.T)
     weight = compress_one(leaf, "native_block", layout)
     assert (weight.nse, weight.index.size) == (mask.sum(), mask.sum() // 4)
-    assert np.array_equal(weight.decompress(), leaf)
-    np.testing.assert_allclose(
-        sparse.matmul(jnp.eye(30), weight), np.where(mask, leaf if layout == "in_out" else leaf.T, 0)
-    )
+    back, product = jax.jit(lambda x, w: (w.decompress(), sparse.matmul(x, w)))(np.eye(30, dtype=np.float32), weight)
+    assert np.array_equal(back, leaf)
+    np.testing.assert_allclose(product, matrix)
 
 
 @settings(max_examples=12)
@@ -182,7 +183,7 @@ def test_tiles_are_those_of_the_density(format, n_in, density, tile):
     scales = 4 * 8 if format == "native_int8" else 0
     size = weight.nse * weight.values.dtype.itemsize + weight.index.size * byte + 4 * weight.bounds.size + scales
     assert weight.nbytes == size
-    assert_product(sparse.matmul(x, weight), to_numpy(x), stored_leaf(leaf, format), "float32")
+    assert_product(jax.jit(sparse.matmul)(x, weight), to_numpy(x), stored_leaf(leaf, format), "float32")
 
 
 # 8 bits.
@@ -199,8 +200,9 @@ def test_tiles_are_those_of_the_density(format, n_in, density, tile):
 )
 def test_int8_is_the_nearest_of_255_steps_of_an_output(n_in, n_out, density, dtype, layout, seed):
     # Outputs of very different sizes; a power of two, so that bfloat16 has them too.
-    leaf = make_leaf((n_in, n_out), density, dtype, seed) * jnp.exp2(jnp.arange(n_out, dtype=dtype) - 4)[None]
-    weight = compress_one(leaf if layout == "in_out" else leaf.T, "native_int8", layout)
+    leaf = np.asarray(make_leaf((n_in, n_out), density, dtype, seed))
+    leaf = leaf * np.exp2(np.arange(n_out) - 4).astype(leaf.dtype)
+    weight = compress_one(jnp.asarray(leaf if layout == "in_out" else leaf.T), "native_int8", layout)
     scale, rounded = oracle.rounded_to_8_bits(to_numpy(leaf).T)
     assert (weight.shape, weight.dtype) == (leaf.shape if layout == "in_out" else leaf.T.shape, leaf.dtype)
     assert np.array_equal(weight.scale, scale)
@@ -243,15 +245,20 @@ def test_gradients_equal_dense(format):
         return jnp.sum(jnp.sin(x @ leaf))
 
     on_weight = sparse.apply(loss)
-    y, dot = jax.jvp(lambda x: on_weight(x, weight), (x,), (dx,))
-    want, want_dot = jax.jvp(lambda x: loss(x, dense), (x,), (dx,))
-    np.testing.assert_allclose((y, dot), (want, want_dot), rtol=1e-5, atol=1e-5)
-    want_x, want_leaf = jax.grad(loss, (0, 1))(x, dense)
-    np.testing.assert_allclose(jax.jit(jax.grad(on_weight))(x, weight), want_x, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def derivatives(x, weight, dense):
+        got = *jax.jvp(lambda x: on_weight(x, weight), (x,), (dx,)), jax.grad(on_weight)(x, weight)
+        want = *jax.jvp(lambda x: loss(x, dense), (x,), (dx,)), *jax.grad(loss, (0, 1))(x, dense)
+        return got, want
+
+    got, (*want, want_leaf) = derivatives(x, weight, dense)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     if format != "native_int8":  # whose values are integers
         of_values = jax.jit(jax.grad(lambda values: on_weight(x, weight.with_values(values))))(weight.values)
-        rows, cols = weight.coordinates()
-        np.testing.assert_allclose(of_values, want_leaf[cols, rows], rtol=1e-5, atol=1e-5)
+        (rows, cols), _ = look(weight)
+        np.testing.assert_allclose(of_values, np.asarray(want_leaf)[cols, rows], rtol=1e-5, atol=1e-5)
 
 
 @each_native

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sparse_helpers import compress_one, make_x, needs_kernels
-from test_native_formats import assert_product, floats, product_as, to_numpy
+from test_native_formats import assert_product, floats, products_as, to_numpy
 
 import jaxprune as jp
 from jaxprune import sparse
@@ -45,8 +45,9 @@ def test_products_equal_numpy(inputs, n_out, kind, batch, weights, activations, 
     weight, x = compress_one(leaf, "native_nm"), make_x((batch, 32 * inputs), activations, seed)
     stored = inputs % 2 == 0 and kind[0] / kind[1] <= 0.25
     assert weight.nse >= 32 * inputs * n_out // (4 if stored else 2) // (1 if dead == 0 else 2)
-    assert np.array_equal(jax.jit(lambda weight: weight.decompress())(weight), leaf)
-    assert_product(product_as(activations)(x, weight), to_numpy(x), to_numpy(leaf), activations)
+    back, [y] = jax.jit(lambda x, w: (w.decompress(), products_as(activations)([x], w)))(x, weight)
+    assert np.array_equal(back, leaf)
+    assert_product(y, to_numpy(x), to_numpy(leaf), activations)
 
 
 def test_masks_of_nm_store_no_zeros():
@@ -61,7 +62,6 @@ def test_masks_of_nm_store_no_zeros():
 def test_gradients_of_a_batch_of_one_equal_dense():
     leaf, x = nm_leaf(96, 40, 2, 4), make_x((1, 96))
     weight = compress_one(leaf, "native_nm")
-    rows, cols = weight.coordinates()
 
     def loss(x, w):
         return jnp.sum(jnp.sin(x @ w))
@@ -69,10 +69,14 @@ def test_gradients_of_a_batch_of_one_equal_dense():
     def of_values(values):
         return sparse.apply(loss)(x, weight.with_values(values))
 
-    want_x, want_w = jax.grad(loss, (0, 1))(x, leaf)
-    got_x = jax.jit(jax.grad(sparse.apply(loss)))(x, weight)
+    @jax.jit
+    def derivatives(x, weight, leaf):
+        got = jax.grad(sparse.apply(loss))(x, weight), jax.grad(of_values)(weight.values)
+        return got, jax.grad(loss, (0, 1))(x, leaf), weight.coordinates()
+
+    (got_x, got_values), (want_x, want_w), (rows, cols) = jax.device_get(derivatives(x, weight, leaf))
     np.testing.assert_allclose(got_x, want_x, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(jax.grad(of_values)(weight.values), want_w.T[rows, cols], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got_values, want_w.T[rows, cols], rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_or_stays_dense():

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import jaxprune
-from jaxprune import sparse
+from jaxprune import sparse, storage
 
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 DESIGN = """Method magnitude Element Global weights FLAX compute_masks apply_masks sparsity_of straight_through rewind
 nonzero_masks prune cubic every keep_params_sparse sparse Uniform ERK PerOutput NM SigmaThreshold Threshold ByRule Block
-Input Output taylor random kth_largest top_k_mask overlap pack_masks unpack_masks TORCH one_shot rounds"""
+Input Output taylor random kth_largest top_k_mask overlap pack_masks unpack_masks TORCH one_shot rounds trace costs
+layout_of compact storage save load"""
 
 
 def rank(name):
@@ -22,7 +23,7 @@ def rank(name):
     return (0 if re.fullmatch(r"[A-Z0-9_]{2,}", name) else 1 if name[0].isupper() else 2, name)
 
 
-@pytest.mark.parametrize("module", [jaxprune, sparse], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [jaxprune, sparse, storage], ids=lambda m: m.__name__)
 def test_all_is_sorted_unique_and_resolves(module):
     assert module.__all__ == sorted(set(module.__all__), key=rank)
     for name in module.__all__:

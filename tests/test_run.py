@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("programs")):
+    with compiled_once(tmp_path_factory):
         yield
 
 
@@ -160,7 +161,7 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
         return x.reshape(x.shape[0], -1) @ params["fc"]
 
     record = {"stage": "train", "seconds": 1.5}
-    done = run.SeedRun(models.Network(params, apply), params, params, params, masks, [record, {**record, "seconds": 2}])
+    done = run.SeedRun(models.Network(params, apply), *(params,) * 4, masks, [record, {**record, "seconds": 2}])
     result = run._seed_result(tiny(tmp_path), 0, data.load("digits"), done, tmp_path)
     stored = {leaf["name"]: (leaf["bytes"], leaf["sparse_bytes"]) for leaf in result["leaves"]}
     assert stored["conv"][0] == stored["conv"][1] == 72
@@ -173,14 +174,13 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
 
 
 def test_a_finished_run_is_shown_and_not_touched(tmp_path, reference):
-    folder, results = go(tmp_path)
+    folder = shutil.copytree(reference, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     watcher = StopAt()
-    assert go(tmp_path, watcher=watcher)[1] == results
+    assert go(tmp_path, watcher=watcher)[1] == json.loads((folder / "results.json").read_text())
     assert watcher.stages == []
     assert "is finished" in watcher.notes[0]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
-    assert_same_run(folder, reference)  # the same config in another folder comes to the same
 
     # what is derived is made again from the checkpoints, without a step of training
     (folder / "results.json").unlink()
@@ -193,10 +193,10 @@ def test_a_finished_run_is_shown_and_not_touched(tmp_path, reference):
     assert_complete(folder, json.loads((folder / "results.json").read_text()))
 
 
-@pytest.mark.parametrize(("stage", "step"), [("train", 40), ("prune", 8), ("finetune", 19)])
-def test_stopped_and_taken_up_again_it_ends_bit_identical(tmp_path, reference, stage, step):
-    stopped(tmp_path, stage, step)
-    assert not (tmp_path / "run" / "results.json").exists()
+def test_stopped_and_taken_up_again_it_ends_bit_identical(tmp_path, reference):
+    for stage, step in (("train", 40), ("prune", 8), ("finetune", 19)):
+        stopped(tmp_path, stage, step)
+        assert not (tmp_path / "run" / "results.json").exists()
     assert_same_run(go(tmp_path)[0], reference)
 
 
@@ -252,9 +252,16 @@ def test_pruning_in_no_steps_is_refused_before_anything_is_trained(tmp_path, dur
 # ---------------------------------------------------------------- damage and full disks
 
 
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """A run that was stopped while it pruned; not to be changed."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return stopped(tmp_path_factory.mktemp("halfway"), "prune", 20)
+
+
 @pytest.mark.parametrize("stage", ["train", "prune"])
-def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(tmp_path, reference, stage):
-    folder = stopped(tmp_path, "prune", 20)
+def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(tmp_path, reference, halfway, stage):
+    folder = shutil.copytree(halfway, tmp_path / "run")
     last = checkpoints(folder / "seed_0" / stage)[-1]
     data = max((last / "state").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1])
@@ -273,10 +280,9 @@ def test_a_run_of_damaged_checkpoints_alone_says_so(tmp_path):
         go(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["machine.json", "results.json", "config.toml"])
-def test_a_full_disk_leaves_no_torn_file(tmp_path, monkeypatch, reference, name):
+def test_a_full_disk_leaves_no_torn_file(tmp_path, monkeypatch, reference):
     """A file that is half written, by a full disk or a kill, would stop the run for good."""
-    real = type(tmp_path).write_text
+    real, config = type(tmp_path).write_text, tiny(tmp_path)
 
     def write_text(self, text, *args, **kwargs):
         if self.name.endswith(name):
@@ -284,39 +290,34 @@ def test_a_full_disk_leaves_no_torn_file(tmp_path, monkeypatch, reference, name)
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, text, *args, **kwargs)
 
-    config = tiny(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "write_text", write_text)
-        with pytest.raises(OSError, match="No space left"):
-            run.run(config, tmp_path / "run", "a command")
-    assert not (tmp_path / "run" / name).exists()
+    for name in ("config.toml", "machine.json", "results.json"):  # in the order in which they are written
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tmp_path), "write_text", write_text)
+            with pytest.raises(OSError, match="No space left"):
+                run.run(config, tmp_path / "run", "a command")
+        assert not (tmp_path / "run" / name).exists()
     assert_same_run(go(tmp_path)[0], reference)
     assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("nth", [1, 7])
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(tmp_path, monkeypatch, capsys, reference, nth):
-    path, real, writes = write_config(tmp_path), checkpoint._write_arrays, []
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(tmp_path, monkeypatch, capsys, reference):
+    command = ["run", str(write_config(tmp_path)), "--out", str(tmp_path / "run"), "--quiet"]
+    real, room = checkpoint._write_arrays, []
 
     def write(*args):
-        writes.append(args)
-        if len(writes) == nth:
+        if not room:
             raise OSError(errno.ENOSPC, "No space left on device")
+        room.pop()
         return real(*args)
 
-    command = ["run", str(path), "--out", str(tmp_path / "run"), "--quiet"]
-    monkeypatch.setattr(checkpoint, "_write_arrays", write)
-    assert cli.main(command) == 1
-    monkeypatch.undo()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert re.search(r"jaxprune: .* could not be written: No space left on device", said[0])
-    kept = {stage.name: [p.name for p in checkpoints(stage)] for stage in (tmp_path / "run" / "seed_0").glob("*")}
-    expected = [9, 18, 27, 36, 40], [9, 18, 25], [9, 18, 20]
-    saves = [(stage, step) for stage, steps in zip(STAGES, expected, strict=True) for step in steps]
-    for stage, step in saves[max(0, nth - 2) : nth - 1]:
-        assert f"{step:08d}" in kept[stage]
-        arrays_of(tmp_path / "run" / "seed_0" / stage / f"{step:08d}")
+    for fits, last in ((0, []), (6, ["prune/00000009"])):  # training saves 9, 18, 27, 36 and 40
+        room += range(fits)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write_arrays", write)
+            assert cli.main(command) == 1
+        [said] = capsys.readouterr().err.splitlines()
+        assert re.search(r"jaxprune: .* could not be written: No space left on device", said)
+        assert all(arrays_of(tmp_path / "run" / "seed_0" / name) for name in last)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert cli.main(command) == 0
     assert_same_run(tmp_path / "run", reference)

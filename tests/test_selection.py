@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from jax import lax
 from trace_helpers import kinds, like, normal
 
@@ -101,7 +102,7 @@ def test_a_quantized_matrix_is_no_weight():
 
 def test_layout_found_is_the_layout_declared():
     """Masks per output of a model of Equinox, found and declared, are the same; vectors and biases are not selected."""
-    model = eqx.nn.MLP(IN, 3, OUT, 1, key=jax.random.key(0))
+    model = drawn(eqx.filter_eval_shape(eqx.nn.MLP, IN, 3, OUT, 1, key=jax.random.key(0)))
     arrays, rest = eqx.partition(model, eqx.is_array)
     sites = jp.trace(lambda p, x: jax.vmap(eqx.combine(p, rest))(x), arrays, like(N, IN), strict=True)
     found, layout = jp.weights_of(sites), jp.layout_of(sites)

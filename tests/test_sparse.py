@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sparse_helpers import FORMATS, LAYOUTS, compress_one, each_format, least, make_leaf, make_x, sparse_leaves
+from sparse_helpers import (
+    FORMATS,
+    LAYOUTS,
+    compress_all,
+    compress_one,
+    each_format,
+    least,
+    make_leaf,
+    make_x,
+    put,
+    sparse_leaves,
+)
 
 from jaxprune import sparse
 from jaxprune.layout import FLAX, Axes
@@ -27,10 +38,11 @@ def in_out(leaf, layout):
     return matrix if layout == "in_out" else matrix.T
 
 
-def assert_near(got, want, scale, dtype):
+def assert_near(got, want, scale, dtype, format):
     """Error relative to the sum of absolute products, as every summation is bounded."""
     assert got.shape == want.shape
-    assert np.all(np.abs(np.asarray(got).astype(np.float64) - want) <= TOLERANCE[dtype] * scale + least(dtype))
+    error = np.abs(np.asarray(got).astype(np.float64) - want)
+    assert np.all(error <= TOLERANCE[dtype] * scale + least(dtype)), format
 
 
 sizes = st.sampled_from([0, 1, 2, 5, 16, 17])
@@ -45,32 +57,29 @@ problems = {
 }
 
 
-@each_format
+def look(x, weight):
+    """A weight as its leaf and as W (out, in), and its two products."""
+    products = sparse.matmul(x, weight), sparse.reference.matmul(x, weight)
+    return weight.decompress(), weight.stored.todense(), *products
+
+
 @example(n_in=17, n_out=17, batch=[3, 7], density=0.02, dtype="float16", layout="out_in", seed=1)  # results below 6e-5
 @given(**problems)
-def test_matmul_equals_numpy(format, n_in, n_out, batch, density, dtype, layout, seed):
+def test_matmul_equals_numpy_and_the_round_trip_is_bit_exact(n_in, n_out, batch, density, dtype, layout, seed):
     shape = (n_in, n_out) if layout == "in_out" else (n_out, n_in)
     leaf, x = make_leaf(shape, density, dtype, seed), make_x((*batch, n_in), dtype, seed)
-    weight = compress_one(leaf, format, layout)
-    w, x64 = in_out(leaf, layout), np.asarray(x).astype(np.float64)
-    for y in jax.jit(lambda x, weight: (sparse.matmul(x, weight), sparse.reference.matmul(x, weight)))(x, weight):
-        assert y.dtype == x.dtype
-        assert_near(y, x64 @ w, np.abs(x64) @ np.abs(w), dtype)
-
-
-@each_format
-@given(**problems)
-def test_round_trip_is_bit_exact(format, n_in, n_out, batch, density, dtype, layout, seed):
-    del batch
-    leaf = make_leaf((n_in, n_out), density, dtype, seed)
-    weight = compress_one(leaf, format, layout)
-    back, stored = jax.jit(lambda weight: (weight.decompress(), weight.stored.todense()))(weight)
-    assert back.dtype == leaf.dtype
-    assert np.asarray(back).tobytes() == np.asarray(leaf).tobytes()
-    # Blocks store the zeros inside of them.
-    assert weight.nse - np.count_nonzero(np.asarray(leaf)) in (range(weight.nse + 1) if format == "block" else [0])
-    assert (weight.shape, weight.dtype, weight.name) == (leaf.shape, leaf.dtype, "kernel")
-    assert np.array_equal(in_out(stored, "out_in"), in_out(leaf, layout))
+    w, x64, weights = in_out(leaf, layout), np.asarray(x).astype(np.float64), compress_all(leaf, layout)
+    for format, found in jax.jit(lambda x, weights: {f: look(x, w) for f, w in weights.items()})(x, weights).items():
+        weight, (back, stored, *products) = weights[format], found
+        assert back.dtype == leaf.dtype
+        assert np.asarray(back).tobytes() == np.asarray(leaf).tobytes(), format
+        # Blocks store the zeros inside of them.
+        assert weight.nse - np.count_nonzero(w) in (range(weight.nse + 1) if format == "block" else [0])
+        assert (weight.shape, weight.dtype, weight.name) == (leaf.shape, leaf.dtype, "kernel")
+        assert np.array_equal(in_out(stored, "out_in"), w), format
+        for y in products:
+            assert y.dtype == x.dtype
+            assert_near(y, x64 @ w, np.abs(x64) @ np.abs(w), dtype, format)
 
 
 @each_format
@@ -81,84 +90,112 @@ def test_round_trip_of_odd_values(format):
     assert np.asarray(jax.jit(sparse.decompress)(weight)).tobytes() == (np.where(leaf == 0, 0, leaf)).tobytes()
 
 
-@each_format
+def derivatives(fn, w, x):
+    """Gradients and a directional derivative of a sum of fn(w, x)."""
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(fn(w, x)))
+
+    return *jax.grad(loss, (0, 1))(w, x), jax.jvp(loss, (w, x), (w, x))[1]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("density", [0.0, 0.3])
 @pytest.mark.parametrize("batch", [(), (0,), (3, 5)])
-def test_gradients_equal_dense(format, layout, density, batch):
+def test_gradients_equal_dense(layout, density, batch):
     leaf, x = make_leaf((6, 9), density, "float32"), make_x((*batch, 6 if layout == "in_out" else 9))
-    weight = compress_one(leaf, format, layout)
+    weights = compress_all(leaf, layout)
 
-    def loss(values, x):
-        return jnp.sum(jnp.sin(sparse.matmul(x, weight.with_values(values))))
+    def of_weight(weight, x):
+        return derivatives(lambda values, x: sparse.matmul(x, weight.with_values(values)), weight.values, x)
 
-    def dense_loss(leaf, x):
-        return jnp.sum(jnp.sin(x @ (leaf if layout == "in_out" else leaf.T)))
+    @jax.jit
+    def run(leaf, weights, x):
+        dense = derivatives(lambda leaf, x: x @ (leaf if layout == "in_out" else leaf.T), leaf, x)
+        return dense, {format: (*of_weight(w, x), w.coordinates()) for format, w in weights.items()}
 
-    d_values, d_x = jax.jit(jax.grad(loss, (0, 1)))(weight.values, x)
-    dense_d_leaf, dense_d_x = jax.grad(dense_loss, (0, 1))(leaf, x)
+    (dense_d_leaf, dense_d_x, dense_forward), found = jax.device_get(run(leaf, weights, x))
     stored = dense_d_leaf.T if layout == "in_out" else dense_d_leaf
-    np.testing.assert_allclose(d_x, dense_d_x, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(d_values, stored[weight.coordinates()], rtol=1e-5, atol=1e-5)
-    forward = jax.jvp(loss, (weight.values, x), (weight.values, x))[1]
-    np.testing.assert_allclose(forward, jax.jvp(dense_loss, (leaf, x), (leaf, x))[1], rtol=1e-4, atol=1e-5)
+    for format, (d_values, d_x, forward, places) in found.items():
+        np.testing.assert_allclose(d_x, dense_d_x, rtol=1e-5, atol=1e-5, err_msg=format)
+        np.testing.assert_allclose(d_values, stored[places], rtol=1e-5, atol=1e-5, err_msg=format)
+        np.testing.assert_allclose(forward, dense_forward, rtol=1e-4, atol=1e-5, err_msg=format)
 
 
-@each_format
-def test_vmap_over_stored_values(format):
+def test_vmap_over_stored_values():
     leaf, x = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
-    weight = compress_one(leaf, format)
-    many = jnp.stack([weight.values, 2 * weight.values])
-    for axis, batch in ((None, x), (0, jnp.stack([x, x]))):
-        got = jax.vmap(lambda values, x: sparse.matmul(x, weight.with_values(values)), (0, axis))(many, batch)
-        np.testing.assert_allclose(got, jnp.stack([x @ leaf, 2 * x @ leaf]), rtol=1e-5, atol=1e-5)
+    want = np.asarray(x) @ np.asarray(leaf)
+
+    def mapped(weight, axis, x):
+        many = jnp.stack([weight.values, 2 * weight.values])
+        return jax.vmap(lambda values, x: sparse.matmul(x, weight.with_values(values)), (0, axis))(many, x)
+
+    @jax.jit
+    def run(weights, x):
+        return {f: (mapped(w, None, x), mapped(w, 0, jnp.stack([x, x]))) for f, w in weights.items()}
+
+    for format, both in run(compress_all(leaf), x).items():
+        for got in both:
+            np.testing.assert_allclose(got, np.stack([want, 2 * want]), rtol=1e-5, atol=1e-5, err_msg=format)
 
 
-@each_format
-def test_bfloat16_weights_float32_inputs(format):
+def test_bfloat16_weights_float32_inputs():
     leaf, x = make_leaf((64, 8), 0.5, "bfloat16"), make_x((3, 64))
-    weight = compress_one(leaf, format)
-    with pytest.raises(Exception, match="promotion"):
-        sparse.matmul(x, weight)
-    with jax.numpy_dtype_promotion("standard"):
-        got, want = sparse.matmul(x, weight), jnp.matmul(x, leaf)
-        from_apply = jax.jit(sparse.apply(jnp.matmul))(x, weight)
-    assert got.dtype == want.dtype == from_apply.dtype == jnp.float32
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(from_apply, want, rtol=1e-5, atol=1e-5)
+    weights, narrow = compress_all(leaf), make_x((3, 64), "bfloat16")
     mixed = functools.partial(DOT, dimension_numbers=(((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    x = x.astype(jnp.bfloat16)
-    got = jax.jit(sparse.apply(mixed))(x, weight)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.asarray(x).astype(float) @ np.asarray(leaf).astype(float), atol=1e-4)
+    for weight in weights.values():
+        with pytest.raises(Exception, match="promotion"):
+            sparse.matmul(x, weight)
 
+    @jax.jit
+    def run(weights, x, narrow):
+        def products(w):
+            return sparse.matmul(x, w), sparse.apply(jnp.matmul)(x, w), sparse.apply(mixed)(narrow, w)
 
-@each_format
-@pytest.mark.parametrize("dtype", ["int8", "int32", "float16"])
-def test_other_inputs_of_at_most_32_bits_equal_jnp_matmul(format, dtype):
-    leaf, x = make_leaf((64, 8), 0.5, "float32"), (3 * make_x((3, 64))).astype(dtype)
-    weight = compress_one(leaf, format)
+        return jnp.matmul(x, leaf), {format: products(w) for format, w in weights.items()}
+
     with jax.numpy_dtype_promotion("standard"):
-        got, want = jax.jit(sparse.matmul)(x, weight), jnp.matmul(x, leaf)
-        half = sparse.matmul(x, weight.astype(jnp.float16))
-        assert half.dtype == jnp.matmul(x, leaf.astype(jnp.float16)).dtype
-    assert got.dtype == want.dtype == jnp.float32
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(half.astype(jnp.float32), want, rtol=1e-2, atol=1e-1)
+        want, found = run(weights, x, narrow)
+    want_mixed = np.asarray(narrow).astype(float) @ np.asarray(leaf).astype(float)
+    for format, (got, from_apply, from_mixed) in found.items():
+        assert got.dtype == want.dtype == from_apply.dtype == from_mixed.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=format)
+        np.testing.assert_allclose(from_apply, want, rtol=1e-5, atol=1e-5, err_msg=format)
+        np.testing.assert_allclose(from_mixed, want_mixed, atol=1e-4, err_msg=format)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float16"])
+def test_other_inputs_of_at_most_32_bits_equal_jnp_matmul(dtype):
+    leaf, x = make_leaf((64, 8), 0.5, "float32"), put(3 * np.asarray(make_x((3, 64))), dtype)
+
+    @jax.jit
+    def run(leaf, weights, x):
+        def products(matmul, w):
+            return matmul(x, w), matmul(x, w.astype(jnp.float16))
+
+        return products(jnp.matmul, leaf), {f: products(sparse.matmul, w) for f, w in weights.items()}
+
+    with jax.numpy_dtype_promotion("standard"):
+        (want, want_half), found = run(leaf, compress_all(leaf), x)
+    for format, (got, half) in found.items():
+        assert got.dtype == want.dtype == jnp.float32
+        assert half.dtype == want_half.dtype
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4, err_msg=format)
+        np.testing.assert_allclose(np.float32(half), want, rtol=1e-2, atol=1e-1, err_msg=format)
 
 
 def test_16_bit_sums_are_rounded_once():
     leaf = jnp.ones((4096, 1), jnp.bfloat16)  # added one by one, bfloat16 ones stop at 256
-    for format in FORMATS:
-        y = sparse.matmul(jnp.ones((1, 4096), jnp.bfloat16), compress_one(leaf, format))
+    run = jax.jit(lambda x, weights: {format: sparse.matmul(x, weight) for format, weight in weights.items()})
+    for y in run(leaf.T, compress_all(leaf)).values():
         assert float(y[0, 0]) == 4096
 
 
 def test_float64():
     with jax.enable_x64(True):
         leaf, x = make_leaf((20, 9), 0.3, "float64"), make_x((4, 20), "float64")
-        for format in FLOAT64:
-            y = jax.jit(sparse.matmul)(x, compress_one(leaf, format))
+        weights = [compress_one(leaf, format) for format in FLOAT64]
+        for y in jax.jit(lambda x, weights: [sparse.matmul(x, weight) for weight in weights])(x, weights):
             np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(leaf), rtol=1e-13, atol=1e-13)
         for format in set(FORMATS) - set(FLOAT64):
             with pytest.raises(TypeError, match=r"'kernel'.*float32, here float64"):
@@ -170,10 +207,11 @@ def test_is_a_pytree(format):
     weight = compress_one(make_leaf((7, 4), 0.4, "float32"), format)
     leaves, treedef = jax.tree.flatten(weight)
     assert jax.tree.structure(jax.tree.unflatten(treedef, leaves)) == treedef
-    assert jax.tree.structure(compress_one(2 * weight.decompress(), format)) == treedef
+    twice = 2 * np.asarray(weight.decompress())
+    assert jax.tree.structure(compress_one(jnp.asarray(twice), format)) == treedef
     assert weight.nbytes == sum(leaf.nbytes for leaf in leaves) == sparse.nbytes({"a": weight})
     doubled = jax.tree.map(lambda leaf: leaf * 2 if leaf.dtype == jnp.float32 else leaf, weight)
-    assert np.array_equal(doubled.decompress(), 2 * weight.decompress())
+    assert np.array_equal(doubled.decompress(), twice)
     shapes = jax.eval_shape(lambda weight: weight, weight)
     assert (shapes.shape, shapes.dtype, shapes.nse) == (weight.shape, weight.dtype, weight.nse)
 
@@ -206,13 +244,13 @@ def test_select_by_name():
 def test_bcsr_runs_eigen_under_jit_and_vmap(dtype):
     weight, x = compress_one(make_leaf((64, 32), 0.1, dtype), "bcsr"), make_x((4, 6, 64), dtype)
 
-    def kernels(fn, *args):
-        return jax.jit(fn).lower(*args).compile().as_text().count('custom_call_target="cpu_csr_sparse_dense_ffi"')
+    def kernels(fn, x):
+        return jax.jit(fn).lower(x, weight).compile().as_text().count('custom_call_target="cpu_csr_sparse_dense_ffi"')
 
-    assert kernels(sparse.matmul, x, weight) == 1
-    assert kernels(jax.vmap(sparse.matmul, (0, None)), x, weight) == 1
-    assert kernels(jax.vmap(sparse.apply(jnp.matmul), (1, None)), x, weight) == 1
-    assert kernels(sparse.apply(jax.vmap(lambda x, w: w.T @ x, (0, None))), x[:, 0], weight) == 1
+    assert kernels(sparse.matmul, x) == 1
+    assert kernels(jax.vmap(sparse.matmul, (0, None)), x) == 1
+    assert kernels(jax.vmap(sparse.apply(jnp.matmul), (1, None)), x) == 1
+    assert kernels(sparse.apply(jax.vmap(lambda x, w: w.T @ x, (0, None))), jax.ShapeDtypeStruct((4, 64), dtype)) == 1
 
 
 def refuse_compress(error, message, params, *args, **options):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, drawn_nnx
 from flax import linen, nnx
-from sparse_helpers import FORMATS, compress_one, each_format, make_leaf, make_x, sparse_leaves
+from sparse_helpers import FORMATS, compress_all, compress_one, each_format, make_leaf, make_x, sparse_leaves
 
 from jaxprune import sparse
 from jaxprune.layout import FLAX, TORCH
@@ -38,16 +39,36 @@ USES = {
 }
 
 
+LEAF, X = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
+WEIGHTS = compress_all(LEAF)
+
+
+def assert_equal(got, want, format):
+    assert type(got) is type(want)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=format)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_apply_equals_dense(use):
+    """In one program, every format by itself and mapped over inputs."""
+    fn = sparse.apply(USES[use])
+
+    @jax.jit
+    def run(leaf, weights, x):
+        mapped = jax.vmap(fn, (None, 0))
+        return USES[use](leaf, x), {f: (fn(w, x), mapped(w, jnp.stack([x, x]))[1]) for f, w in weights.items()}
+
+    want, found = run(LEAF, WEIGHTS, X)
+    for format, both in found.items():
+        for got in both:
+            assert_equal(got, want, format)
+
+
 @each_format
 @pytest.mark.parametrize("use", USES)
-def test_apply_equals_dense(format, use):
-    leaf, x = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7))
-    weight, fn = compress_one(leaf, format), sparse.apply(USES[use])
-    want = USES[use](leaf, x)
-    for got in (jax.jit(fn)(weight, x), fn(weight, x), jax.vmap(fn, (None, 0))(weight, jnp.stack([x, x]))[1]):
-        assert type(got) is type(want)
-        assert got.dtype == want.dtype
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+def test_apply_outside_jit_equals_dense(format, use):
+    assert_equal(sparse.apply(USES[use])(WEIGHTS[format], X), USES[use](LEAF, X), format)
 
 
 # Every framework, its apply function unchanged: (apply_fn, params, layout, names of the compressed leaves).
@@ -61,7 +82,7 @@ def nnx_model(dtype):
         def __call__(self, x):
             return self.layers[1](nnx.relu(self.layers[0](x)))
 
-    graph, params = nnx.split(Mlp(nnx.Rngs(0)))
+    graph, params = nnx.split(drawn_nnx(lambda: Mlp(nnx.Rngs(0))))
     return lambda params, x: nnx.merge(graph, params)(x), params, FLAX, ["layers/0/kernel", "layers/1/kernel"]
 
 
@@ -73,23 +94,25 @@ def nnx_module(dtype):
         def __call__(self, x):
             return jnp.tanh(self.first(x))
 
-    return lambda model, x: model(x), Mlp(nnx.Rngs(0)), FLAX, ["first/kernel"]
+    return lambda model, x: model(x), drawn_nnx(lambda: Mlp(nnx.Rngs(0))), FLAX, ["first/kernel"]
 
 
 def linen_model(dtype):
     model = linen.Sequential([linen.Dense(8, dtype=dtype), linen.relu, linen.Dense(3, dtype=dtype)])
-    params = model.init(jax.random.key(0), jnp.zeros((1, 6)))
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6))))
     return model.apply, params, FLAX, ["params/layers_0/kernel", "params/layers_2/kernel"]
 
 
 def haiku_model(_):
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 3], name="mlp")(x)))
     names = ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]
-    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 6))), FLAX, names
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6))))
+    return model.apply, params, FLAX, names
 
 
 def equinox_model(_):
-    arrays, rest = eqx.partition(eqx.nn.MLP(6, 3, 8, 1, key=jax.random.key(0)), eqx.is_array)
+    shapes = eqx.filter_eval_shape(eqx.nn.MLP, 6, 3, 8, 1, key=jax.random.key(0))
+    arrays, rest = eqx.partition(drawn(shapes), eqx.is_array)
     names = ["layers/0/weight", "layers/1/weight"]
     return lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x), arrays, TORCH, names
 
@@ -109,22 +132,29 @@ CASES = [(model, None) for model in MODELS] + [(model, jnp.bfloat16) for model i
 
 
 # One that works on columns and one that works on rows: what differs otherwise, no framework can see.
-@pytest.mark.parametrize("format", [name for name in FORMATS if name in ("bcsr", "native")])
+TWO = [name for name in FORMATS if name in ("bcsr", "native")]
+
+
 @pytest.mark.parametrize(("model", "dtype"), CASES)
-def test_frameworks(model, dtype, format):
+def test_frameworks(model, dtype):
     with jax.numpy_rank_promotion("allow"):  # Flax and Haiku add their biases by rank promotion
         fn, params, layout, names = model(dtype)
-        params = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) > 0.2, leaf, 0), params)
-        compressed = sparse.compress(params, format, layout=layout)
-        assert [weight.name for weight in sparse_leaves(compressed)] == names
-        x = make_x((5, 6))
+        params = jax.tree.map(lambda leaf: jnp.asarray(np.where(np.abs(leaf) > 0.2, leaf, 0), leaf.dtype), params)
+        compressed = {format: sparse.compress(params, format, layout=layout) for format in TWO}
+
+        @jax.jit
+        def run(params, compressed, x):
+            found = {format: sparse.apply(fn)(tree, x) for format, tree in compressed.items()}
+            return fn(params, x), found, sparse.decompress(compressed)
+
         with jax.numpy_dtype_promotion("strict" if dtype is None else "standard"):
-            want, got = jax.jit(fn)(params, x), jax.jit(sparse.apply(fn))(compressed, x)
+            want, found, back = run(params, compressed, make_x((5, 6)))
+    for format, got in found.items():
+        assert [weight.name for weight in sparse_leaves(compressed[format])] == names
         assert got.dtype == want.dtype
-        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-5, atol=1e-5)
-    back = sparse.decompress(compressed)
-    assert jax.tree.structure(back) == jax.tree.structure(params)
-    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params)))
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=1e-5, atol=1e-5, err_msg=format)
+        assert jax.tree.structure(back[format]) == jax.tree.structure(params)
+        assert all(map(np.array_equal, jax.tree.leaves(back[format]), jax.tree.leaves(params)))
 
 
 @each_format
@@ -135,7 +165,7 @@ def test_scan_over_layers_of_activations_holds_weights_as_constants(format):
         return jax.lax.scan(lambda h, x: (jnp.tanh(h @ params["w"] + x), None), jnp.zeros((5, 8)), xs)[0]
 
     got = jax.jit(sparse.apply(fn))(sparse.compress({"w": leaf}, format), xs)
-    np.testing.assert_allclose(got, fn({"w": leaf}, xs), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(fn)({"w": leaf}, xs), rtol=1e-4, atol=1e-5)
 
 
 @each_format
@@ -175,21 +205,20 @@ REFUSED = {
 BEFORE = {"conv_general_dilated": "broadcast_in_dim|reshape", "sort": "sort"}
 
 
-@each_format
 @pytest.mark.parametrize("primitive", REFUSED)
-def test_other_uses_are_refused_or_decompressed(format, primitive):
-    leaf, x, fn = make_leaf((7, 4), 0.4, "float32"), make_x((5, 7)), REFUSED[primitive]
-    compressed = sparse.compress({"layer": leaf}, format)
-
-    def on_params(params, x):
-        return fn(params["layer"], x)
-
-    name = BEFORE.get(primitive, primitive.split(",")[0])
-    message = rf"'layer' \((7, 4|4, 7)\).*{sparse.FORMATS[format].__name__}.*`({name})`.*select=.*unsupported=\"dense\""
-    with pytest.raises(sparse.SparseUseError, match=message):
-        jax.jit(sparse.apply(on_params))(compressed, x)
-    got = jax.jit(sparse.apply(on_params, unsupported="dense"))(compressed, x)
-    np.testing.assert_allclose(got, fn(leaf, x), rtol=1e-5, atol=1e-5)
+def test_other_uses_are_refused_or_decompressed(primitive):
+    fn, name = REFUSED[primitive], BEFORE.get(primitive, primitive.split(",")[0])
+    for format, weight in WEIGHTS.items():
+        cls = sparse.FORMATS[format].__name__
+        message = rf"'kernel' \((7, 4|4, 7)\).*{cls}.*`({name})`.*select=.*unsupported=\"dense\""
+        with pytest.raises(sparse.SparseUseError, match=message):
+            jax.jit(sparse.apply(fn))(weight, X)
+    dense = sparse.apply(fn, unsupported="dense")
+    want, found = jax.jit(lambda leaf, weights, x: (fn(leaf, x), {f: dense(w, x) for f, w in weights.items()}))(
+        LEAF, WEIGHTS, X
+    )
+    for format, got in found.items():
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=format)
 
 
 @each_format

@@ -1,6 +1,7 @@
 """Sparse and masked dense models call every MNIST test image the same digit; needs the images, JAXPRUNE_DATA."""
 
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sparse_helpers import needs_kernels, sparse_leaves
 
 from jaxprune import sparse
 from jaxprune.lab.config import Model
-from jaxprune.lab.models import build
+from jaxprune.lab.models.small import shapes
 
 BATCH = 500
 # Without the files of the images, or the kernels, there is nothing to compare.
@@ -43,15 +44,25 @@ def images_and_labels(split):
 
 
 def as_input(images):
-    return jnp.asarray(images, jnp.float32) / 255
+    return images.astype(np.float32) / np.float32(255)
+
+
+def draw(shape, rng):
+    """Weights of variance 1 / inputs, biases zero."""
+    inputs = math.prod(shape[:-1])
+    return np.float32(rng.normal(size=shape) / np.sqrt(inputs) if len(shape) > 1 else np.zeros(shape))
+
+
+def mask(leaf):
+    magnitude = np.abs(leaf)
+    return np.float32(magnitude > np.quantile(magnitude, SPARSITY) if leaf.ndim > 1 else np.ones_like(leaf))
 
 
 @functools.cache
 def trained(name):
     """A network after a few hundred steps, its matrices and kernels pruned by magnitude half-way, and zeros kept."""
     steps = STEPS[name]
-    network = build(Model(name=name), (28, 28, 1), 10, jax.random.key(0))
-    optimiser = optax.adam(3e-3)
+    network, optimiser, rng = shapes(Model(name=name), (28, 28, 1), 10), optax.adam(3e-3), np.random.default_rng(0)
     images, labels = images_and_labels("train")
 
     def loss(params, x, y):
@@ -62,17 +73,13 @@ def trained(name):
         updates, state = optimiser.update(jax.grad(loss)(params, x, y), state, params)
         return jax.tree.map(jnp.multiply, optax.apply_updates(params, updates), masks), state
 
-    def mask(leaf):
-        bound = jnp.quantile(jnp.abs(leaf), SPARSITY) if leaf.ndim > 1 else -1.0
-        return (jnp.abs(leaf) > bound).astype(leaf.dtype)
-
-    params, masks = network.params, jax.tree.map(jnp.ones_like, network.params)
-    state, rng = optimiser.init(params), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape, rng)), network.params)
+    state, masks = optimiser.init(params), jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), network.params)
     for number in range(steps):
         if number == steps // 2:
             masks = jax.tree.map(mask, params)
         chosen = rng.integers(0, len(labels), 32)
-        params, state = step(params, state, masks, as_input(images[chosen]), jnp.asarray(labels[chosen]))
+        params, state = step(params, state, masks, as_input(images[chosen]), labels[chosen])
     return network, params
 
 

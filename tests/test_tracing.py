@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, drawn_nnx
 from flax import linen, nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -160,7 +161,7 @@ def test_layers_of_a_linen_scan():
 
     model = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     with jax.numpy_rank_promotion("allow"):
-        params = model.init(jax.random.key(0), normal(N, IN), None)
+        params = drawn(jax.eval_shape(model.init, jax.random.key(0), normal(N, IN), None))
         (site,) = products(model.apply, params, normal(N, IN), None)
     assert (site.name, site.count) == ("params/Dense_0/kernel", 3)
     assert site.axes == Axes(layers=(0,), inputs=(1,), outputs=(2,))
@@ -180,7 +181,7 @@ def test_convolutions(case):
     options, shape, macs = CONVOLUTIONS[case]
     model = linen.Conv(8, (3, 3), use_bias=False, **options)
     x = normal(2, 10, 10, 6)
-    params = model.init(jax.random.key(0), x)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
     (site,) = jp.trace(model.apply, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert (site.name, site.op, site.macs, site.leaf_shape) == ("params/kernel", "conv_general_dilated", macs, shape)
     assert site.axes == Axes(spatial=(0, 1), inputs=(2,), outputs=(3,))
@@ -188,7 +189,8 @@ def test_convolutions(case):
 
 
 def test_a_convolution_of_equinox_has_its_outputs_first():
-    arrays, rest = eqx.partition(eqx.nn.Conv2d(6, 8, 3, key=jax.random.key(0)), eqx.is_array)
+    model = drawn(eqx.filter_eval_shape(eqx.nn.Conv2d, 6, 8, 3, key=jax.random.key(0)))
+    arrays, rest = eqx.partition(model, eqx.is_array)
     (site,) = products(lambda p, x: jax.vmap(eqx.combine(p, rest))(x), arrays, normal(2, 6, 10, 10))
     assert site.axes == Axes(spatial=(2, 3), inputs=(1,), outputs=(0,))
 
@@ -232,7 +234,7 @@ def test_nnx_scan_over_layers():
     def apply(layer, x):
         return nnx.tanh(layer(x))
 
-    graph, params = nnx.split(make(nnx.Rngs(0).split(3)))
+    graph, params = nnx.split(drawn_nnx(lambda: make(nnx.Rngs(0).split(3))))
     with jax.numpy_rank_promotion("allow"):
         (site,) = products(lambda p, x: apply(nnx.merge(graph, p), x), params, normal(N, IN))
     assert (site.name, site.count) == ("kernel", 3)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes: decay 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("programs")):
+    with compiled_once(tmp_path_factory):
         yield
 
 

@@ -21,12 +21,14 @@ from transforms_helpers import (
     assert_all_finite,
     assert_close,
     assert_exact_zeros,
+    draw,
     expected_removed,
     gradients,
     make_model,
     make_step,
     make_tree,
     named,
+    put,
     removed,
     same_bits,
     take,
@@ -61,17 +63,17 @@ def trainer(name, around):
 
 
 def assert_promises(history, sparsities, due):
-    masks_before, step_before = None, 0
-    for i in range(STEPS):
-        params, masks, step = take(history, i)
-        assert_exact_zeros(params, masks)
+    params, masks, steps = history
+    assert_exact_zeros(params, masks)
+    step_before = 0
+    for i, step in enumerate(steps.tolist()):
         if step > step_before and due[step_before]:
-            assert removed(masks) == expected_removed(sparsities[step_before])
-        elif masks_before is not None:
-            assert same_bits(masks, masks_before)
+            assert removed(take(masks, i)) == expected_removed(sparsities[step_before])
+        elif i > 0:
+            assert same_bits(take(masks, i), take(masks, i - 1))
         else:
-            assert removed(masks) == 0
-        masks_before, step_before = masks, int(step)
+            assert removed(take(masks, i)) == 0
+        step_before = step
     return step_before
 
 
@@ -108,8 +110,7 @@ def test_fixed_masks_hold(optimizer, dtype, grad_dtype, seed):
     params, grads = make_model(seed, dtype), gradients(seed=seed + 1, dtype=grad_dtype)
     masks = jp.compute_masks(METHOD, params, 0.75)
     history = jax.device_get(fine_tuner(optimizer)(params, grads, masks))
-    for i in range(STEPS):
-        assert_exact_zeros(take(history, i), masks)
+    assert_exact_zeros(history, jax.tree.map(lambda mask: np.stack([mask] * STEPS), masks))
     assert not same_bits(take(history, 0), take(history, STEPS - 1))
 
 
@@ -155,7 +156,7 @@ def test_masked_momentum_in_numpy():
 def masks_after(tx, grads, params=None):
     """Masks after every step, and the params."""
     params, states = jax.jit(lambda p, g: train(tx, p, g))(make_model(0) if params is None else params, grads)
-    return optax.tree.get(states, "masks"), params
+    return jax.device_get((optax.tree.get(states, "masks"), params))
 
 
 def test_cubic_schedule_reaches_the_exact_count():
@@ -197,12 +198,16 @@ def test_a_distribution_that_decides_itself_needs_no_sparsity():
 
 
 def test_random_criterion_draws_anew_at_every_step():
-    def drawn(seed, step):
-        method = jp.Method(criterion=jp.random)
-        key = jax.random.key(seed)
+    method, params = jp.Method(criterion=jp.random), make_model(0)
+
+    @jax.jit
+    def masks_of(key, step):
         tx = jp.prune(optax.sgd(0.0), method, sparsity=0.5, update_when=lambda t: t == step, key=key)
-        state = tx.init(make_model(0))._replace(step=jnp.int32(step))
-        return tx.update(make_tree(1), state, make_model(0))[1].masks
+        state = tx.init(params)._replace(step=step)
+        return tx.update(make_tree(1), state, params)[1].masks
+
+    def drawn(seed, step):
+        return masks_of(jax.random.key(seed), jnp.int32(step))
 
     assert same_bits(drawn(0, 3), drawn(0, 3))
     assert not same_bits(drawn(0, 3), drawn(0, 4))
@@ -266,8 +271,10 @@ def test_nan_under_a_dead_weight_does_no_harm(optimizer):
         tx = optax.chain(optax.sgd(0.1), jp.keep_params_sparse(masks))
     else:
         tx = jp.prune(OPTIMIZERS[optimizer](), METHOD, sparsity=0.75, update_when=jp.every(2))
-    grads = jax.tree.map(lambda g, m: g.at[1:].set(jnp.where(m, g[1:], jnp.nan)), gradients(), masks)
-    params, state = jax.jit(lambda p, g: train(tx, p, g))(params, grads)
+    grads = draw(1, lead=(STEPS,))
+    for leaf, mask in zip(jax.tree.leaves(grads), jax.tree.leaves(masks), strict=True):
+        leaf[1:, ~np.asarray(mask)] = np.nan
+    params, state = jax.device_get(jax.jit(lambda p, g: train(tx, p, g))(params, put(grads)))
     assert_all_finite(params)
     assert_all_finite([] if fixed else state.inner_state)
     assert same_bits(take(optax.tree.get(state, "masks"), -1), masks)

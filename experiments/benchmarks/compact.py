@@ -1,11 +1,12 @@
 """What compaction brings: ResNet-50 without half of the channels of every layer, against itself, and every other model.
 
-    python experiments/benchmarks/compact.py [--models resnet50] [--batch 8] [--sparsity 0.5] [--keep conv1] [--seconds 30]
+    python experiments/benchmarks/compact.py [--models resnet50] [--batch 8] [--sparsity 0.5] [--keep conv1] [--seconds]
 
 Channels are masked by mean magnitude, `Channels` with `Uniform`, all but those of the leaves to keep; then `compact`
 removes them. For every model: seconds for the couplings and for compacting, weights and multiply-adds before and after,
-and the largest difference between compacted and masked results relative to the largest result. With `--seconds`, dense and compacted models take turns in
-this process; the ratio is that of the medians. Weights are random, since neither speed nor exactness depends on them.
+and the largest difference between compacted and masked results relative to the largest result. With `--seconds`, dense
+and compacted models take turns in this process; the ratio is that of the medians. Weights are random, since neither
+speed nor exactness depends on them.
 """
 
 import argparse

@@ -15,13 +15,10 @@ is found by their sums: `restore_latest` names the damage and goes one checkpoin
 import contextlib
 import gc
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ import numpy as np
 
 from jaxprune.lab import flat
 from jaxprune.lab.manifest import (
+    MANIFEST,
     CheckpointError,
     Damaged,
     check_files,
@@ -38,8 +36,9 @@ from jaxprune.lab.manifest import (
     reason,
     write_manifest,
 )
+from jaxprune.lab.orbax_files import opened, quiet
 
-__all__ = ["Checkpoint", "CheckpointError", "restore_latest", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "is_checkpoint", "read_leaves", "restore_latest", "save"]
 
 ARRAYS = "state"
 
@@ -117,6 +116,31 @@ def restore_latest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str
             f"Put a good copy back, or delete the folder to start from the beginning."
         )
     return None, []
+
+
+def read_leaves(folder: Path) -> dict[str, np.ndarray]:
+    """Leaf name -> array of a checkpoint, without a template; PRNG keys and Python numbers as what they are made of.
+
+    Args:
+        folder: a checkpoint, `folder/00000123`, or the folder of a stage: its newest then.
+
+    Raises:
+        CheckpointError: it is damaged, or no checkpoint.
+    """
+    found = _checkpoints(folder)
+    path = found[max(found)] if found else folder
+    try:
+        manifest = read_manifest(path)
+        check_files(path, manifest)
+    except Damaged as damage:
+        raise CheckpointError(f"{path} cannot be used: {damage}.") from None
+    leaves = [flat.Leaf(**leaf) for leaf in manifest["leaves"]]
+    return flat.by_name(_read_arrays(path / ARRAYS, [key for key in flat.keys(leaves) if key]), leaves)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of `save`, or holds some."""
+    return (folder / MANIFEST).is_file() or bool(_checkpoints(folder))
 
 
 def _write(path: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -225,44 +249,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax from printing: what goes wrong is raised, and then told in one line."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
-
-    def drop(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    try:
-        sys.unraisablehook = drop
-        for logger in loggers:
-            logger.disabled = True
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[tuple[Any, Any]]:
-    """Orbax, imported on first use (0.3 s), and a synchronous checkpointer."""
-    import orbax.checkpoint as ocp
-
-    # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        yield ocp, checkpointer
-
-
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if not arrays:  # Orbax refuses an empty dict
         return
     failure = None
-    with _quiet():
+    with quiet():
         try:
-            with _orbax() as (ocp, checkpointer):
+            with opened() as (ocp, checkpointer):
                 checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             failure = _as_oserror(error)
@@ -283,6 +276,6 @@ def _as_oserror(error: Exception) -> Exception:
 def _read_arrays(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     if not keys:
         return {}
-    with _quiet(), _orbax() as (ocp, checkpointer):
+    with quiet(), opened() as (ocp, checkpointer):
         as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
         return checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

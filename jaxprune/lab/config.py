@@ -9,12 +9,11 @@ an experiment that never ran. Problems come all at once, one line each: `FILE: p
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,11 +21,28 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, PlainValidator, Tag
-from pydantic_core import ErrorDetails
 
+from jaxprune.lab.overrides import flags_of, override
+from jaxprune.lab.problems import ConfigError, line, show
+from jaxprune.storage.encodings import pattern_of
 
-class ConfigError(ValueError):
-    """An experiment that cannot be run as written; one line per problem, each naming file or flag, key and reason."""
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Data",
+    "Distribution",
+    "Duration",
+    "Finetune",
+    "Granularity",
+    "Model",
+    "Phase",
+    "Prune",
+    "Store",
+    "Table",
+    "config_hash",
+    "dump",
+    "load",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Duration:
             return text
         found = re.fullmatch(r"([0-9]{1,12}) steps?|([0-9]{1,12}(?:\.[0-9]{1,12})?) epochs?", str(text))
         if not found:
-            raise ValueError(f'expected a duration such as "20 epochs" or "500 steps", arrived {_show(text)}')
+            raise ValueError(f'expected a duration such as "20 epochs" or "500 steps", arrived {show(text)}')
         return cls(float(found[1] or found[2]), "steps" if found[1] else "epochs")
 
     def steps(self, steps_per_epoch: int) -> int:
@@ -66,7 +82,7 @@ def _must(holds: Callable[[Any], object], expected: str) -> AfterValidator:
     def check(value: Any) -> Any:
         if holds(value):
             return value
-        raise ValueError(f"expected {expected}, arrived {_show(value)}")
+        raise ValueError(f"expected {expected}, arrived {show(value)}")
 
     return AfterValidator(check)
 
@@ -104,8 +120,8 @@ class Table(pydantic.BaseModel):
     def _has_an_effect(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         key, *values = cls._conditions().get(str(info.field_name), [""])
         if key in info.data and (info.data[key] in values) == (value is None):
-            state = f"{key} = {_show(info.data[key])}"
-            meant = f"{key} = {' or '.join(map(_show, values))}"
+            state = f"{key} = {show(info.data[key])}"
+            meant = f"{key} = {' or '.join(map(show, values))}"
             raise ValueError(f"missing, {state} needs it" if value is None else f"only for {meant}, here {state}")
         return value
 
@@ -214,9 +230,9 @@ class Prune(Table):
         names = [getattr(one, "name", "") for one in (given, *(given.rules or {}).values())]
         asking = [name for name in names if name in ("uniform", "global", "erk", "per_output")]
         if value is None and asking:
-            raise ValueError(f"missing, distribution {_show(asking[0])} needs it")
+            raise ValueError(f"missing, distribution {show(asking[0])} needs it")
         if value is not None and given.name in ("threshold", "sigma_threshold"):
-            raise ValueError(f"has no effect with distribution {_show(given.name)}, which decides by itself")
+            raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
         return value
 
 
@@ -224,6 +240,33 @@ class Sparse(Table):
     """How the pruned weights are stored when deployed."""
 
     format: Literal["bcoo", "bcsr", "block", "native", "native_row", "native_block", "native_int8", "dense"] = "bcoo"
+
+
+QUANTIZED = ("codebook", "int8", "int4", "bfloat16", "float16")
+
+
+class Quantize(Table):
+    """What is stored instead of the weights: codes of shared values, integers with a scale, or shorter floats."""
+
+    quantize: Literal["none", "codebook", "int8", "int4", "bfloat16", "float16"] = "none"
+
+
+class Store(Finetune, Quantize):
+    """How the model's file is written, and how the values that weights share in it are trained.
+
+    `bits`: of a code, 2^bits values a leaf. `select`: glob patterns of leaves that are quantized, none = every matrix
+    and convolution kernel. `deflate`: whether bytes are deflated where that makes them fewer.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=8), Only(("quantize", "codebook"))] = 4
+    select: Annotated[tuple[str, ...], ARRAY, Only(("quantize", *QUANTIZED))] = ()
+    encoding: Annotated[str, _must(lambda name: name == "auto" or pattern_of(name), "an encoding")] = "auto"
+    deflate: bool = True
+
+    @classmethod
+    def _conditions(cls) -> dict[str, Only]:
+        # `quantize` is a field of the base that comes last, and so stands before these.
+        return dict.fromkeys(Finetune.model_fields, Only(("quantize", "codebook"))) | super()._conditions()
 
 
 class Checkpoint(Table):
@@ -244,6 +287,7 @@ class Config(Table):
     prune: Prune = Prune(sparsity=0.9)
     finetune: Finetune = Finetune()
     sparse: Sparse = Sparse()
+    store: Store = Store()
     checkpoint: Checkpoint = Checkpoint()
 
 
@@ -258,11 +302,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # no TOML (names line and column), no UTF-8, absurd nesting
         raise ConfigError(f"{path}: no valid TOML: {error}") from error
-    flags = [_override(tree, flag, text) for flag, text in _flags(overrides)]
+    flags = [override(tree, flag, text) for flag, text in flags_of(overrides)]
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as invalid:
-        raise ConfigError("\n".join(_line(error, path, flags) for error in invalid.errors())) from None
+        raise ConfigError("\n".join(line(Config, error, path, flags) for error in invalid.errors())) from None
 
 
 def dump(config: Config) -> str:
@@ -276,75 +320,7 @@ def dump(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """Eight hex digits, equal when two experiments compute the same: name, data_dir and [checkpoint] do not count."""
     tree = config.model_dump(mode="json", exclude={"name": True, "checkpoint": True, "data": {"data_dir"}})
+    if config.store == Store():  # so that experiments from before this table keep their hash
+        del tree["store"]
     # Keys stand in the order of the classes, not of the file; only rules keep the file's, where it has a meaning.
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:8]
-
-
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--flag value` and `--flag=value` -> (flag, text of the value)."""
-    rest = iter(words)
-    for word in rest:
-        flag, equals, text = word.partition("=")
-        if not re.match("--[^-]", flag):
-            raise ConfigError(f"{word}: expected `--path.to.key value`")
-        text = text if equals else next(rest, "--")
-        if not equals and text.startswith("--"):
-            raise ConfigError(f"{flag}: expected a value after it")
-        yield flag, text
-
-
-def _override(tree: dict[str, Any], flag: str, text: str) -> tuple[str, ...]:
-    """Put one value into the tree; returns its path."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        parsed = {}
-    *tables, key = path = tuple(flag.removeprefix("--").split("."))
-    for step in tables:
-        inner = tree.setdefault(step, {})
-        if isinstance(inner, str) and step in ("granularity", "distribution"):
-            inner = tree[step] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{flag}: {step} is {_show(inner)} in the file, not a table")
-        tree = inner
-    tree[key] = parsed["value"] if len(parsed) == 1 else text  # more than one: the text had a line break
-    return path
-
-
-def _show(value: object) -> str:
-    """A value as the file writes it, more or less; always one line."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _line(error: ErrorDetails, file: object, flags: Sequence[tuple[str, ...]]) -> str:
-    """One problem in one line; what a flag brought in is said as that flag."""
-    path = tuple(step for step in error["loc"] if not str(step).startswith("<"))
-    key = ".".join(step if re.fullmatch("[A-Za-z0-9_-]+", step) else _show(step) for step in map(str, path))
-    by_flag = any(path[: len(flag)] == flag[: len(path)] for flag in flags)
-    return f"{'--' if by_flag else f'{file}: '}{key}: {_problem(error, path)}"
-
-
-def _problem(error: ErrorDetails, path: tuple[int | str, ...]) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key, {_nearest_key(path)}"
-    if kind in ("value_error", "missing"):
-        return str(context.get("error", kind))
-    python = {"tuple_type": "an array", "dict_type": "a table", "model_type": "a table"}  # whose words are not TOML's
-    expected = python.get(kind) or re.sub("^[A-Z][a-z]+ should (be )?", "", error["msg"])
-    line = f"expected {expected}, arrived {_show(error['input'])}"
-    near = difflib.get_close_matches(str(error["input"]), re.findall("'(.*?)'", context.get("expected", "")), 1)
-    return f"{line}, did you mean {_show(near[0])}?" if near else line
-
-
-def _nearest_key(path: tuple[int | str, ...]) -> str:
-    """The key of the same table that was probably meant, or all of them."""
-    table: type[Table] = Config
-    for step in path[:-1]:
-        inner = getattr(table.model_fields.get(str(step)), "annotation", None)
-        table = inner if isinstance(inner, type) and issubclass(inner, Table) else table
-    sections = {name: getattr(field.annotation, "model_fields", ()) for name, field in Config.model_fields.items()}
-    near = [f"{name}.{path[-1]}" for name, keys in sections.items() if path[-1] in keys and path[-1] != "name"]
-    near += difflib.get_close_matches(str(path[-1]), table.model_fields, 1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(table.model_fields)}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.lab.data_files import SHAPES, SPLITS, DataError, read_idx
+from jaxprune.lab.data_files import CLASSES, SHAPES, SPLITS, DataError, read_idx
 from jaxprune.lab.data_import import (
     import_folder,
     one_line,
@@ -25,10 +25,28 @@ from jaxprune.lab.data_import import (
     refuse_unknown,
 )
 
-__all__ = ["NAMES", "DataError", "Dataset", "import_folder", "load", "read_idx", "split_validation"]
+__all__ = [
+    "CLASSES",
+    "IMAGES",
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "import_folder",
+    "load",
+    "read_idx",
+    "split_validation",
+]
 
-NAMES = ("digits", *SHAPES)
-"""Every name `load` knows."""
+IMAGES = {"digits": (8, 8, 1), **SHAPES}
+"""Every name `load` knows, and height, width and channels of its images."""
+NAMES = tuple(IMAGES)
+
+LABELS = {
+    "fashion_mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                      "Ankle boot"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}  # fmt: skip
+"""Names of classes that are not digits."""
 
 _DIGITS_TRAIN = 1437
 

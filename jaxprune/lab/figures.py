@@ -28,7 +28,7 @@ _PANELS = {
     "pruned": ("After pruning", STAGE_COLOURS["pruned"]),
     "fine-tuned": ("After fine-tuning", STAGE_COLOURS["finetuned"]),
 }
-_TINTS = {"train": "#EAF2F8", "prune": "#FCEDE2", "finetune": "#E6F5EF"}
+_TINTS = {"train": "#EAF2F8", "prune": "#FCEDE2", "finetune": "#E6F5EF", "quantize": "#F6EDF3"}
 _TINT_NAMES = {"train": "train", "prune": "prune", "finetune": "fine-tune"}
 _INK, _EDGE, _RULE = "#3A3F44", "#9AA1A8", "#D5D9DD"
 _MOST_LEAVES = 80  # more bars than this make a picture taller than anybody scrolls

@@ -78,6 +78,21 @@ def from_arrays(arrays: dict[str, np.ndarray], like: Any) -> Any:
     return structure.unflatten([_as(leaf, array) for leaf, array in zip(like_leaves, found, strict=True)])
 
 
+def by_name(arrays: dict[str, np.ndarray], described: list[Leaf]) -> dict[str, np.ndarray]:
+    """Leaf name -> array, without a template: PRNG keys as their words, Python numbers as arrays.
+
+    Args:
+        arrays: the flat dict.
+        described: what `leaves` said of the tree.
+    """
+    found = {}
+    for leaf, key in zip(described, keys(described), strict=True):
+        is_key = leaf.dtype.startswith("key<")
+        array = arrays[key] if key else np.zeros(leaf.shape, "uint32" if is_key else leaf.dtype)
+        found[leaf.name] = array if is_key else array.view(leaf.dtype)
+    return found
+
+
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

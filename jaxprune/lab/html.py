@@ -7,10 +7,11 @@ up to all or down to none: 100 % is written only where it is exact.
 """
 
 import base64
-from collections.abc import Iterable
 from datetime import datetime
 from html import escape
 from typing import Any
+
+from jaxprune.lab import page
 
 Record = dict[str, Any]  # one JSON object
 _STAGES = {"dense": "Dense", "pruned": "Pruned", "finetuned": "Fine-tuned", "sparse": "Sparse"}
@@ -18,59 +19,9 @@ _CAPTIONS = {
     "weight_histograms": "Weights of the pruned leaves, all on the same axes; after pruning, zeros are left out.",
     "training_curve": "Accuracy over the steps of all stages, and beside it the sparsity of the pruned leaves.",
     "leaf_sparsity": "Share of every pruned leaf that was removed, with the weights left and the weights there.",
+    "storage": "Bytes of the model over the sparsity of its pruned leaves, zeros at random; dots: break-even.",
     "comparison": "Test accuracy of every run. Bars are one standard deviation over seeds.",
 }
-# the browser is told to load nothing, so a page that asks for something by mistake still does not get it
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style></head>
-<body><main>
-{body}
-</main></body></html>
-"""
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f8; --sheet: #fff; --ink: #1c2126; --soft: #59626b; --rule: #dde1e5;
-  --dense: #0072b2; --pruned: #b85100; --finetuned: #007a58; --sparse: #a04f85; --good: #00694d; --bad: #a83a00; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --sheet: #1e2327; --ink: #e8eaec; --soft: #a3acb5; --rule: #363d44;
-    --dense: #56b4e9; --pruned: #f08a3c; --finetuned: #35c79b; --sparse: #d78cbd; --good: #4fd6ab; --bad: #ff9a5c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 1rem; color: var(--soft); overflow-wrap: anywhere; } h1 code { font-weight: 400; }
-h2 { margin: 2.6rem 0 .8rem; font-size: 1.15rem; }
-.lead { margin: .35rem 0 .5rem; font-size: clamp(1.35rem, 3.6vw, 2rem); line-height: 1.25; font-weight: 650; }
-.soft, figcaption, .card small, th, dt { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11em, 1fr)); gap: .8rem; margin: 1.5rem 0 1rem }
-.card, .scroll, pre { background: var(--sheet); border: 1px solid var(--rule); border-radius: 8px; }
-.card { border-top: 4px solid var(--tone); padding: .8rem 1rem; } .card h3 { margin: 0; color: var(--tone); }
-.card b { display: block; font-size: 1.75rem; line-height: 1.3; } .card small { display: block; font-size: .85rem; }
-.verdict { border-left: 4px solid var(--tone); background: var(--sheet); padding: .7rem 1rem; margin: 0 0 1rem; }
-.verdict b { color: var(--tone); }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); } td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: min(9rem, 30vw); }
-tbody tr:last-child td { border-bottom: 0; } tr.total td { font-weight: 650; border-top: 2px solid var(--rule); }
-figure { margin: 1.4rem 0; } figcaption { margin-top: .5rem; font-size: .9rem; }
-.scroll { overflow-x: auto; } figure .scroll { background: #fff; padding: .8rem; }
-img { display: block; width: 100%; height: auto; min-width: 34rem; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1.2rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-pre { margin: 0; padding: .9rem 1rem; overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace; }
-@media (max-width: 30rem) {
-  main { padding: 1.4rem .9rem 3rem; } .cards { grid-template-columns: 1fr 1fr; gap: .6rem; }
-  .card { padding: .6rem .75rem; } .card b { font-size: 1.35rem; } dl { display: block; } dd { margin-bottom: .5rem; } }
-@media print {
-  body { font-size: 10.5pt; background: #fff; } main { max-width: none; padding: 0; } img { min-width: 0; }
-  .scroll { overflow: visible; } .cards { grid-template-columns: repeat(4, 1fr); } .card b { font-size: 1.3rem; }
-  table { font-size: 7.5pt; } th, td { padding: .2rem .3rem; } td:first-child { min-width: 5rem; }
-  pre { white-space: pre-wrap; } figure, .card, tr, .verdict { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
 
 
 def report_page(
@@ -86,23 +37,23 @@ def report_page(
     """
     body = [
         f"<h1>{escape(results['name'])} <code>{escape(results['hash'])}</code></h1>",
-        _lead(headline(results)),
+        page.lead(headline(results)),
         f'<p class="soft">{escape(_circumstances(results))}</p>',
         _cards(results),
         _verdict(results),
-        _list(_facts(results)),
+        page.pairs_list(_facts(results)),
         _figures(figures),
         "<h2>Leaves</h2>",
         _leaf_table(results["leaves"]),
         _stage_section(metrics),
         "<h2>Run it again</h2>",
-        _code(results["command"]),
+        page.code(results["command"]),
         "<h2>Resolved config</h2>",
-        _code(config_text),
+        page.code(config_text),
         "<h2>Versions and machine</h2>",
-        _list(machine.items()),
+        page.pairs_list(machine.items()),
     ]
-    return _page(f"{results['name']}: report", body)
+    return page.page(f"{results['name']}: report", body)
 
 
 def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
@@ -114,14 +65,14 @@ def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
     """
     body = [
         "<h1>Comparison of runs</h1>",
-        _lead(comparison_headline(results)),
+        page.lead(comparison_headline(results)),
         '<p class="soft">Accuracy on test data: mean ± standard deviation over seeds. Sparsity: of pruned leaves.</p>',
-        _table(_RUN_COLUMNS, _run_rows(results)),
+        page.table(_RUN_COLUMNS, _run_rows(results)),
         _figures(figures),
         "<h2>Run them again</h2>",
-        _code("\n".join(result["command"] for result in results)),
+        page.code("\n".join(result["command"] for result in results)),
     ]
-    return _page("Comparison of runs", body)
+    return page.page("Comparison of runs", body)
 
 
 def summary_text(results: Record) -> str:
@@ -145,7 +96,9 @@ def headline(results: Record) -> str:
     accuracy = dict(_accuracies(results))
     last = next((stage for stage in ("sparse", "finetuned", "pruned") if stage in accuracy), None)
     known = [f"{percent(accuracy[s]['mean'])} {_STAGES[s].lower()}" for s in ("dense", last) if s in accuracy]
-    return f"{removed} of the weights in the pruned leaves removed; accuracy {', '.join(known) or 'not measured'}."
+    text = f"{removed} of the weights in the pruned leaves removed; accuracy {', '.join(known) or 'not measured'}"
+    stored = results.get("artifact")
+    return f"{text}; the file is {_factor(stored['dense_bytes'], stored['bytes']['mean'])}." if stored else f"{text}."
 
 
 def comparison_headline(results: list[Record]) -> str:
@@ -216,33 +169,44 @@ def _circumstances(results: Record) -> str:
 def _facts(results: Record) -> list[tuple[str, str]]:
     sparse, seconds = results["sparse"], results["seconds"]["mean"]
     each = " for each seed" if len(results["seeds"]) > 1 else ""
+    stored = [("File", _file_text(results["artifact"]))] if "artifact" in results else []  # older runs have none
     return [
         ("Sparsity", f"{_with_deviation(results['sparsity'])} of the pruned leaves"),
         ("Overall", f"{_with_deviation(results['overall_sparsity'])} of all parameters"),
         ("Stored", f"{sparse['format']}, {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
+        *stored,
         ("Time", f"{seconds:,.1f} s{each}"),
     ]
 
 
+def _file_text(stored: Record) -> str:
+    how = "weights as they are" if stored["quantize"] == "none" else stored["quantize"]
+    size = f"{stored['bytes']['mean']:,.0f} bytes, {_factor(stored['dense_bytes'], stored['bytes']['mean'])} than dense"
+    return f"{how}, {size}; accuracy {_with_deviation(stored['accuracy'])}"
+
+
 def size_text(dense: int, sparse: int) -> str:
     """Say how many bytes became how many, and call larger what is larger."""
-    factor = ""
-    if 0 < dense != sparse > 0:
-        ratio = dense / sparse
-        factor = f": {ratio:.2f} times smaller" if ratio > 1 else f": {1 / ratio:.2f} times LARGER"
+    factor = f": {_factor(dense, sparse)}" if 0 < dense != sparse > 0 else ""
     return f"{dense:,} bytes dense, {sparse:,} bytes sparse{factor}"
 
 
-def _change(results: Record, stage: str) -> str:
-    """Write the distance of a stage from dense in percentage points, with its sign."""
-    accuracy = dict(_accuracies(results))
-    if stage == "dense" or not {"dense", stage} <= accuracy.keys():
+def _factor(dense: float, stored: float) -> str:
+    ratio = dense / stored
+    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times LARGER"
+
+
+def _change(results: Record, accuracy: Record | None) -> str:
+    """Write the distance of an accuracy from that of the dense model in percentage points, with its sign."""
+    dense = results["accuracy"].get("dense")
+    if not (dense and accuracy) or accuracy is dense:
         return ""
-    return f"{100 * (accuracy[stage]['mean'] - accuracy['dense']['mean']):+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * (accuracy['mean'] - dense['mean']):+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 _RUN_COLUMNS = ("Run", "Data", "Sparsity", "Dense, %", "Pruned, %", "Fine-tuned, %", "Sparse, %",
-                "Sparse minus dense, points", "Sparse = masked", "Bytes of dense", "Seeds", "Config")  # fmt: skip
+                "Sparse minus dense, points", "Sparse = masked", "Bytes of dense", "File, %", "File, times smaller",
+                "Seeds", "Config")  # fmt: skip
 
 
 def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
@@ -255,8 +219,13 @@ def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
         agrees = "yes" if agreement_text(result)[0] else "NO" if sparse["agreement"]["values"] else "not compared"
         share = percent(sparse["bytes"] / sparse["dense_bytes"]) if sparse["dense_bytes"] else "-"
         start = (result["name"], result["dataset"]["name"], percent(result["sparsity"]["mean"]))
-        rows.append((*start, *cells, _change(result, "sparse") or "-", agrees, share, seeds, result["hash"]))
+        change, stored = _change(result, accuracy.get("sparse")) or "-", _file_cells(result.get("artifact"))
+        rows.append((*start, *cells, change, agrees, share, *stored, seeds, result["hash"]))
     return rows
+
+
+def _file_cells(stored: Record | None) -> tuple[str, str]:
+    return (_with_deviation(stored["accuracy"]).removesuffix(" %"), f"{stored['ratio']:.1f}") if stored else ("-", "-")
 
 
 def _markdown_cell(text: str) -> str:
@@ -266,26 +235,24 @@ def _markdown_cell(text: str) -> str:
     return escape(" ".join(text.split()), quote=False)
 
 
-def _page(title: str, body: list[str]) -> str:
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
-
-
-def _lead(text: str) -> str:
-    return f'<p class="lead">{escape(text).replace(" %", "&nbsp;%")}</p>'
-
-
 def _cards(results: Record) -> str:
-    cards = []
-    for stage, accuracy in _accuracies(results):
-        many = len(accuracy["values"]) > 1
-        spread = f"± {100 * accuracy['std']:.2f} over {len(accuracy['values'])} seeds" if many else "one seed"
-        change = _change(results, stage)
-        cards.append(
-            f'<div class="card" style="--tone: var(--{stage})"><h3>{_STAGES[stage]}</h3>'
-            f"<b>{percent(accuracy['mean'], 2)}</b><small>{spread}</small>"
-            f"<small>{f'{change} points from dense' if change else 'accuracy on test data'}</small></div>"
-        )
+    cards = [
+        _card(stage, _STAGES[stage], accuracy, _change(results, accuracy)) for stage, accuracy in _accuracies(results)
+    ]
+    if stored := results.get("artifact"):
+        title = f"File, {_factor(stored['dense_bytes'], stored['bytes']['mean'])}"
+        cards.append(_card("artifact", title, stored["accuracy"], _change(results, stored["accuracy"])))
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(tone: str, title: str, accuracy: Record, change: str) -> str:
+    many = len(accuracy["values"]) > 1
+    spread = f"± {100 * accuracy['std']:.2f} over {len(accuracy['values'])} seeds" if many else "one seed"
+    return (
+        f'<div class="card" style="--tone: var(--{tone})"><h3>{title}</h3>'
+        f"<b>{percent(accuracy['mean'], 2)}</b><small>{spread}</small>"
+        f"<small>{f'{change} points from dense' if change else 'accuracy on test data'}</small></div>"
+    )
 
 
 def _verdict(results: Record) -> str:
@@ -307,7 +274,7 @@ def _leaf_table(leaves: list[Record]) -> str:
     weights, nnz, dense, sparse = (sum(leaf[k] for leaf in leaves) for k in ("weights", "nnz", "bytes", "sparse_bytes"))
     gone = percent(1 - nnz / weights) if weights else "-"
     total = (f"{len(leaves)} leaves", "", f"{weights:,}", f"{nnz:,}", gone, f"{dense:,}", f"{sparse:,}")
-    return _table(("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse"), rows, total)
+    return page.table(("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse"), rows, total)
 
 
 def _stage_section(metrics: list[Record]) -> str:
@@ -320,16 +287,7 @@ def _stage_section(metrics: list[Record]) -> str:
         cells = ["-" if record.get(key) is None else percent(record[key], 2) for key in shares]
         name = stage.replace("finetune", "fine-tune")
         rows.append((name, str(seed), f"{record['step']:,}", f"{record['loss']:.4g}", *cells))
-    return f"<h2>At the end of each stage</h2>\n{_table(columns, rows)}" if rows else ""
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] = ()) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    last = "".join(f"<td>{escape(cell)}</td>" for cell in total)
-    body += f'<tr class="total">{last}</tr>' if last else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h2>At the end of each stage</h2>\n{page.table(columns, rows)}" if rows else ""
 
 
 def _figures(figures: dict[str, bytes]) -> str:
@@ -340,11 +298,3 @@ def _figures(figures: dict[str, bytes]) -> str:
         image_tag = f'<div class="scroll"><img src="{source}" alt="{caption}"></div>'
         parts.append(f"<figure>{image_tag}<figcaption>{caption}</figcaption></figure>")
     return "\n".join(parts)
-
-
-def _list(pairs: Iterable[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>' for k, v in pairs)}</dl>"
-
-
-def _code(text: str) -> str:
-    return f"<pre><code>{escape(text)}</code></pre>"

@@ -10,10 +10,11 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.lab import config as cfg
 from jaxprune.lab import data, figures, files, html, train
+from jaxprune.lab.storage_figure import storage
 from jaxprune.types import Masks, Params
 
 MODELS = ("dense", "pruned", "finetuned", "sparse")
-FIGURES = ("weight_histograms", "training_curve", "leaf_sparsity")
+FIGURES = ("weight_histograms", "training_curve", "leaf_sparsity", "storage")
 
 
 def results(
@@ -51,8 +52,21 @@ def results(
             "bytes": seeds[0]["bytes"],
             "dense_bytes": seeds[0]["dense_bytes"],
         },
+        "artifact": _artifact(config, [seed["artifact"] for seed in seeds]),
         "leaves": seeds[0]["leaves"],
         "seconds": spread([seed["seconds"] for seed in seeds]),
+    }
+
+
+def _artifact(config: cfg.Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the files of the seeds came to; `ratio` is that of dense bytes to the mean of a whole file."""
+    stored = spread([seed["bytes"] for seed in seeds])
+    return {
+        "quantize": config.store.quantize,
+        "bytes": stored,
+        "dense_bytes": seeds[0]["dense_bytes"],
+        "ratio": seeds[0]["dense_bytes"] / stored["mean"],
+        "accuracy": spread([seed["accuracy"] for seed in seeds]),
     }
 
 
@@ -81,6 +95,7 @@ def make_figures(
         "weight_histograms": figures.weight_histograms(weights, threshold),
         "training_curve": figures.training_curve(metrics),
         "leaf_sparsity": figures.leaf_sparsity(summary["leaves"]),
+        "storage": storage(summary["leaves"], summary["artifact"], summary["sparsity"]["mean"]),
     }
     return {name: figures.png(figure) for name, figure in drawn.items()}
 

@@ -4,7 +4,8 @@
         config.toml                  the resolved config
         machine.json                 versions and machine
         metrics.jsonl                one line per seed, stage and epoch
-        seed_0/{train,prune,finetune}/   checkpoints; the last of a stage is the stage's result
+        seed_0/{train,prune,finetune,quantize}/   checkpoints; the last of a stage is the stage's result
+        seed_0/model.jaxprune        the fine-tuned model, stored as [store] says
         seed_0/result.json           what one seed came to
         figures/*.png  results.json  report.html
 
@@ -26,12 +27,14 @@ import optax
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import build, data, files, machine, models, train
+from jaxprune.lab import build, data, files, machine, models, store, train
 from jaxprune.lab import config as cfg
+from jaxprune.storage.quantize import dequantize
+from jaxprune.storage.sharing import reshare, share_weights
 from jaxprune.types import Masks, Params
 
 TAYLOR_SAMPLES = 2048  # of the training data, for one-shot criteria that look at gradients
-STAGES = ("train", "prune", "finetune")
+STAGES = ("train", "prune", "finetune", "quantize")
 
 
 class RunError(ValueError):
@@ -52,12 +55,13 @@ class Watcher:
 
 
 class SeedRun(NamedTuple):
-    """The three models a seed comes to; params and masks as arrays, the network's function."""
+    """The models a seed comes to, params and masks as arrays, `quantized` as [store] says; the network's function."""
 
     network: models.Network
     dense: Params
     pruned: Params
     finetuned: Params
+    quantized: Any
     masks: Masks
     records: list[dict[str, Any]]
 
@@ -113,7 +117,7 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher)
 def run_seed(
     config: cfg.Config, seed: int, dataset: data.Dataset, folder: Path, watcher: Watcher, before: list[dict[str, Any]]
 ) -> SeedRun:
-    """Train, prune, fine-tune with one seed.
+    """Train, prune, fine-tune and quantize with one seed.
 
     Args:
         config: the experiment.
@@ -131,7 +135,8 @@ def run_seed(
     dense = stages.trained()
     pruned, masks = stages.pruned(dense)
     finetuned = stages.finetuned(pruned, masks)
-    return SeedRun(network, dense, pruned, finetuned, masks, log.records)
+    quantized = stages.quantized(finetuned, masks)
+    return SeedRun(network, dense, pruned, finetuned, quantized, masks, log.records)
 
 
 def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[models.Network, dict[str, Any]]:
@@ -141,7 +146,7 @@ def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[mode
 
 
 class _SeedStages:
-    """The three stages of one seed; what they have in common, and nothing that changes."""
+    """The stages of one seed; what they have in common, and nothing that changes."""
 
     def __init__(
         self, config: cfg.Config, seed: int, network: models.Network, held_in: data.Dataset,
@@ -179,6 +184,16 @@ class _SeedStages:
         steps = phase.duration.steps(self._per_epoch(phase))
         tx = optax.chain(build.optimizer(phase, steps), jp.keep_params_sparse(masks))
         return self._run("finetune", phase, tx, steps, pruned).params
+
+    def quantized(self, finetuned: Params, masks: Masks) -> Any:
+        """Params as they are stored; the values that weights share are trained first."""
+        phase = self.config.store
+        quantized = store.quantize(phase, finetuned, masks)
+        if phase.quantize != "codebook":
+            return quantized
+        steps = phase.duration.steps(self._per_epoch(phase))
+        tx = optax.chain(share_weights(quantized), build.optimizer(phase, steps), jp.keep_params_sparse(masks))
+        return reshare(quantized, self._run("quantize", phase, tx, steps, dequantize(quantized)).params)
 
     def _one_shot(self, dense: Params) -> Masks:
         prune, rows = self.config.prune, jnp.arange(min(TAYLOR_SAMPLES, self.samples.labels.shape[0]))
@@ -253,7 +268,7 @@ class _MetricsLog:
 
 
 def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: SeedRun, folder: Path) -> dict[str, Any]:
-    """Accuracies on the test data, dense, pruned, fine-tuned and sparse; written to seed_N/result.json too."""
+    """Accuracies on the test data, dense, pruned, fine-tuned, sparse and stored; written to seed_N/result.json too."""
     test = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
     apply = jax.jit(done.network.apply)
     classes = {
@@ -262,6 +277,10 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     }
     stored = jp.sparse.compress(done.finetuned, format=config.sparse.format, unsupported="dense")
     classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), stored, test)
+    path, sparsity = folder / f"seed_{seed}" / "model.jaxprune", train.sparsity(done.masks)
+    accuracy = train.accuracy(train.predict(apply, dequantize(done.quantized), test), test)
+    about = store.identity(config, seed) | {"sparsity": round(sparsity, 6), "accuracy": round(accuracy, 6)}
+    store.write(path, config.store, done.quantized, done.masks, about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     stored_leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda x: isinstance(x, jp.sparse.SparseWeight))
     bytes_of = {tree.leaf_name(path): jp.sparse.nbytes(leaf) for path, leaf in stored_leaves}
@@ -269,12 +288,13 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "seed": seed,
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
         "agreement": int(np.sum(classes["sparse"] == classes["finetuned"])) / len(classes["sparse"]),
-        "sparsity": train.sparsity(done.masks),
+        "sparsity": sparsity,
         "seconds": sum(_last_of_stages(done.records)),
         "overall_sparsity": table["total"]["sparsity"],
         "leaves": [{**leaf, "sparse_bytes": bytes_of[leaf["name"]]} for leaf in table["leaves"]],
         "bytes": sum(bytes_of.values()),
         "dense_bytes": table["total"]["bytes"],
+        "artifact": store.measure(path, apply, done.finetuned, test),
     }
     files.write_text(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
     return result

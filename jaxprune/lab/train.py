@@ -72,7 +72,7 @@ class Stage:
     """A stretch of training.
 
     Attributes:
-        name: "train", "prune" or "finetune".
+        name: "train", "prune", "finetune" or "quantize".
         tx: the optimizer.
         steps: how many steps.
         batch_size: samples a step.
@@ -266,8 +266,9 @@ def _stops(now: int, stage: Stage) -> Iterator[int]:
 
 def _refuse_bad_step(stage: Stage, tally: Tally) -> None:
     if (bad := int(tally.bad_step)) >= 0:
+        section = {"prune": "train", "quantize": "store"}.get(stage.name, stage.name)
         raise TrainingError(
-            f"The loss is not finite at step {bad + 1} of stage {stage.name!r}. Lower {stage.name}.learning_rate; "
+            f"The loss is not finite at step {bad + 1} of stage {stage.name!r}. Lower {section}.learning_rate; "
             "the checkpoint before it is kept."
         )
 

@@ -64,14 +64,26 @@ def compress(
                 f"`jit`, `grad` and `vmap`; the compressed params are then an argument of the jitted function."
             )
         format = FORMATS[formats[name]]
-        if _has_form(name, leaf, format, layout, unsupported):
+        if has_form(name, leaf, format, layout, unsupported):
             return _compress_leaf(name, leaf, format, layout)
         return leaf
 
     return tree.map_named(one, params)
 
 
-def _has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
+def has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
+    """Whether a leaf becomes a weight of this format.
+
+    Args:
+        name: of the leaf.
+        leaf: in host memory.
+        format: a class of `FORMATS`.
+        layout: see `compress`.
+        unsupported: likewise.
+
+    Raises:
+        ValueError: it does not, and `unsupported` is "refuse".
+    """
     axes = layout.axes(name, leaf.shape)
     convolution = bool(axes.spatial)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1

@@ -194,6 +194,7 @@ class SparseWeight(quax.ArrayValue):
         # Set, not add as `todense` does: an addition on CPU flushes subnormal weights to zero.
         return zeros.at[rows, cols].set(self.values, unique_indices=True)
 
+    @jax.jit  # one program a leaf, not one a step
     def decompress(self) -> Float[Array, "*axes"]:
         """The leaf as a dense array, bit for bit, except that a -0.0 comes back as 0.0."""
         if self.outputs_last:

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, checkpoint, data_files, train
+from jaxprune.lab import build, checkpoint, data, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.models.zoo import Network, of_config
-
-IMAGES = {"digits": (8, 8, 1), **data_files.SHAPES}
 
 
 def of_run(folder: Path) -> Network:
@@ -30,7 +28,7 @@ def of_run(folder: Path) -> Network:
         raise ValueError(f"{folder} {state}: it has no results.json.")
     config = cfg.load(folder / "config.toml")
     network = of_config(
-        config.name, config.model, IMAGES[config.data.name], data_files.CLASSES, jax.random.key(config.seeds[0])
+        config.name, config.model, data.IMAGES[config.data.name], data.CLASSES, jax.random.key(config.seeds[0])
     )
     found, _ = checkpoint.restore_latest(
         folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)

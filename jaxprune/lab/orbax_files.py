@@ -1,0 +1,76 @@
+"""Orbax, imported on first use and kept from printing; trees of arrays to and from its own folders."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Orbax from printing: what goes wrong is raised, and then told in one line."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
+
+    def drop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    try:
+        sys.unraisablehook = drop
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[tuple[Any, Any]]:
+    """Orbax, imported on first use (0.3 s), and a synchronous checkpointer."""
+    import orbax.checkpoint as ocp
+
+    # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        yield ocp, checkpointer
+
+
+def read_tree(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Arrays of a PyTree checkpoint as Orbax writes it, in dicts and lists, and its own metadata.
+
+    Raises:
+        ValueError: it is no such folder, or damaged.
+    """
+    try:
+        with quiet(), opened() as (ocp, checkpointer):
+            described = checkpointer.metadata(folder.absolute()).item_metadata
+            if described is None:
+                raise ValueError("it has no PyTree")
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described.tree)
+            arrays = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            return arrays, dict(described.custom_metadata or {})
+    except Exception as error:  # Orbax and TensorStore have many of their own
+        raise ValueError(f"{folder} is no checkpoint that Orbax can read: {type(error).__name__}: {error}") from error
+
+
+def write_tree(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
+    """A PyTree checkpoint as Orbax reads it.
+
+    Raises:
+        ValueError: the folder is there already; an array has no elements, which Orbax does not save.
+        OSError: it cannot be written.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already. Delete it, or choose another folder.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not leaf.size:
+            raise ValueError(f"Orbax saves no arrays without elements: {jax.tree_util.keystr(path)} {leaf.shape}.")
+    with quiet(), opened() as (ocp, checkpointer):
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, custom_metadata=metadata))

@@ -1,0 +1,100 @@
+"""Paths: how the keys that lead to a leaf stand in a file, and trees made of them again.
+
+"name"          a key of a dict, or an attribute
+3               an index of a list
+["tuple", 3]    an index of a tuple              ["key", 3]    a key of a dict that is a number
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+
+from jaxprune import tree
+from jaxprune.storage.records import RecordError
+
+Keys = tuple[Any, ...]
+
+
+def flattened(params: Any) -> dict[str, tuple[Keys, Any]]:
+    """Leaf name -> (its keys, the leaf).
+
+    Raises:
+        ValueError: two leaves have the same name.
+    """
+    names = tree.named_leaves(params)  # refuses doubles
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {name: (_keys(params, path), leaf) for (name, leaf), path in zip(names.items(), paths, strict=True)}
+
+
+def _keys(node: Any, path: tuple[Any, ...]) -> Keys:
+    keys = []
+    for key in path:
+        match key:
+            case SequenceKey(idx=index):
+                keys.append(("tuple", index) if type(node) is tuple else index)
+            case DictKey(key=number) | FlattenedIndexKey(key=number) if type(number) is int:
+                keys.append(("key", number))
+            case _:
+                keys.append(keystr((key,), simple=True))
+        node = _child(node, key)
+    return tuple(keys)
+
+
+def _child(node: Any, key: Any) -> Any:
+    """What stands there, if it is a plain container's; only whether it is a tuple will be asked."""
+    match key:
+        case SequenceKey(idx=index) if isinstance(node, list | tuple):
+            return node[index]
+        case DictKey(key=name) if isinstance(node, Mapping):
+            return node[name]
+        case GetAttrKey(name=name):  # of named tuples; others are asked for no property, which may warn
+            return getattr(node, name) if isinstance(node, tuple) else getattr(node, "__dict__", {}).get(name)
+    return None
+
+
+def check(keys: Keys, name: str) -> None:
+    """Refuse keys that mean nothing, or not this leaf.
+
+    Raises:
+        RecordError: such keys.
+    """
+    if len(keys) > 100:
+        raise RecordError(f"its path has {len(keys)} keys, 100 are the most")
+    for key in keys:
+        kind, index = key if type(key) is tuple and len(key) == 2 else ("list", key)
+        counts = type(index) is int and (kind == "key" or (kind in ("list", "tuple") and 0 <= index < 2**31))
+        if type(key) is not str and not counts:
+            raise RecordError(f"its path has the key {str(key)[:50]}")
+    plain = [str(key[1] if type(key) is tuple else key) for key in keys]
+    unwrapped = plain[:-1] if plain[-1:] == ["value"] else plain  # Flax NNX's Variables, see `jaxprune.tree`
+    if name not in ("/".join(plain), "/".join(unwrapped)):
+        raise RecordError(f"its path {'/'.join(plain)[:200]!r} is not its name")
+
+
+def nested(leaves: Mapping[Keys, Any]) -> Any:
+    """The tree with these leaves.
+
+    Raises:
+        RecordError: keys that cannot belong to one tree.
+    """
+    if list(leaves) == [()]:
+        return leaves[()]
+    children: dict[Any, dict[Keys, Any]] = {}
+    for keys, leaf in leaves.items():
+        if not keys:
+            raise RecordError("a leaf stands where others have a branch")
+        children.setdefault(keys[0], {})[keys[1:]] = leaf
+    kinds = {
+        "list" if type(key) is int else key[0] if type(key) is tuple and key[0] == "tuple" else "dict"
+        for key in children
+    }
+    if len(kinds) > 1:
+        raise RecordError(f"leaves of {' and a '.join(sorted(kinds))} stand in one place")
+    made = {key[1] if type(key) is tuple else key: nested(child) for key, child in children.items()}
+    # Lists with gaps come from trees some of whose entries hold no arrays: those stay dicts.
+    if kinds <= {"dict"} or sorted(made) != list(range(len(made))):
+        return made
+    items = [made[i] for i in range(len(made))]
+    return items if kinds == {"list"} else tuple(items)

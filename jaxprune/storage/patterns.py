@@ -1,0 +1,165 @@
+r"""Patterns: which weights of a tensor are stored, and how that is written down.
+
+    encode : alive -> streams of bytes          places : streams -> index of the stored weights in the flat tensor
+
+    pattern     bytes, for n weights of which k are alive, each of b bytes                 stores
+    dense       n b                                                                        all
+    bitmask     n / 8 + k b                                                                those alive
+    csr16       4 rows + (2 + b) k           rows of the last axis; csr32: 4 bytes         those alive
+    gapsW       W codes / 8 + k b            codes = sum_i (gap_i div (2^W - 1) + 1)       those alive
+    nmN:M@A     runs N (log2(M) / 8 + b)     runs of M along axis A                        N of every run
+    blockRxC    tiles / 8 + live R C b       tiles of the last two axes' matrix            whole tiles
+
+`CSR` and `Gaps` are in `jaxprune.storage.positions`, `NM` and `Block` in `structured`. Each byte count is rounded up. A
+gap is the number of dead weights before a living one; a code of 2^W - 1 stands for that many dead weights and no living
+one (Han et al. 2016, arXiv:1510.00149, pads with zero weights instead). Tensors are flat in C order; a matrix has all
+axes but the last as its rows.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxprune.storage.bits import packed_size, unpack
+
+Shape: TypeAlias = tuple[int, ...]
+Streams: TypeAlias = dict[str, np.ndarray]
+Index: TypeAlias = Any
+"""A slice, a mask or positions in the flat tensor."""
+Places: TypeAlias = Iterator[Int[np.ndarray, " some"]]
+
+RUN = 2**15
+"""Weights that are placed at a time: their positions are to take little memory beside the tensor."""
+
+
+class PatternError(ValueError):
+    """Streams that describe no pattern of this shape."""
+
+
+class Pattern(abc.ABC):
+    """One way to write down which weights are stored."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The one that `jaxprune.storage.encodings.pattern_of` reads."""
+
+    def misfit(self, shape: Shape) -> str:
+        """Why no tensor of this shape has such a pattern; "" if one may."""
+        return ""
+
+    def why_not(self, alive: Bool[np.ndarray, "..."]) -> str:
+        """Why these weights have no such pattern; "" if they have."""
+        return self.misfit(alive.shape)
+
+    @abc.abstractmethod
+    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
+        """(bytes of the streams, weights stored), without making them."""
+
+    @abc.abstractmethod
+    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+        """The streams, each an array of bytes or of little-endian integers."""
+
+    def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
+        """Which of the flat weights are stored, in their order."""
+        return alive.reshape(-1)
+
+    @abc.abstractmethod
+    def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
+        """Stream -> its bytes for so many weights stored; of gaps, at most.
+
+        Args:
+            shape: one without `misfit`.
+            slots: weights stored.
+
+        Raises:
+            PatternError: so many cannot be stored.
+        """
+
+    @abc.abstractmethod
+    def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
+        """Which of the flat weights are stored, in their order, about `RUN` at a time.
+
+        Args:
+            streams: of the lengths that `stream_bytes` says.
+            shape: one without `misfit`.
+            slots: weights stored; whether there are so many places is for the caller to see.
+
+        Raises:
+            PatternError: positions doubled or outside the tensor.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Pattern):
+    """Every weight."""
+
+    @property
+    def name(self) -> str:
+        """See `Pattern.name`."""
+        return "dense"
+
+    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
+        """See `Pattern.sizes`."""
+        return 0, alive.size
+
+    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+        """See `Pattern.encode`."""
+        return {}
+
+    def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
+        """See `Pattern.stored`."""
+        return slice(None)
+
+    def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
+        """See `Pattern.stream_bytes`."""
+        check(slots == math.prod(shape), f"{slots} weights are stored of {math.prod(shape)}")
+        return {}
+
+    def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
+        """See `Pattern.places`."""
+        for first, last in runs(slots):
+            yield np.arange(first, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bitmask(Pattern):
+    """A bit for every weight."""
+
+    @property
+    def name(self) -> str:
+        """See `Pattern.name`."""
+        return "bitmask"
+
+    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
+        """See `Pattern.sizes`."""
+        return packed_size(alive.size, 1), int(np.count_nonzero(alive))
+
+    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+        """See `Pattern.encode`."""
+        return {"mask": np.packbits(alive)}
+
+    def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
+        """See `Pattern.stream_bytes`."""
+        return {"mask": packed_size(math.prod(shape), 1)}
+
+    def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
+        """See `Pattern.places`."""
+        for first, last in runs(math.prod(shape)):
+            yield first + np.flatnonzero(unpack(streams["mask"], 1, first, last))
+
+
+def runs(count: int) -> Iterator[tuple[int, int]]:
+    """First and last of so many items, `RUN` at a time."""
+    return ((first, min(first + RUN, count)) for first in range(0, count, RUN))
+
+
+def check(holds: bool, otherwise: str) -> None:
+    """Raises PatternError unless it holds."""
+    if not holds:
+        raise PatternError(otherwise)

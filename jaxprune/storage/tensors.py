@@ -1,0 +1,209 @@
+"""One tensor: from an array and its mask to a record and bytes, and back to whatever is asked for.
+
+encode(path, leaf, mask, "auto")  ->  record, bytes
+Stored(record, bytes)             ->  .array()  .mask()  .leaf()  .nonzeros()
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Int8, Shaped, UInt8
+
+from jaxprune.storage import records, streams, values
+from jaxprune.storage.encodings import pattern_of, smallest, stores_just
+from jaxprune.storage.patterns import Bitmask, Pattern, PatternError
+from jaxprune.storage.positions import Gaps
+from jaxprune.storage.quantize import Affine, Codebook
+from jaxprune.storage.records import Part, Record, RecordError
+from jaxprune.storage.streams import Stream
+from jaxprune.storage.values import Leaf
+
+
+def encode(
+    path: tuple[Any, ...], leaf: Leaf, mask: Bool[np.ndarray, "..."] | None, encoding: str, *, deflate: bool
+) -> tuple[Record, bytes]:
+    """A record and the bytes that go with it.
+
+    Args:
+        path: keys, as they stand in the file.
+        leaf: an array in host memory, or a quantized one.
+        mask: which weights are alive; None: a quantized leaf knows, of an array those whose bits are not all zero.
+        encoding: a name, or "auto".
+        deflate: whether streams may be deflated.
+
+    Raises:
+        PatternError: no such encoding, one that these weights do not have or that would lose the mask, or a dead weight
+            that is not zero.
+    """
+    quantized = not isinstance(leaf, np.ndarray)
+    living = leaf.alive if quantized else nonzero(leaf)
+    alive = living if mask is None else mask
+    if quantized and not np.array_equal(alive, living):
+        raise PatternError("it was quantized with another mask. Quantize with the masks that you save")
+    if (living & ~alive).any():
+        raise PatternError("a weight that the mask has dead is not zero, and would be lost. Call `apply_masks` first")
+    exact = quantized or not np.array_equal(alive, living)
+    if encoding != "auto":
+        return _in_pattern(path, leaf, alive, _usable(encoding, alive, exact), deflate)
+    found = smallest(alive, values.bits_of(leaf), exact=exact)
+    # Which is the smallest once it is deflated cannot be told beforehand; these two deflate best.
+    tried: dict[Pattern, None] = dict.fromkeys([found, *([Bitmask(), Gaps(8)] if deflate else [])])
+    return min((_in_pattern(path, leaf, alive, one, deflate) for one in tried), key=lambda made: len(made[1]))
+
+
+def nonzero(array: Shaped[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
+    """Where the bits are not all zero: a file brings a -0.0 back, so it is a weight like any other here."""
+    return np.asarray(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape) != 0)
+
+
+def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
+    pattern = pattern_of(encoding)
+    if why_not := pattern.why_not(alive):
+        raise PatternError(f"it cannot be encoded as {encoding!r}: {why_not}. Choose another, or 'auto'")
+    if exact and not stores_just(pattern, alive):
+        raise PatternError(
+            f"{encoding!r} stores dead weights beside the living ones and would lose the mask, since a living weight "
+            'is zero here, or weights are quantized. Choose "auto", "bitmask", "csr16" or "gaps5"'
+        )
+    return pattern
+
+
+def _in_pattern(
+    path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool
+) -> tuple[Record, bytes]:
+    code: Callable[[np.ndarray], Stream] = streams.shortest if deflate else streams.as_it_is
+    made = {name: code(items) for name, items in pattern.encode(alive).items()}
+    made |= values.encode(leaf, pattern.stored(alive), deflate=deflate)
+    blob, count = b"".join(stream.data for stream in made.values()), pattern.sizes(alive)[1]
+    record = Record(
+        path=path,
+        shape=alive.shape,
+        dtype=leaf.dtype.name,
+        encoding=pattern.name,
+        values=values.kind_of(leaf),
+        count=count,
+        alive="stored" if count == np.count_nonzero(alive) else "nonzero",
+        parts=tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in made.items()),
+        scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
+        crc32=zlib.crc32(blob),
+    )
+    if record.inflated_bytes > record.dense_bytes:  # which a reader refuses
+        return _in_pattern(path, leaf, alive, pattern, False)
+    records.check(record, len(blob))
+    return record, blob
+
+
+class Stored:
+    """A tensor out of a file, decoded as far as is asked for.
+
+    Beside what it hands out and the bytes of the file it takes at most the bytes of the dense tensor, and those for
+    some thousand weights.
+
+    Attributes:
+        record: one that passed `records.check`.
+
+    Raises:
+        RecordError: other bytes than were written.
+        PatternError, StreamError, ValuesError: bytes that mean nothing; from any method.
+    """
+
+    def __init__(self, record: Record, blob: bytes | memoryview) -> None:
+        if len(blob) != record.stored_bytes:
+            raise RecordError(f"{len(blob)} bytes were read of its {record.stored_bytes}")
+        if record.crc32 not in (None, zlib.crc32(blob)):
+            raise RecordError("its bytes are not those that were written: the checksum differs")
+        self.record = record
+        self._streams, at, whole = {}, 0, memoryview(blob)
+        for part in record.parts:
+            self._streams[part.name] = streams.decoded(Stream(part.coder, whole[at : at + part.stored], part.size))
+            at += part.stored
+        values.check(record.values, record.dtype, self._streams, side_by_side=record.side_by_side)
+
+    def array(self) -> Shaped[np.ndarray, "..."]:
+        """The dense weight, bit for bit; of a quantized one what its codes mean."""
+        if (self.record.encoding, self.record.values) == ("dense", "raw"):
+            return self._streams["values"].view(self._dtype).reshape(self.record.shape)
+        whole = np.zeros(math.prod(self.record.shape), self._dtype)
+        for places, found in self._weights():
+            whole[places] = found
+        return whole.reshape(self.record.shape)
+
+    def mask(self) -> Bool[np.ndarray, "..."]:
+        """Which weights are alive."""
+        whole = np.zeros(math.prod(self.record.shape), bool)
+        for places, found in self._runs():
+            whole[places] = nonzero(found) if self.record.alive == "nonzero" else True
+        return whole.reshape(self.record.shape)
+
+    def leaf(self) -> Leaf:
+        """The leaf that was saved: an array, or a quantized one; codes of dead weights are those of 0."""
+        if self.record.values == "raw":
+            return self.array()
+        whole = np.zeros(self.record.shape, np.uint8)
+        if self.record.values.startswith("int"):
+            whole += self._zero.view(np.uint8) + np.uint8(self._half)
+        flat = whole.reshape(-1)
+        for places, found in self._runs():
+            flat[places] = found
+        return self._quantized(whole, self.mask())
+
+    def nonzeros(self) -> tuple[Int[np.ndarray, " nnz"], Shaped[np.ndarray, " nnz"]]:
+        """Positions in the flat tensor, ascending, and values of what is not zero; nothing dense is made."""
+        runs = [(np.zeros(0, np.int64), np.zeros(0, self._dtype))]
+        runs += [(places[kept], found[kept]) for places, found in self._weights() if (kept := nonzero(found)).any()]
+        positions, found = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+        order = np.argsort(positions, kind="stable")
+        return positions[order], found[order]
+
+    def _runs(self) -> Iterator[tuple[Int[np.ndarray, " some"], np.ndarray]]:
+        """Positions in the flat tensor with what is stored for them, weights or codes, some thousand at a time."""
+        record, at = self.record, 0
+        for places in record.pattern.places(self._streams, record.shape, record.count):
+            end = at + len(places)
+            if end > record.count:
+                break
+            kind = (record.values, record.dtype)
+            yield places, values.some(*kind, self._streams, at, end, side_by_side=record.side_by_side)
+            at = end
+        if at != record.count:
+            raise PatternError(f"it has not as many places as weights, which are {record.count}")
+
+    def _weights(self) -> Iterator[tuple[Int[np.ndarray, " some"], Shaped[np.ndarray, " some"]]]:
+        """Like `_runs`, the meaning of codes in their stead."""
+        if self.record.values == "raw":
+            yield from self._runs()
+            return
+        for places, codes in self._runs():
+            leaf = self._quantized(codes, np.ones(len(codes), bool))
+            if isinstance(leaf, Affine) and leaf.scale.ndim:
+                at = np.unravel_index(places, self.record.shape)
+                at = tuple(one * (size > 1) for one, size in zip(at, leaf.scale.shape, strict=True))
+                leaf = dataclasses.replace(leaf, scale=leaf.scale[at], zero=leaf.zero[at])
+            with np.errstate(all="ignore"):  # what is too large becomes infinite here, in a foreign file
+                yield places, leaf.dequantize()
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return values.DTYPES[self.record.dtype]
+
+    @property
+    def _half(self) -> int:
+        return 2 ** (int(self.record.values[-1]) - 1)
+
+    @functools.cached_property
+    def _zero(self) -> Int8[np.ndarray, "..."]:
+        shape = self.record.scale_shape
+        return self._streams.get("zero", np.zeros(math.prod(shape), np.uint8)).view(np.int8).reshape(shape)
+
+    def _quantized(self, codes: UInt8[np.ndarray, "..."], alive: Bool[np.ndarray, "..."]) -> Affine | Codebook:
+        bits = int(self.record.values[-1])
+        if self.record.values.startswith("codebook"):
+            return Codebook(codes=codes, values=self._streams["table"].view(self._dtype), bits=bits, alive=alive)
+        scale = self._streams["scale"].view("<f4").reshape(self.record.scale_shape)
+        signed = np.asarray(codes - np.uint8(self._half)).view(np.int8)
+        return Affine(codes=signed, scale=scale, zero=self._zero, bits=bits, alive=alive, dtype=self._dtype)
