@@ -321,6 +321,27 @@ def test_streams_of_any_length(dtype, count):
         assert bits_of(streams.decoded(made)) == bits_of(items.view(np.uint8))
 
 
+@pytest.mark.parametrize("size", [0, 100, 2**16, 100_000, 2**18])
+@pytest.mark.parametrize("more", [1, 50, 2**17])
+def test_bytes_behind_a_deflated_stream(size, more):
+    made = streams.deflated(np.zeros(size, np.uint8))
+    with pytest.raises(streams.StreamError, match="something stands behind"):
+        streams.decoded(made._replace(data=made.data + bytes(more)))
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**18])
+def test_deflated_streams_of_another_length(size):
+    made = streams.deflated(np.arange(size).astype(np.uint8))
+    for data, declared, match in (
+        (made.data[:-1], size, "cut off"),
+        (made.data, size - 1, "more than|not"),
+        (made.data, size + 1, "not"),
+        (b"\xff" + made.data, size, "damaged"),
+    ):
+        with pytest.raises(streams.StreamError, match=match):
+            streams.decoded(made._replace(data=data, size=declared))
+
+
 def test_entropy_is_that_of_shannon():
     assert streams.entropy(np.array([0, 0, 1, 1])) == 4
     assert streams.entropy(np.zeros(9)) == streams.entropy(np.zeros(0)) == 0

@@ -125,7 +125,7 @@ def _inflated(data: bytes | memoryview) -> Iterator[UInt8[np.ndarray, " piece"]]
     decoder = zlib.decompressobj(-15)
     for first in range(0, len(data), _PIECE):
         rest, full = data[first : first + _PIECE], True
-        while len(rest) or full:  # behind a full piece there may be more without another byte
+        while (len(rest) or full) and not decoder.eof:  # behind a full piece there may be more without another byte
             try:
                 piece = decoder.decompress(rest, _PIECE)
             except zlib.error as error:
