@@ -54,6 +54,9 @@ HELP = {
             "--out", "--runs", "--quiet", "--debug"],
     "report": ["RUN", "Markdown table", "--json", "--out FILE", "--debug"],
     "data": ["import", "readable"],
+    "inspect": ["FILE", "bits per weight beside their entropy", "--json", "--markdown"],
+    "convert": ["IN", "OUT", "--encoding NAME", "--no-deflate", "--quantize FORM", "--select PATTERN", "--to", "Orbax"],
+    "predict": ["FILE", "IMAGE", "--formats FORMAT", "PNG or JPEG", "dark on light"],
     "data import": ["mnist, fashion_mnist or cifar10", "idx.gz", "--data-dir", "~/tensorflow_datasets", "TensorFlow"],
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ KINDS = ("jaxprune", "safetensors", "orbax")
 PARAMS, MASKS = "params/", "/masks/"
 """What begins the names of weights in a checkpoint of a run, and what comes before the name of each one's mask."""
 
-PLAIN = "jaxprune.user"
+PLAIN = "model_metadata"
 """Under which plain safetensors, whose metadata are texts, have those of a model."""
 
 

@@ -7,6 +7,7 @@
 MNIST's digits lie in a box of 20 x 20 pixels, light on dark, centred by their mass in 28 x 28 (LeCun et al. 1998).
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps
 FAINT = 0.1
 """Differences from the border's colour below this part of the largest are paper, shadow or traces of JPEG."""
 
-Pixels = Float32[np.ndarray, "h w c"]
+Pixels = Float32[np.ndarray, "height width c"]
 
 
 def read(path: Path) -> Float32[np.ndarray, "h w 3"]:
@@ -47,25 +48,28 @@ def read(path: Path) -> Float32[np.ndarray, "h w 3"]:
     return colours * opaque + (1 - opaque) * np.float32(dark)
 
 
-def digit(image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int]) -> Pixels:
-    """Light on dark, scaled into 20 / 28 of the height and width (all of it below 16 pixels), centred by mass.
+def digit(
+    image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int], *, box: float = 20 / 28, behind: float = 0.5
+) -> Pixels:
+    """Light on dark, scaled into a box, its centre of mass in the middle.
 
     Args:
         image: red, green and blue in [0, 1].
         shape: (h, w, c) of the model's images.
+        box: height and width of the box, as parts of the model's.
+        behind: how many pixels the centre is behind the middle, on average; half a pixel in MNIST.
 
     Raises:
         ValueError: the image has one colour.
     """
     ink = _ink(image)
     height, width, channels = shape
-    box = [side if side < 16 else round(side * 20 / 28) for side in (height, width)]
     rows, cols = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
     cut = ink[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
-    scale = min(box[0] / cut.shape[0], box[1] / cut.shape[1])
+    scale = min(box * height / cut.shape[0], box * width / cut.shape[1])
     small = _resized(cut, *(max(round(length * scale), 1) for length in cut.shape))
     canvas = np.zeros((height, width), np.float32)
-    at = [_centred(small.sum(1 - axis), side) for axis, side in enumerate((height, width))]
+    at = [_centred(small.sum(1 - axis), side, behind) for axis, side in enumerate((height, width))]
     canvas[at[0] : at[0] + small.shape[0], at[1] : at[1] + small.shape[1]] = small
     return np.repeat((canvas / canvas.max())[..., None], channels, axis=2)
 
@@ -103,7 +107,7 @@ def photograph(image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int])
 
 
 PREPARE: dict[str, Callable[..., Pixels]] = {
-    "digits": digit,
+    "digits": functools.partial(digit, box=1.0, behind=0.0),
     "mnist": digit,
     "fashion_mnist": garment,
     "cifar10": photograph,
@@ -127,7 +131,7 @@ def _resized(ink: Float32[np.ndarray, "h w"], height: int, width: int) -> Float3
     return np.asarray(picture, np.float32)
 
 
-def _centred(mass: Float[np.ndarray, " n"], side: int) -> int:
-    """Where a strip of this mass begins: its centre is that of the side or, as in MNIST, up to a pixel behind it."""
+def _centred(mass: Float[np.ndarray, " n"], side: int, behind: float) -> int:
+    """Where a strip of this mass begins so that its centre is in the middle, as far as it stays inside."""
     centre = float((mass * (np.arange(len(mass)) + 0.5)).sum() / mass.sum())
-    return int(np.clip(np.ceil(side / 2 - centre), 0, side - len(mass)))
+    return int(np.clip(round(side / 2 + behind - centre), 0, side - len(mass)))

@@ -132,16 +132,16 @@ class Prediction:
     def __str__(self) -> str:
         rows = [(answer.image, answer.label, f"{answer.probability:.2%}") for answer in self.answers]
         times = [_words(latency) for latency in self.latencies]
-        tables = (("image", "class", "probability"), rows, 2), (("form", "one image", "faster", "ran"), times, 1)
-        return "\n\n".join(columns(*table) for table in tables)
+        header = ("form", "ran", "one image", "faster")
+        return f"{columns(('image', 'class', 'probability'), rows, 2)}\n\n{columns(header, times, 2)}"
 
 
 def _words(latency: Latency) -> tuple[str, ...]:
     if latency.milliseconds is None or latency.speedup is None:
-        return (latency.form, "-", "-", f"did not run: {latency.refused}")
+        return (latency.form, f"did not run: {latency.refused}", "-", "-")
     ran = [f"{name} x {count}" for name, count in latency.kernels.items()]
     ran += [f"{len(latency.dense_leaves)} leaves dense"] if latency.dense_leaves else []
-    return (latency.form, f"{latency.milliseconds:.3f} ms", f"{latency.speedup:.2f}x", ", ".join(ran) or "XLA")
+    return (latency.form, ", ".join(ran) or "XLA", f"{latency.milliseconds:.3f} ms", f"{latency.speedup:.2f}x")
 
 
 def predict(model: Loaded, paths: Sequence[Path], formats: Sequence[str] = ()) -> Prediction:

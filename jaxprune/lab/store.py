@@ -15,11 +15,16 @@ from jaxprune import tree
 from jaxprune.lab import config as cfg
 from jaxprune.lab import data, train
 from jaxprune.storage.quantize import cast, to_codebooks, to_integers
-from jaxprune.types import Masks, Params
+from jaxprune.types import Params
 
 
-def quantize(store: cfg.Store, params: Params, masks: Masks) -> Any:
+def quantize(store: cfg.Store, params: Any, masks: Any) -> Any:
     """Params with leaves as [store] says: codebooks, integers, shorter floats, or as they are.
+
+    Args:
+        store: the [store] section.
+        params: pytree of arrays, of jax or NumPy.
+        masks: which weights are alive; None: those that are not zero.
 
     Raises:
         ValueError: weights that are not finite, or too large; `select` matches no leaf.
@@ -51,7 +56,7 @@ def identity(config: cfg.Config, seed: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, store: cfg.Store, quantized: Any, masks: Masks, metadata: dict[str, Any]) -> None:
+def write(path: Path, store: cfg.Store, quantized: Any, masks: Any, metadata: dict[str, Any]) -> None:
     """The file of a model.
 
     Raises:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.storage import container, paths, records, values
+from jaxprune.storage import container, memory, paths, records, values
 from jaxprune.storage.container import FileError, Header
 from jaxprune.storage.encodings import pattern_of
 from jaxprune.storage.patterns import PatternError
@@ -175,7 +175,7 @@ class Artifact:
             KeyError: there is no such tensor.
         """
         record, entry = self.records[name], self._header.entries[name]
-        blob = np.empty(entry.end - entry.start, np.uint8).data
+        blob = memory.zeros(entry.end - entry.start, np.uint8).data
         self._file.seek(entry.start)
         try:
             return Stored(record, blob[: self._file.readinto(blob)])

@@ -5,7 +5,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
@@ -15,6 +14,7 @@ from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_un
 from jaxprune.storage import paths
 from jaxprune.storage.artifact import PROBLEMS, Artifact
 from jaxprune.storage.container import FileError
+from jaxprune.storage.memory import on_device
 from jaxprune.storage.records import RecordError
 from jaxprune.storage.tensors import Stored
 
@@ -89,12 +89,11 @@ def _leaf(file: Artifact, name: str, to: str, outputs_last: bool | None, unsuppo
             if weight is not None:
                 return weight
         if to == "masks":
-            return jnp.asarray(file.read(name).mask())
-        # What was read is let go here, before a second copy is made for the device.
+            return on_device(file.read(name).mask())
         found = file.read(name).leaf() if to == "quantized" else file.read(name).array()
     except PROBLEMS as error:
         raise file.problem(name, error) from None
-    return _on_device(found) if isinstance(found, np.ndarray) else found
+    return on_device(found) if isinstance(found, np.ndarray) else found
 
 
 def _compressed(
@@ -124,8 +123,3 @@ def _compressed(
         if unsupported == "refuse":
             raise
         return None
-
-
-def _on_device(array: np.ndarray) -> Any:
-    """A jax array, unless that would cut off bits."""
-    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
