@@ -91,6 +91,8 @@ BAD = [
     ("checkpoint.keep = 0", "checkpoint.keep: expected greater than or equal to 1"),
     ("train = 3", "train: expected a table, arrived 3"),
     ("data.data_dir = 2024-01-01", 'data.data_dir: expected a valid string, arrived "2024-01-01"'),
+    ("data.shift = -1", "data.shift: expected greater than or equal to 0, arrived -1"),
+    ("data.shift = 9", "data.shift: expected less than or equal to 8, arrived 9"),
     ("data.validation = 10", "data.validation: expected a fraction in [0, 1), arrived 10, did you mean 0.1?"),
     ("seeds = []", "seeds: expected distinct seeds, at least one, arrived []"),
     ("seeds = [1, 1]", "seeds: expected distinct seeds, at least one, arrived [1, 1]"),
@@ -299,9 +301,10 @@ def test_hash_ignores_what_changes_no_result(write):
     assert base == of("name = 'y'\ncheckpoint.keep = 5\ndata.data_dir = '/tmp'")
     assert of(FULL) == of("\n".join(re.sub(r"(?m)^(batch_size.*)\n(opt.*)", r"\2\n\1", FULL).splitlines()))
     others = [
-        of("name = 'x'", *words) for words in (["--seeds=[1]"], ["--data.validation=0"], ["--sparse.format=dense"])
+        of("name = 'x'", *words)
+        for words in (["--seeds=[1]"], ["--data.validation=0"], ["--data.shift=1"], ["--sparse.format=dense"])
     ]
-    assert len({base, *others}) == 4
+    assert len({base, *others}) == 5
 
 
 def test_hash_sees_the_order_of_rules(write):

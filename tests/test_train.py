@@ -106,6 +106,27 @@ def test_a_stage_is_the_loop_it_stands_for(tmp_path):
     assert done.damaged == []
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_images_are_moved_by_all_ways_alike(most):
+    images = np.random.default_rng(0).integers(1, 256, (2000, SIDE, SIDE, 2)).astype(np.uint8)
+    moved = train.shifted(jnp.asarray(images), jax.random.key(0), most)
+    assert (moved.shape, moved.dtype) == (images.shape, jnp.uint8)
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    side = 2 * most + 1
+    ways = np.stack([padded[:, y : y + SIDE, x : x + SIDE] for y in range(side) for x in range(side)], axis=1)
+    same = (ways == np.asarray(moved)[:, None]).all((2, 3, 4))
+    assert (same.sum(1) == 1).all()  # every image is one of its crops
+    np.testing.assert_allclose(same.mean(0), 1 / side**2, atol=4 * np.sqrt(1 / side**2 / 2000))
+
+
+def test_a_stage_moves_what_it_trains_on(tmp_path):
+    seen = {}
+    for shift in (0, 1):
+        done = go(stage(tx=optax.sgd(0.0), shift=shift), tmp_path / str(shift), fn=plain)
+        seen[shift] = [record["loss"] for record in done.records]
+    assert not set(seen[0]) & set(seen[1])
+
+
 def test_it_learns(tmp_path):
     done = go(stage(tx=optax.adam(0.1), steps=150, save_every=1000), tmp_path, fn=plain, data=samples(20))
     assert done.records[-1]["train_accuracy"] > done.records[0]["train_accuracy"] + 0.2
@@ -189,7 +210,7 @@ def test_checkpoints_fall_within_epochs_and_the_last_is_the_end(tmp_path):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return {name: go(stage(tx=tx()), tmp_path_factory.mktemp(name)) for name, tx in OPTIMIZERS.items()}
+        return {name: go(stage(tx=tx(), shift=1), tmp_path_factory.mktemp(name)) for name, tx in OPTIMIZERS.items()}
 
 
 OPTIMIZERS = {"adam": lambda: optax.adam(0.05), "prune": pruning}
@@ -213,7 +234,7 @@ def stop_at(step):
 @pytest.mark.parametrize("draw", range(3))
 def test_stopped_anywhere_it_ends_bit_identical(tmp_path, uninterrupted, name, draw):
     rng = random.Random(f"{name} {draw}")
-    given = stage(tx=OPTIMIZERS[name](), keep=rng.choice([1, 2, 9]))
+    given = stage(tx=OPTIMIZERS[name](), shift=1, keep=rng.choice([1, 2, 9]))
     # three steps in ascending order, or, negative, the records of three epochs
     stops = [sorted(rng.sample(range(1, 18), 3)), [-5, -10, -17], sorted(rng.sample(range(4, 18), 3))][draw]
     for step in stops:
@@ -226,7 +247,7 @@ def test_stopped_anywhere_it_ends_bit_identical(tmp_path, uninterrupted, name, d
 
 @pytest.mark.parametrize("kept", range(5))
 def test_taken_up_from_any_checkpoint_it_ends_bit_identical(tmp_path, uninterrupted, kept):
-    given = stage(tx=pruning(), keep=9)
+    given = stage(tx=pruning(), shift=1, keep=9)
     go(given, tmp_path)
     for path in checkpoints(tmp_path)[kept:]:
         (path / "manifest.json").write_bytes(b"")  # damaged

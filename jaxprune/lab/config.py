@@ -171,11 +171,16 @@ Rule = Annotated[
 
 
 class Data(Table):
-    """Where samples come from. `validation`: fraction of the training data held out; `data_dir` "": TFDS's default."""
+    """Where samples come from. `data_dir` "": TFDS's default.
+
+    `validation`: fraction of the training data held out. `shift`: in training, images are moved at random by up to so
+    many pixels up or down and sideways.
+    """
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
     data_dir: str = ""
     validation: Fraction = 0.1
+    shift: Annotated[int, Field(ge=0, le=8)] = 0
 
 
 class Model(Table):
@@ -320,7 +325,10 @@ def dump(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """Eight hex digits, equal when two experiments compute the same: name, data_dir and [checkpoint] do not count."""
     tree = config.model_dump(mode="json", exclude={"name": True, "checkpoint": True, "data": {"data_dir"}})
-    if config.store == Store():  # so that experiments from before this table keep their hash
+    # Experiments from before these had a place in the file keep their hash.
+    if config.store == Store():
         del tree["store"]
+    if not config.data.shift:
+        del tree["data"]["shift"]
     # Keys stand in the order of the classes, not of the file; only rules keep the file's, where it has a meaning.
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:8]

@@ -121,7 +121,7 @@ def run_seed(
 
     Args:
         config: the experiment.
-        seed: decides the initial weights, the orders of samples, dropout, and what is held out for validation.
+        seed: decides the initial weights, the orders of samples, shifts, dropout, and what is held out for validation.
         dataset: with all training data.
         folder: the run's; checkpoints go below it, metrics into it.
         watcher: told what happens.
@@ -222,6 +222,7 @@ class _SeedStages:
             save_every=max(self.config.checkpoint.every.steps(per_epoch), 1),
             keep=self.config.checkpoint.keep,
             key=self.keys[name],
+            shift=self.config.data.shift,
         )
         self.watcher.stage(self.seed, name, steps)
         outcome = train.run_stage(

@@ -29,6 +29,7 @@ from jaxprune.lab import checkpoint
 from jaxprune.types import Masks, Params
 
 CHUNK = 1000  # images evaluated at once
+_SHIFTS = 2**31  # folded into a step's key; networks fold in the numbers of their layers
 
 
 class TrainingError(RuntimeError):
@@ -79,7 +80,8 @@ class Stage:
         steps_per_epoch: steps that pass once over the samples; what is left over waits for the next epoch's order.
         save_every: steps between checkpoints.
         keep: checkpoints kept.
-        key: what the stage draws from: orders of samples, dropout.
+        key: what the stage draws from: orders of samples, shifts of images, dropout.
+        shift: by how many pixels images are moved at most.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Stage:
     save_every: int
     keep: int
     key: Key[Array, ""]
+    shift: int = 0
 
 
 class Outcome(NamedTuple):
@@ -124,12 +127,28 @@ def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b
     return images.astype(jnp.float32) / samples.scale
 
 
+def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> UInt8[Array, "b h w c"]:
+    """Each image moved up or down and sideways, by -most to most pixels with equal chance; what comes in is 0."""
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
+    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:]))
+    return cut(padded, corners)
+
+
 def mean_loss(
-    apply: Callable[..., Array], params: Params, samples: Samples, rows: Int[Array, "b"], key: Key[Array, ""] | None
+    apply: Callable[..., Array],
+    params: Params,
+    samples: Samples,
+    rows: Int[Array, "b"],
+    key: Key[Array, ""] | None,
+    shift: int = 0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Mean cross-entropy in nats over some rows of the samples, and how many of them are classified right."""
-    labels = samples.labels[rows]
-    logits = apply(params, scaled(samples, samples.images[rows]), key)
+    images, labels = samples.images[rows], samples.labels[rows]
+    if shift:
+        assert key is not None
+        images = shifted(images, jax.random.fold_in(key, _SHIFTS), shift)
+    logits = apply(params, scaled(samples, images), key)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses), jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
 
@@ -143,7 +162,7 @@ def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainS
         key = jax.random.fold_in(jax.random.fold_in(stage.key, 1), state.step)
 
         def loss_of(params: Params) -> tuple[Array, Array]:
-            return mean_loss(apply, params, samples, rows, key)
+            return mean_loss(apply, params, samples, rows, key, stage.shift)
 
         (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
