@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from jaxprune.storage import memory
+
 CODERS = {"raw": 1, "deflate": 1, "planes2": 2, "planes4": 4, "planes8": 8}
 """Coder -> bytes of an item."""
 
@@ -44,7 +46,7 @@ class Stream(NamedTuple):
 
 def as_it_is(items: Shaped[np.ndarray, "..."]) -> Stream:
     """The bytes of an array."""
-    data = np.ascontiguousarray(items).tobytes()
+    data = np.ascontiguousarray(items).reshape(-1).view(np.uint8).data
     return Stream("raw", data, len(data))
 
 
@@ -104,7 +106,7 @@ def decoded(stream: Stream) -> UInt8[np.ndarray, " size"]:
     """
     if stream.coder == "raw":
         return np.frombuffer(stream.data, np.uint8)
-    made = np.empty(stream.size, np.uint8)
+    made = memory.zeros(stream.size, np.uint8)
     planes = made.reshape(-1, CODERS[stream.coder]).T
     items, at = planes.shape[1], 0
     for piece in _inflated(stream.data):

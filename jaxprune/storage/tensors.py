@@ -8,14 +8,15 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 
-from jaxprune.storage import records, streams, values
+from jaxprune.storage import memory, passes, records, streams, values
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
+from jaxprune.storage.passes import nonzero
 from jaxprune.storage.patterns import Bitmask, Pattern, PatternError
 from jaxprune.storage.positions import Gaps
 from jaxprune.storage.quantize import Affine, Codebook
@@ -40,6 +41,8 @@ def encode(
         PatternError: no such encoding, one that these weights do not have or that would lose the mask, or a dead weight
             that is not zero.
     """
+    if encoding == "bitmask" and mask is None and isinstance(leaf, np.ndarray):
+        return _nonzeros_in_bitmask(path, leaf, deflate)
     quantized = not isinstance(leaf, np.ndarray)
     living = leaf.alive if quantized else nonzero(leaf)
     alive = living if mask is None else mask
@@ -54,11 +57,6 @@ def encode(
     # Which is the smallest once it is deflated cannot be told beforehand; these two deflate best.
     tried: dict[Pattern, None] = dict.fromkeys([found, *([Bitmask(), Gaps(8)] if deflate else [])])
     return min((_in_pattern(path, leaf, alive, one, deflate) for one in tried), key=lambda made: len(made[1]))
-
-
-def nonzero(array: Shaped[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
-    """Where the bits are not all zero: a file brings a -0.0 back, so it is a weight like any other here."""
-    return np.asarray(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape) != 0)
 
 
 def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
@@ -76,11 +74,8 @@ def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Patte
 def _in_pattern(
     path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool
 ) -> tuple[Record, bytes]:
-    code: Callable[[np.ndarray], Stream] = streams.shortest if deflate else streams.as_it_is
-    made = {name: code(items) for name, items in pattern.encode(alive).items()}
-    made |= values.encode(leaf, pattern.stored(alive), deflate=deflate)
-    blob, count = b"".join(stream.data for stream in made.values()), pattern.sizes(alive)[1]
-    record = Record(
+    count = pattern.sizes(alive)[1]
+    what = Record(
         path=path,
         shape=alive.shape,
         dtype=leaf.dtype.name,
@@ -88,14 +83,38 @@ def _in_pattern(
         values=values.kind_of(leaf),
         count=count,
         alive="stored" if count == np.count_nonzero(alive) else "nonzero",
-        parts=tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in made.items()),
+        parts=(),
         scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
-        crc32=zlib.crc32(blob),
+        crc32=None,
     )
+    code = _coder(deflate)
+    made = {name: code(items) for name, items in pattern.encode(alive).items()}
+    made |= values.encode(leaf, pattern.stored(alive), deflate=deflate)
+    record, blob = _joined(what, made)
     if record.inflated_bytes > record.dense_bytes:  # which a reader refuses
         return _in_pattern(path, leaf, alive, pattern, False)
     records.check(record, len(blob))
     return record, blob
+
+
+def _nonzeros_in_bitmask(path: tuple[Any, ...], array: np.ndarray, deflate: bool) -> tuple[Record, bytes]:
+    """What `_in_pattern` makes of an array without a mask in the commonest pattern, in one pass over it."""
+    mask, found = passes.gather(array.reshape(-1))
+    what = Record(path, array.shape, array.dtype.name, "bitmask", "raw", len(found), "stored", (), (), None)
+    code = _coder(deflate)
+    record, blob = _joined(what, {"mask": code(mask), "values": code(found)})
+    return _nonzeros_in_bitmask(path, array, False) if record.inflated_bytes > record.dense_bytes else (record, blob)
+
+
+def _coder(deflate: bool) -> Callable[[np.ndarray], Stream]:
+    return streams.shortest if deflate else streams.as_it_is
+
+
+def _joined(what: Record, made: Mapping[str, Stream]) -> tuple[Record, bytes]:
+    """The record with its streams, and their bytes."""
+    blob = b"".join(stream.data for stream in made.values())
+    parts = tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in made.items())
+    return what._replace(parts=parts, crc32=zlib.crc32(blob)), blob
 
 
 class Stored:
@@ -126,19 +145,29 @@ class Stored:
 
     def array(self) -> Shaped[np.ndarray, "..."]:
         """The dense weight, bit for bit; of a quantized one what its codes mean."""
-        if (self.record.encoding, self.record.values) == ("dense", "raw"):
+        kind = (self.record.encoding, self.record.values)
+        if kind == ("dense", "raw"):
             return self._streams["values"].view(self._dtype).reshape(self.record.shape)
-        whole = np.zeros(math.prod(self.record.shape), self._dtype)
+        if kind == ("bitmask", "raw"):
+            return self._spread_out().reshape(self.record.shape)
+        whole = memory.zeros(math.prod(self.record.shape), self._dtype)
         for places, found in self._weights():
             whole[places] = found
         return whole.reshape(self.record.shape)
 
     def mask(self) -> Bool[np.ndarray, "..."]:
         """Which weights are alive."""
-        whole = np.zeros(math.prod(self.record.shape), bool)
+        whole = memory.zeros(math.prod(self.record.shape), bool)
         for places, found in self._runs():
             whole[places] = nonzero(found) if self.record.alive == "nonzero" else True
         return whole.reshape(self.record.shape)
+
+    def _spread_out(self) -> Shaped[np.ndarray, " weights"]:
+        found = self._streams["values"].view(self._dtype)
+        whole = passes.spread(self._streams["mask"], found, math.prod(self.record.shape))
+        if whole is None:
+            raise self._other_count()
+        return whole
 
     def leaf(self) -> Leaf:
         """The leaf that was saved: an array, or a quantized one; codes of dead weights are those of 0."""
@@ -171,7 +200,10 @@ class Stored:
             yield places, values.some(*kind, self._streams, at, end, side_by_side=record.side_by_side)
             at = end
         if at != record.count:
-            raise PatternError(f"it has not as many places as weights, which are {record.count}")
+            raise self._other_count()
+
+    def _other_count(self) -> PatternError:
+        return PatternError(f"it has not as many places as weights, which are {self.record.count}")
 
     def _weights(self) -> Iterator[tuple[Int[np.ndarray, " some"], Shaped[np.ndarray, " some"]]]:
         """Like `_runs`, the meaning of codes in their stead."""

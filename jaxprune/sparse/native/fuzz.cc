@@ -13,6 +13,8 @@
 
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
+extern "C" void jaxprune_spread(const uint8_t*, int64_t, const void*, int64_t, int, void*);
+extern "C" int64_t jaxprune_gather(const void*, int64_t, int, uint8_t*, void*);
 // More scratch than a machine has is asked for, and must not be had.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "max_allocation_size_mb=4096:allocator_may_return_null=1:quarantine_size_mb=8";
@@ -180,6 +182,22 @@ std::string Case(bool fits, std::string* why) {
   return "";
 }
 
+// An array taken apart and put together again, each buffer just so large; what is wrong, or "".
+std::string Codecs() {
+  const int64_t count = Size(300), size = Any({1, 2, 4, 8}), dead = Draw(0, 8);
+  std::vector<char> dense(count * size), values((count + 16) * size), back(count * size, 'x');
+  std::vector<uint8_t> mask((count + 7) / 8, 255);
+  for (int64_t i = 0; i < count; ++i)
+    if (Draw(1, 8) > dead) dense[i * size + Draw(0, size - 1)] = 'w';
+  const int64_t stored = jaxprune_gather(dense.data(), count, size, mask.data(), values.data());
+  // Beginning anywhere, and ending with the buffer.
+  const int64_t odd = Draw(0, 7);
+  std::vector<char> just(odd + stored * size);
+  std::copy_n(values.data(), stored * size, just.data() + odd);
+  jaxprune_spread(mask.data(), count, just.data() + odd, stored, size, back.data());
+  return dense == back ? "" : "an array comes back as another";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -192,7 +210,9 @@ int main(int argc, char** argv) {
     rng.seed(seed + number);  // so that `fuzz 1 SEED+NUMBER` repeats a case
     const bool fits = Chance(4);
     std::string why;
-    if (const std::string wrong = Case(fits, &why); !wrong.empty()) {
+    std::string wrong = Codecs();
+    if (wrong.empty()) wrong = Case(fits, &why);
+    if (!wrong.empty()) {
       return std::fprintf(stderr, "case %ld: %s\n", number, wrong.c_str()), 1;
     }
     fitting += fits;

@@ -270,7 +270,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 3; }
+extern "C" int jaxprune_interface() { return 4; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

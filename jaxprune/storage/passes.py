@@ -1,0 +1,84 @@
+"""Between a flat array and its non-zeros, in one pass over memory: in C++ where it was built, else in NumPy.
+
+gather(dense)                ->  bits, values           the bits are those of the pattern "bitmask"
+spread(bits, values, count)  ->  dense
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Shaped, UInt8
+
+from jaxprune.sparse import native
+from jaxprune.storage import memory
+
+_PART = 2**22
+"""Items that a thread takes at a time, a multiple of 8."""
+
+
+def gather(dense: Shaped[np.ndarray, " count"]) -> tuple[UInt8[np.ndarray, " bytes"], Shaped[np.ndarray, " nnz"]]:
+    """A bit for each item, and those whose bits are not all zero."""
+    dense = np.require(dense, requirements=["C", "ALIGNED"])
+    if native.why_missing():
+        kept = nonzero(dense)
+        return np.packbits(kept), dense[kept]
+    bits = np.empty(-(-len(dense) // 8), np.uint8)
+
+    def part(first: int) -> Shaped[np.ndarray, " some"]:
+        here = dense[first : first + _PART]
+        values = np.empty(len(here) + 16, dense.dtype)
+        return values[: native.gather(here, bits[first // 8 : (first + len(here) + 7) // 8], values)]
+
+    found = _each(part, range(0, len(dense), _PART))
+    return bits, found[0] if len(found) == 1 else np.concatenate([dense[:0], *found])
+
+
+def spread(
+    bits: UInt8[np.ndarray, " bytes"], values: Shaped[np.ndarray, " nnz"], count: int
+) -> Shaped[np.ndarray, " count"] | None:
+    """The array that `gather` had; None: not as many bits are set as there are values.
+
+    Args:
+        bits: of `count` items, then up to a byte of others that do not matter.
+        values: in order.
+        count: items of the array.
+    """
+    starts = range(0, count, _PART)
+    ends = np.cumsum([_ones(bits[first // 8 : (first + _PART) // 8], count - first) for first in starts], dtype=int)
+    if (int(ends[-1]) if count else 0) != len(values):
+        return None
+    dense = memory.zeros(count, values.dtype)
+
+    def part(first: int) -> None:
+        end = int(ends[first // _PART])
+        here, mask = dense[first : first + _PART], bits[first // 8 : -(-min(first + _PART, count) // 8)]
+        some = values[int(ends[first // _PART - 1]) if first else 0 : end]
+        if native.why_missing():
+            here[np.unpackbits(mask, count=len(here)).view(bool)] = some
+        else:
+            native.spread(mask, some, here)
+
+    _each(part, starts)
+    return dense
+
+
+def nonzero(array: Shaped[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
+    """Where the bits are not all zero: a file brings a -0.0 back, so it is a weight like any other here."""
+    return np.asarray(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape) != 0)
+
+
+def _ones(bits: UInt8[np.ndarray, " bytes"], count: int) -> int:
+    """How many of the first `count` bits are set."""
+    whole = np.bitwise_count(bits[: count // 8]).sum(dtype=np.int64)
+    rest = bits[count // 8 : count // 8 + 1] >> np.uint8(8 - count % 8) if count % 8 else bits[:0]
+    return int(whole) + int(np.bitwise_count(rest).sum())
+
+
+def _each(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1, 8)) as pool:
+        return list(pool.map(work, items))
