@@ -48,3 +48,11 @@ def unpack(
         codes <<= 1
         codes |= column
     return codes
+
+
+def ones(bits: UInt8[np.ndarray, " bytes"], count: int | None = None) -> int:
+    """How many of the first `count` bits are set, of all if None."""
+    if count is None or 8 * len(bits) <= count:
+        return int(np.bitwise_count(bits).sum(dtype=np.int64))
+    rest = bits[count // 8 : count // 8 + 1] >> np.uint8(8 - count % 8) if count % 8 else bits[:0]
+    return ones(bits[: count // 8]) + ones(rest)

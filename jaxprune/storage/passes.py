@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from jaxprune.sparse import native
+from jaxprune.sparse.native import codecs
 from jaxprune.storage import memory
+from jaxprune.storage.bits import ones
 
 _PART = 2**22
 """Items that a thread takes at a time, a multiple of 8."""
@@ -30,7 +32,7 @@ def gather(dense: Shaped[np.ndarray, " count"]) -> tuple[UInt8[np.ndarray, " byt
     def part(first: int) -> Shaped[np.ndarray, " some"]:
         here = dense[first : first + _PART]
         values = np.empty(len(here) + 16, dense.dtype)
-        return values[: native.gather(here, bits[first // 8 : (first + len(here) + 7) // 8], values)]
+        return values[: codecs.gather(here, bits[first // 8 : (first + len(here) + 7) // 8], values)]
 
     found = _each(part, range(0, len(dense), _PART))
     return bits, found[0] if len(found) == 1 else np.concatenate([dense[:0], *found])
@@ -47,7 +49,7 @@ def spread(
         count: items of the array.
     """
     starts = range(0, count, _PART)
-    ends = np.cumsum([_ones(bits[first // 8 : (first + _PART) // 8], count - first) for first in starts], dtype=int)
+    ends = np.cumsum([ones(bits[first // 8 : (first + _PART) // 8], count - first) for first in starts], dtype=int)
     if (int(ends[-1]) if count else 0) != len(values):
         return None
     dense = memory.zeros(count, values.dtype)
@@ -59,7 +61,7 @@ def spread(
         if native.why_missing():
             here[np.unpackbits(mask, count=len(here)).view(bool)] = some
         else:
-            native.spread(mask, some, here)
+            codecs.spread(mask, some, here)
 
     _each(part, starts)
     return dense
@@ -68,13 +70,6 @@ def spread(
 def nonzero(array: Shaped[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
     """Where the bits are not all zero: a file brings a -0.0 back, so it is a weight like any other here."""
     return np.asarray(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape) != 0)
-
-
-def _ones(bits: UInt8[np.ndarray, " bytes"], count: int) -> int:
-    """How many of the first `count` bits are set."""
-    whole = np.bitwise_count(bits[: count // 8]).sum(dtype=np.int64)
-    rest = bits[count // 8 : count // 8 + 1] >> np.uint8(8 - count % 8) if count % 8 else bits[:0]
-    return int(whole) + int(np.bitwise_count(rest).sum())
 
 
 def _each(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:

@@ -20,10 +20,10 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 from jaxprune.storage.bits import packed_size, unpack
 
@@ -31,6 +31,8 @@ Shape: TypeAlias = tuple[int, ...]
 Streams: TypeAlias = dict[str, np.ndarray]
 Index: TypeAlias = Any
 """A slice, a mask or positions in the flat tensor."""
+Bits: TypeAlias = UInt8[np.ndarray, " bytes"]
+"""One for each weight, the first in the highest bit of a byte; what fills the last byte does not count."""
 Places: TypeAlias = Iterator[Int[np.ndarray, " some"]]
 
 RUN = 2**15
@@ -43,6 +45,9 @@ class PatternError(ValueError):
 
 class Pattern(abc.ABC):
     """One way to write down which weights are stored."""
+
+    in_order: ClassVar[bool] = True
+    """Whether weights are stored in the order of the flat tensor."""
 
     @property
     @abc.abstractmethod
@@ -64,6 +69,10 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
         """The streams, each an array of bytes or of little-endian integers."""
+
+    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
+        """The same streams, from a bit for each weight."""
+        return self.encode(np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape))
 
     def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
         """Which of the flat weights are stored, in their order."""
@@ -93,6 +102,13 @@ class Pattern(abc.ABC):
         Raises:
             PatternError: positions doubled or outside the tensor.
         """
+
+    def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
+        """A bit for each weight, 1 where it is stored; arguments and errors are those of `places`."""
+        stored = np.zeros(math.prod(shape), bool)
+        for places in self.places(streams, shape, slots):
+            stored[places] = True
+        return np.packbits(stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +159,14 @@ class Bitmask(Pattern):
     def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
         """See `Pattern.encode`."""
         return {"mask": np.packbits(alive)}
+
+    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
+        """See `Pattern.encode_bits`."""
+        return {"mask": bits}
+
+    def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
+        """See `Pattern.bits`."""
+        return streams["mask"]
 
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
         """See `Pattern.stream_bytes`."""

@@ -6,8 +6,10 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxprune.storage.bits import pack, packed_size, unpack
-from jaxprune.storage.patterns import Pattern, Places, Shape, Streams, check, runs
+from jaxprune.sparse import native
+from jaxprune.sparse.native import codecs
+from jaxprune.storage.bits import ones, pack, packed_size, unpack
+from jaxprune.storage.patterns import Bits, Pattern, Places, Shape, Streams, check, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,14 @@ class CSR(Pattern):
         alive_count = int(np.count_nonzero(alive))
         return 4 * math.prod(alive.shape[:-1]) + self.width // 8 * alive_count, alive_count
 
+    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
+        """See `Pattern.encode_bits`."""
+        if native.why_missing():
+            return super().encode_bits(bits, shape)
+        ends, columns = np.empty(math.prod(shape[:-1]), "<u4"), np.empty(ones(bits), f"<u{self.width // 8}")
+        codecs.csr(bits, ends, columns, shape[-1])
+        return {"ends": ends, "columns": columns}
+
     def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
         """See `Pattern.encode`."""
         rows = alive.reshape(math.prod(alive.shape[:-1]), alive.shape[-1])
@@ -60,6 +70,14 @@ class CSR(Pattern):
             check(before < flat[0] and bool((np.diff(flat) > 0).all()), "indices in a row do not ascend")
             before = flat[-1]
             yield flat
+
+    def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
+        """See `Pattern.bits`."""
+        made = np.zeros(packed_size(math.prod(shape), 1), np.uint8)
+        ends, columns = streams["ends"].view("<u4"), streams["columns"].view(f"<u{self.width // 8}")
+        if not native.why_missing() and codecs.bits_of_csr(ends, columns, shape[-1], made):
+            return made
+        return super().bits(streams, shape, slots)  # which says what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +103,14 @@ class Gaps(Pattern):
     def size_of(self, gaps: Int[np.ndarray, " alive"]) -> int:
         """Bytes for these gaps."""
         return packed_size(int((gaps // (2**self.width - 1)).sum()) + len(gaps), self.width)
+
+    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
+        """See `Pattern.encode_bits`."""
+        if native.why_missing():
+            return super().encode_bits(bits, shape)
+        size = math.prod(shape)
+        room = np.empty(self.stream_bytes(shape, ones(bits))["gaps"] + 8, np.uint8)
+        return {"gaps": room[: codecs.gaps(bits, size, self.width, room)]}
 
     def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
         """See `Pattern.encode`."""
@@ -112,6 +138,20 @@ class Gaps(Pattern):
             check(int(flat.max(initial=0)) < max(size, 1), f"a position is outside {size} weights")
             at, seen, used = int(ends[-1]), seen + len(here), first + int(here[-1]) + 1 if len(here) else used
             yield flat
+        self._check_used(used, data)
+
+    def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
+        """See `Pattern.bits`."""
+        data, size = streams["gaps"], math.prod(shape)
+        if native.why_missing():
+            return super().bits(streams, shape, slots)
+        made = np.zeros(packed_size(size, 1), np.uint8)
+        seen, used = codecs.bits_of_gaps(data, self.width, slots, made, size)
+        check(seen >= 0, f"a position is outside {size} weights")
+        self._check_used(used, data)
+        return made
+
+    def _check_used(self, used: int, data: np.ndarray) -> None:
         check(packed_size(used, self.width) == len(data), "there are more codes than weights")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -19,6 +20,8 @@ class NM(Pattern):
         m: length of a run, 2 to 256.
         axis: the one runs lie along.
     """
+
+    in_order: ClassVar[bool] = False
 
     n: int
     m: int
@@ -93,6 +96,8 @@ class Block(Pattern):
         rows: of a tile.
         cols: of a tile, which has at most 32,768 weights.
     """
+
+    in_order: ClassVar[bool] = False
 
     rows: int
     cols: int

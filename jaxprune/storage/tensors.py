@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 
 from jaxprune.storage import memory, passes, records, streams, values
+from jaxprune.storage.bits import ones
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
 from jaxprune.storage.passes import nonzero
-from jaxprune.storage.patterns import Bitmask, Pattern, PatternError
+from jaxprune.storage.patterns import Bitmask, Dense, Pattern, PatternError
 from jaxprune.storage.positions import Gaps
 from jaxprune.storage.quantize import Affine, Codebook
 from jaxprune.storage.records import Part, Record, RecordError
@@ -41,8 +42,8 @@ def encode(
         PatternError: no such encoding, one that these weights do not have or that would lose the mask, or a dead weight
             that is not zero.
     """
-    if encoding == "bitmask" and mask is None and isinstance(leaf, np.ndarray):
-        return _nonzeros_in_bitmask(path, leaf, deflate)
+    if encoding != "auto" and (made := _nonzeros_in(path, leaf, mask, pattern_of(encoding), deflate)):
+        return made
     quantized = not isinstance(leaf, np.ndarray)
     living = leaf.alive if quantized else nonzero(leaf)
     alive = living if mask is None else mask
@@ -56,7 +57,10 @@ def encode(
     found = smallest(alive, values.bits_of(leaf), exact=exact)
     # Which is the smallest once it is deflated cannot be told beforehand; these two deflate best.
     tried: dict[Pattern, None] = dict.fromkeys([found, *([Bitmask(), Gaps(8)] if deflate else [])])
-    return min((_in_pattern(path, leaf, alive, one, deflate) for one in tried), key=lambda made: len(made[1]))
+    ways = [
+        _nonzeros_in(path, leaf, mask, one, deflate) or _in_pattern(path, leaf, alive, one, deflate) for one in tried
+    ]
+    return min(ways, key=lambda made: len(made[1]))
 
 
 def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
@@ -87,34 +91,50 @@ def _in_pattern(
         scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
         crc32=None,
     )
-    code = _coder(deflate)
-    made = {name: code(items) for name, items in pattern.encode(alive).items()}
-    made |= values.encode(leaf, pattern.stored(alive), deflate=deflate)
-    record, blob = _joined(what, made)
+
+    def made(deflate: bool) -> dict[str, Stream]:
+        return _coded(pattern.encode(alive), deflate) | values.encode(leaf, pattern.stored(alive), deflate=deflate)
+
+    return _joined(what, made, deflate)
+
+
+def _nonzeros_in(
+    path: tuple[Any, ...], leaf: Leaf, mask: Bool[np.ndarray, "..."] | None, pattern: Pattern, deflate: bool
+) -> tuple[Record, bytes] | None:
+    """What `_in_pattern` makes of an array with just its non-zeros alive, in one pass over it; None of any other."""
+    if not isinstance(leaf, np.ndarray) or not pattern.in_order or pattern.misfit(leaf.shape):
+        return None
+    flat = leaf.reshape(-1)
+    bits, found = (np.packbits(nonzero(flat)), flat) if pattern == Dense() else passes.gather(flat)
+    if mask is not None and not np.array_equal(np.packbits(mask), bits):
+        return None
+    alive = "stored" if ones(bits) == len(found) else "nonzero"
+    what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive, (), (), None)
+    parts = pattern.encode_bits(bits, leaf.shape) | {"values": found}
+    return _joined(what, functools.partial(_coded, parts), deflate)
+
+
+def _coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
+    code = streams.shortest if deflate else streams.as_it_is
+    return {name: code(items) for name, items in made.items()}
+
+
+def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bool) -> tuple[Record, bytes]:
+    """The record with its streams, and their bytes.
+
+    Args:
+        what: the record without streams.
+        made: streams, deflated or not.
+        deflate: whether they may be; they are not where they would become more than the dense tensor.
+    """
+    found = made(deflate)
+    blob = b"".join(stream.data for stream in found.values())
+    parts = tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in found.items())
+    record = what._replace(parts=parts, crc32=zlib.crc32(blob))
     if record.inflated_bytes > record.dense_bytes:  # which a reader refuses
-        return _in_pattern(path, leaf, alive, pattern, False)
+        return _joined(what, made, False)
     records.check(record, len(blob))
     return record, blob
-
-
-def _nonzeros_in_bitmask(path: tuple[Any, ...], array: np.ndarray, deflate: bool) -> tuple[Record, bytes]:
-    """What `_in_pattern` makes of an array without a mask in the commonest pattern, in one pass over it."""
-    mask, found = passes.gather(array.reshape(-1))
-    what = Record(path, array.shape, array.dtype.name, "bitmask", "raw", len(found), "stored", (), (), None)
-    code = _coder(deflate)
-    record, blob = _joined(what, {"mask": code(mask), "values": code(found)})
-    return _nonzeros_in_bitmask(path, array, False) if record.inflated_bytes > record.dense_bytes else (record, blob)
-
-
-def _coder(deflate: bool) -> Callable[[np.ndarray], Stream]:
-    return streams.shortest if deflate else streams.as_it_is
-
-
-def _joined(what: Record, made: Mapping[str, Stream]) -> tuple[Record, bytes]:
-    """The record with its streams, and their bytes."""
-    blob = b"".join(stream.data for stream in made.values())
-    parts = tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in made.items())
-    return what._replace(parts=parts, crc32=zlib.crc32(blob)), blob
 
 
 class Stored:
@@ -148,7 +168,7 @@ class Stored:
         kind = (self.record.encoding, self.record.values)
         if kind == ("dense", "raw"):
             return self._streams["values"].view(self._dtype).reshape(self.record.shape)
-        if kind == ("bitmask", "raw"):
+        if kind[1] == "raw" and self.record.pattern.in_order:
             return self._spread_out().reshape(self.record.shape)
         whole = memory.zeros(math.prod(self.record.shape), self._dtype)
         for places, found in self._weights():
@@ -163,8 +183,9 @@ class Stored:
         return whole.reshape(self.record.shape)
 
     def _spread_out(self) -> Shaped[np.ndarray, " weights"]:
-        found = self._streams["values"].view(self._dtype)
-        whole = passes.spread(self._streams["mask"], found, math.prod(self.record.shape))
+        record = self.record
+        bits = record.pattern.bits(self._streams, record.shape, record.count)
+        whole = passes.spread(bits, self._streams["values"].view(self._dtype), math.prod(record.shape))
         if whole is None:
             raise self._other_count()
         return whole

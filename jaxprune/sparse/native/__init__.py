@@ -33,69 +33,40 @@ def _library() -> ctypes.CDLL | str:
             "(such as g++), then `pip install --force-reinstall --no-deps` jaxprune; or use another format."
         )
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"The native kernels cannot be loaded: {error}. Reinstall jaxprune on this machine."
-    if getattr(library, "jaxprune_interface", int)() != INTERFACE:
+    if getattr(loaded, "jaxprune_interface", int)() != INTERFACE:
         return f"The native kernels {LIBRARY} are those of another version of jaxprune. Reinstall it."
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxprune_product), platform="cpu")
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.jaxprune_gather.argtypes = [pointer, integer, ctypes.c_int, pointer, pointer]
-    library.jaxprune_gather.restype = integer
-    library.jaxprune_spread.argtypes = [pointer, integer, pointer, integer, ctypes.c_int, pointer]
-    return library
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jaxprune_product), platform="cpu")
+    return loaded
+
+
+def library() -> ctypes.CDLL:
+    """The loaded kernels.
+
+    Raises:
+        RuntimeError: there are none; see `why_missing`.
+    """
+    loaded = _library()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
 
 
 def why_missing() -> str:
     """Why there are no native kernels here, with the way out; "" where there are."""
-    library = _library()
-    return library if isinstance(library, str) else ""
+    loaded = _library()
+    return loaded if isinstance(loaded, str) else ""
 
 
 def instruction_set() -> str:
     """Name of the loops that run here: "avx512", "avx2" or "portable"; "" without native kernels."""
-    library = _library()
-    if isinstance(library, str):
+    if why_missing():
         return ""
-    library.jaxprune_isa.restype = ctypes.c_char_p
-    return library.jaxprune_isa().decode()
-
-
-def gather(
-    dense: Shaped[np.ndarray, " count"], bits: UInt8[np.ndarray, " bytes"], values: Shaped[np.ndarray, " room"]
-) -> int:
-    """Writes a bit for each item, 1 where its bits are not all zero, and those items; returns how many they are.
-
-    Args:
-        dense: contiguous items of 1, 2, 4 or 8 bytes.
-        bits: to be written, one of `count`, the first in the highest bit of a byte.
-        values: to be written, with room for 16 more than `count`, since whole vectors are.
-    """
-    return _loaded().jaxprune_gather(
-        dense.ctypes.data, len(dense), dense.dtype.itemsize, bits.ctypes.data, values.ctypes.data
-    )
-
-
-def spread(
-    bits: UInt8[np.ndarray, " bytes"], values: Shaped[np.ndarray, " nnz"], dense: Shaped[np.ndarray, " count"]
-) -> None:
-    """Writes the next value where a bit is set, and zero elsewhere: what `gather` had.
-
-    Args:
-        bits: of `count` items; as many are set as there are values, which the caller has made sure of.
-        values: contiguous, of the dtype of `dense`.
-        dense: to be written.
-    """
-    _loaded().jaxprune_spread(
-        bits.ctypes.data, len(dense), values.ctypes.data, len(values), values.dtype.itemsize, dense.ctypes.data
-    )
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
+    name = library().jaxprune_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def product(
