@@ -13,8 +13,12 @@
 
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
-extern "C" void jaxprune_spread(const uint8_t*, int64_t, const void*, int64_t, int, void*);
-extern "C" int64_t jaxprune_gather(const void*, int64_t, int, uint8_t*, void*);
+extern "C" int64_t jaxprune_spread(const uint8_t*, int64_t, const char*, int64_t, int64_t, void*);
+extern "C" int64_t jaxprune_gather(const void*, int64_t, int64_t, uint8_t*, void*);
+extern "C" int64_t jaxprune_gaps(const uint8_t*, int64_t, int64_t, uint8_t*);
+extern "C" int64_t jaxprune_bits_of_gaps(const uint8_t*, int64_t, int64_t, int64_t, int64_t, uint8_t*, int64_t*);
+extern "C" int64_t jaxprune_csr(const uint8_t*, int64_t, int64_t, int64_t, uint32_t*, void*);
+extern "C" int64_t jaxprune_bits_of_csr(const char*, const char*, int64_t, int64_t, int64_t, int64_t, uint8_t*);
 // More scratch than a machine has is asked for, and must not be had.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "max_allocation_size_mb=4096:allocator_may_return_null=1:quarantine_size_mb=8";
@@ -182,20 +186,50 @@ std::string Case(bool fits, std::string* why) {
   return "";
 }
 
-// An array taken apart and put together again, each buffer just so large; what is wrong, or "".
+using Bytes = std::vector<uint8_t>;
+
+// The same bytes at an odd address, up to the end of an allocation; some of them changed where they are to be damaged.
+struct Moved {
+  int64_t odd = Draw(0, 7);
+  Bytes all;
+  Moved(const void* from, int64_t bytes, bool damaged) : all(odd + bytes) {
+    std::copy_n(static_cast<const uint8_t*>(from), bytes, all.data() + odd);
+    for (int64_t n = damaged && bytes ? Draw(1, 3) : 0; n > 0; --n) all[odd + Draw(0, bytes - 1)] = Draw(0, 255);
+  }
+  const uint8_t* data() const { return all.data() + odd; }
+  const char* chars() const { return reinterpret_cast<const char*>(data()); }
+};
+
+// An array taken apart and put together again in all ways, each buffer just so large; what is wrong, or "". Damaged
+// codes may mean anything, but lead nowhere outside.
 std::string Codecs() {
-  const int64_t count = Size(300), size = Any({1, 2, 4, 8}), dead = Draw(0, 8);
+  const int64_t rows = Size(30), cols = Draw(1, Chance(8) ? 300 : 20), count = rows * cols;
+  const int64_t size = Any({1, 2, 4, 8}), dead = Draw(0, 8), width = Draw(2, 16), wide = Any({2, 4});
+  const bool damaged = Chance(2);
   std::vector<char> dense(count * size), values((count + 16) * size), back(count * size, 'x');
-  std::vector<uint8_t> mask((count + 7) / 8, 255);
   for (int64_t i = 0; i < count; ++i)
     if (Draw(1, 8) > dead) dense[i * size + Draw(0, size - 1)] = 'w';
-  const int64_t stored = jaxprune_gather(dense.data(), count, size, mask.data(), values.data());
-  // Beginning anywhere, and ending with the buffer.
-  const int64_t odd = Draw(0, 7);
-  std::vector<char> just(odd + stored * size);
-  std::copy_n(values.data(), stored * size, just.data() + odd);
-  jaxprune_spread(mask.data(), count, just.data() + odd, stored, size, back.data());
-  return dense == back ? "" : "an array comes back as another";
+  Bytes bits((count + 7) / 8, 255);
+  const int64_t stored = jaxprune_gather(dense.data(), count, size, bits.data(), values.data());
+  jaxprune_spread(bits.data(), count, Moved(values.data(), stored * size, false).chars(), stored, size, back.data());
+  if (dense != back) return "an array comes back as another";
+
+  Bytes codes(((stored + count / ((1 << width) - 1)) * width + 7) / 8 + 8), made(bits.size());
+  const int64_t bytes = jaxprune_gaps(bits.data(), count, width, codes.data());
+  int64_t used = 0;
+  const Moved gaps(codes.data(), bytes, damaged);
+  if (jaxprune_bits_of_gaps(gaps.data(), bytes, width, stored, count, made.data(), &used) > stored) return "many gaps";
+  if (!damaged && made != bits) return "gaps come back as others";
+
+  std::vector<uint32_t> ends(rows);
+  Bytes columns(stored * wide);
+  jaxprune_csr(bits.data(), rows, cols, wide, ends.data(), columns.data());
+  const Moved some_ends(ends.data(), 4 * rows, damaged), some_columns(columns.data(), stored * wide, damaged);
+  made.assign(bits.size(), 0);
+  if (!jaxprune_bits_of_csr(some_ends.chars(), some_columns.chars(), rows, cols, wide, stored, made.data())) {
+    return damaged ? "" : "rows are refused";
+  }
+  return damaged || made == bits ? "" : "rows come back as others";
 }
 
 }  // namespace
