@@ -10,7 +10,7 @@ import pytest
 from int8_helpers import RANGE, normal, on_codes
 from jax import lax
 
-from jaxprune.storage.int8 import MOST_TERMS, int8
+from jaxprune.storage.simulated import MOST_TERMS, int8
 
 
 def integers(x_shape, w_shape, over):

@@ -9,8 +9,8 @@ from int8_helpers import RANGE, normal, on_codes
 from jax import lax
 
 from jaxprune.masks import apply_masks
-from jaxprune.storage.int8 import MOST_TERMS, calibrate, int8
 from jaxprune.storage.quantize import dequantize, to_integers
+from jaxprune.storage.simulated import MOST_TERMS, calibrate, int8
 
 
 def mlp(params, x):

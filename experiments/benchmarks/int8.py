@@ -31,8 +31,8 @@ from jaxprune.lab import build, checkpoint, data, run, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.bench.of_run import of_run
 from jaxprune.lab.models import pretrained
-from jaxprune.storage.int8 import calibrate, int8
 from jaxprune.storage.quantize import dequantize, to_integers
+from jaxprune.storage.simulated import calibrate, int8
 from jaxprune.tree import weights
 
 CALIBRATION = 512
