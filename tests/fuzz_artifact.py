@@ -335,7 +335,8 @@ def seeds():
         container.write_whole = lambda _, pieces, written=written: written.append(b"".join(pieces))
         jp.save("file", tree, encoding=rule or "auto", metadata={"a": 1})
         yield written[0]
-    container.write(pathlib.Path("file"), {"x": leaf, "y": np.zeros((0, 2), np.int8)}, {"format": "np"})
+    arrays = {"x": leaf, "y": np.zeros((0, 2), np.int8)}
+    container.write(pathlib.Path("file"), {n: container.blob_of(one) for n, one in arrays.items()}, {"format": "np"})
     yield written[1]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.storage import tensors
 from jaxprune.storage.quantize import Affine, Codebook
 from jaxprune.storage.values import DTYPES
 
@@ -129,6 +130,12 @@ def rewritten(data, change):
     texts["jaxprune.crc32"] = f"{zlib.crc32((texts['jaxprune.tensors'] + texts['jaxprune.user']).encode()):08x}"
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def encode(*arguments, **options):
+    """The record, and its bytes in one piece."""
+    record, pieces = tensors.encode(*arguments, **options)
+    return record, b"".join(pieces)
 
 
 def dense_of(leaf):

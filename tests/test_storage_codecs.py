@@ -20,6 +20,7 @@ from storage_helpers import (
     affine,
     bits_of,
     codebook,
+    encode,
     filled,
     pruned,
     shapes,
@@ -29,8 +30,9 @@ from storage_helpers import (
 import jaxprune as jp
 from jaxprune.storage import bits, encodings, records, streams
 from jaxprune.storage.encodings import pattern_of, stored_bytes
+from jaxprune.storage.passes import nonzero
 from jaxprune.storage.patterns import PatternError
-from jaxprune.storage.tensors import Stored, encode, nonzero
+from jaxprune.storage.tensors import Stored
 from jaxprune.storage.values import DTYPES, ValuesError
 from jaxprune.storage.values import bits_of as bits_of_values
 

@@ -12,12 +12,22 @@ import zlib
 
 import numpy as np
 import pytest
-from storage_helpers import affine, bits_of, codebook, everything, everything_file, pruned, rewritten, structured
+from storage_helpers import (
+    affine,
+    bits_of,
+    codebook,
+    encode,
+    everything,
+    everything_file,
+    pruned,
+    rewritten,
+    structured,
+)
 
 import jaxprune as jp
 from jaxprune.storage import Artifact, FileError, tensors
 from jaxprune.storage.encodings import pattern_of
-from jaxprune.storage.tensors import Stored, encode
+from jaxprune.storage.tensors import Stored
 
 MIB = 2**20
 
@@ -218,7 +228,7 @@ LIES = [
     ("int4_bitmask", "there are no values of kind 'int4' for int32", {"dtype": "int32"}),
     ("codebook_bitmask", "its table are 16 bytes, 32 were expected", {"dtype": "float32"}),
     ("codebook_bitmask", "its codes are|its table are", {"values": "codebook4"}),
-    ("scalar", "it is stored as float32 .., .'int32'", {"dtype": "int32"}),
+    ("scalar", "it is stored as float32 .., int32", {"dtype": "int32"}),
     ("scalar", "it is stored as float32", {"shape": [1]}),
 ]
 

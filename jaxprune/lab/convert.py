@@ -161,7 +161,8 @@ def write(target: Path, model: Model, kind: str, *, encoding: str = "auto", defl
     for name, array in arrays.items():
         if array.dtype not in container.NAMES:
             raise TypeError(f"Leaf {name!r} is {array.dtype}, which safetensors do not have.")
-    container.write(target, arrays, {PLAIN: json.dumps(model.metadata)})
+    blobs = {name: container.blob_of(array) for name, array in arrays.items()}
+    container.write(target, blobs, {PLAIN: json.dumps(model.metadata)})
 
 
 def size_text(target: Path, model: Model) -> str:

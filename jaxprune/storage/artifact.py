@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ from jaxprune.storage.patterns import PatternError
 from jaxprune.storage.quantize import is_quantized
 from jaxprune.storage.records import Record, RecordError
 from jaxprune.storage.streams import StreamError
-from jaxprune.storage.tensors import Stored, encode
+from jaxprune.storage.tensors import Pieces, Stored, encode
+from jaxprune.storage.threads import each
 from jaxprune.storage.values import ValuesError
 
 VERSION = 1
@@ -74,20 +76,23 @@ def save(
         tree.check_like("The masks", masks, params)
     _check_encodings(encoding, names)
     of_mask = {} if masks is None else tree.named_leaves(masks)
-    arrays, described = {}, {}
-    for name, (keys, leaf) in paths.flattened(params).items():
+
+    def encoded(item: tuple[str, tuple[Any, Any]]) -> tuple[str, Record, Pieces]:
+        name, (keys, leaf) = item
         host = _host(name, leaf)
         mask = np.asarray(of_mask[name], bool) if name in of_mask else None
         try:
             paths.check(keys, name)
-            record, blob = encode(keys, host, mask, _encoding_of(encoding, name, host), deflate=deflate)
+            return name, *encode(keys, host, mask, _encoding_of(encoding, name, host), deflate=deflate)
         except PROBLEMS as error:
             raise ValueError(f"Leaf {name!r}: {error}.") from None
-        dtype = values.DTYPES[record.dtype] if _typed(record) else np.dtype(np.uint8)
-        arrays[name] = np.frombuffer(blob, dtype).reshape(record.shape if _typed(record) else -1)
+
+    blobs, described = {}, {}
+    for name, record, pieces in each(encoded, paths.flattened(params).items()):
+        blobs[name] = container.Blob(*_as_stored(record), pieces)
         described[name] = record.to_json(name)
     texts = {TENSORS: _json(described), USER: _json(dict(metadata or {}))}
-    container.write(where, arrays, {MARK: str(VERSION), **texts, CRC32: _crc(texts)})
+    container.write(where, blobs, {MARK: str(VERSION), **texts, CRC32: _crc(texts)})
 
 
 def _json(plain: Any) -> str:
@@ -98,9 +103,11 @@ def _crc(texts: Mapping[str, str]) -> str:
     return f"{zlib.crc32((texts[TENSORS] + texts[USER]).encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _typed(record: Record) -> bool:
-    """Whether the tensor's bytes are those of the array, so that any reader of safetensors has it."""
-    return (record.encoding, record.values, record.parts[0].coder) == ("dense", "raw", "raw")
+def _as_stored(record: Record) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The container's dtype and shape: the weight's where its bytes are, so that any reader of safetensors has it."""
+    if (record.encoding, record.values, record.parts[0].coder) == ("dense", "raw", "raw"):
+        return values.DTYPES[record.dtype], record.shape
+    return np.dtype(np.uint8), (record.stored_bytes,)
 
 
 def _host(name: str, leaf: Any) -> values.Leaf:
@@ -139,7 +146,7 @@ def _encoding_of(encoding: str | Mapping[str, str], name: str, leaf: values.Leaf
 
 
 class Artifact:
-    """An open file; reads one tensor at a time. Use it in a `with` statement.
+    """An open file; reads single tensors, from any thread. Use it in a `with` statement.
 
     Attributes:
         path: of the file.
@@ -154,6 +161,7 @@ class Artifact:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file: io.BufferedReader = self.path.open("rb")
+        self._one_reads = threading.Lock()
         try:
             self._header = container.read_header(self._file, self.path)
             self.records, self.metadata = self._described(self._header)
@@ -176,9 +184,11 @@ class Artifact:
         """
         record, entry = self.records[name], self._header.entries[name]
         blob = memory.zeros(entry.end - entry.start, np.uint8).data
-        self._file.seek(entry.start)
+        with self._one_reads:
+            self._file.seek(entry.start)
+            got = self._file.readinto(blob)
         try:
-            return Stored(record, blob[: self._file.readinto(blob)])
+            return Stored(record, blob[:got])
         except PROBLEMS as error:
             raise self.problem(name, error) from None
 
@@ -228,9 +238,9 @@ class Artifact:
             record = records.from_json(plain, name)
             records.check(record, entry.end - entry.start)
             paths.check(record.path, name)
-            as_stored = (record.dtype, record.shape) if _typed(record) else ("uint8", (record.stored_bytes,))
-            if (entry.dtype.name, entry.shape) != as_stored:
-                raise RecordError(f"it is stored as {entry.dtype.name} {entry.shape}, {as_stored} was expected")
+            dtype, shape = _as_stored(record)
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise RecordError(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
         except PROBLEMS as error:
             raise self.problem(name, error) from None
         return record

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,6 +52,25 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+class Blob(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        dtype: one of `DTYPES`.
+        shape: of the stored array.
+        pieces: its bytes, in so many pieces.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    pieces: Sequence[bytes | memoryview]
+
+
+def blob_of(array: np.ndarray) -> Blob:
+    """An array as it is."""
+    return Blob(array.dtype, array.shape, [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data])
 
 
 class Header(NamedTuple):
@@ -123,12 +142,12 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Entry:
     raise FileError(f"{path}: the header's entry of tensor {name!r} is damaged or not supported: {str(entry)[:200]}.")
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, Blob], metadata: Mapping[str, str]) -> None:
     """A file that is whole or not there: written beside its place, brought to disk, and renamed.
 
     Args:
         path: where; its folder is made.
-        tensors: name -> array of a dtype in `DTYPES`.
+        tensors: by name.
         metadata: name -> text.
 
     Raises:
@@ -141,20 +160,14 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         )
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     at = 0
-    for name, array in tensors.items():
-        header[name] = {
-            "dtype": NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
-        }
-        at += array.nbytes
+    for name, blob in tensors.items():
+        end = at + sum(map(len, blob.pieces))
+        header[name] = {"dtype": NAMES[blob.dtype], "shape": list(blob.shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_whole(path, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())])
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    pieces = (piece for blob in tensors.values() for piece in blob.pieces)
+    write_whole(path, [len(text).to_bytes(8, "little"), text, *pieces])
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:

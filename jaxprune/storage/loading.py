@@ -17,6 +17,10 @@ from jaxprune.storage.container import FileError
 from jaxprune.storage.memory import on_device
 from jaxprune.storage.records import RecordError
 from jaxprune.storage.tensors import Stored
+from jaxprune.storage.threads import each
+
+_LARGE = 2**24
+"""Bytes in a file from which on a tensor is decoded alone, so that one at most is in memory twice."""
 
 
 def load(
@@ -29,7 +33,7 @@ def load(
     unsupported: Unsupported = "refuse",
     max_bytes: int | None = None,
 ) -> Any:
-    """Params, or masks, from a file; tensor by tensor, so that one at most is in memory twice.
+    """Params, or masks, from a file; tensor by tensor, so that of large ones one at most is in memory twice.
 
     Args:
         path: of a file that `save` wrote, or of plain safetensors (then leaves are dense, and alive where not zero).
@@ -64,7 +68,9 @@ def load(
         except RecordError as error:
             raise FileError(f"{file.path} is damaged: {error}.") from None
         sparse = _sparse_forms(shapes, to, select, layout, unsupported) if to in FORMATS else {}
-        leaves = {name: _leaf(file, name, to, sparse.get(name), unsupported) for name in shapes}
+        large = max((file.records[name].stored_bytes for name in shapes), default=0) > _LARGE
+        found = each(lambda name: _leaf(file, name, to, sparse.get(name), unsupported), shapes, at_once=not large)
+        leaves = dict(zip(shapes, found, strict=True))
         if like is not None:
             return tree.map_named(lambda name, _: leaves[name], like)
         return paths.nested({file.records[name].path: leaf for name, leaf in leaves.items()})

@@ -4,11 +4,6 @@ gather(dense)                ->  bits, values           the bits are those of th
 spread(bits, values, count)  ->  dense
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
@@ -16,6 +11,7 @@ from jaxprune.sparse import native
 from jaxprune.sparse.native import codecs
 from jaxprune.storage import memory
 from jaxprune.storage.bits import ones
+from jaxprune.storage.threads import each
 
 _PART = 2**22
 """Items that a thread takes at a time, a multiple of 8."""
@@ -34,7 +30,7 @@ def gather(dense: Shaped[np.ndarray, " count"]) -> tuple[UInt8[np.ndarray, " byt
         values = np.empty(len(here) + 16, dense.dtype)
         return values[: codecs.gather(here, bits[first // 8 : (first + len(here) + 7) // 8], values)]
 
-    found = _each(part, range(0, len(dense), _PART))
+    found = each(part, range(0, len(dense), _PART))
     return bits, found[0] if len(found) == 1 else np.concatenate([dense[:0], *found])
 
 
@@ -63,17 +59,10 @@ def spread(
         else:
             codecs.spread(mask, some, here)
 
-    _each(part, starts)
+    each(part, starts)
     return dense
 
 
 def nonzero(array: Shaped[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
     """Where the bits are not all zero: a file brings a -0.0 back, so it is a weight like any other here."""
     return np.asarray(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape) != 0)
-
-
-def _each(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
-    if len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1, 8)) as pool:
-        return list(pool.map(work, items))

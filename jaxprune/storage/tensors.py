@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt8
@@ -25,11 +25,13 @@ from jaxprune.storage.records import Part, Record, RecordError
 from jaxprune.storage.streams import Stream
 from jaxprune.storage.values import Leaf
 
+Pieces: TypeAlias = Sequence[bytes | memoryview]
+
 
 def encode(
     path: tuple[Any, ...], leaf: Leaf, mask: Bool[np.ndarray, "..."] | None, encoding: str, *, deflate: bool
-) -> tuple[Record, bytes]:
-    """A record and the bytes that go with it.
+) -> tuple[Record, Pieces]:
+    """A record and the bytes that go with it, in pieces.
 
     Args:
         path: keys, as they stand in the file.
@@ -60,7 +62,7 @@ def encode(
     ways = [
         _nonzeros_in(path, leaf, mask, one, deflate) or _in_pattern(path, leaf, alive, one, deflate) for one in tried
     ]
-    return min(ways, key=lambda made: len(made[1]))
+    return min(ways, key=lambda made: made[0].stored_bytes)
 
 
 def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
@@ -77,7 +79,7 @@ def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Patte
 
 def _in_pattern(
     path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool
-) -> tuple[Record, bytes]:
+) -> tuple[Record, Pieces]:
     count = pattern.sizes(alive)[1]
     what = Record(
         path=path,
@@ -100,7 +102,7 @@ def _in_pattern(
 
 def _nonzeros_in(
     path: tuple[Any, ...], leaf: Leaf, mask: Bool[np.ndarray, "..."] | None, pattern: Pattern, deflate: bool
-) -> tuple[Record, bytes] | None:
+) -> tuple[Record, Pieces] | None:
     """What `_in_pattern` makes of an array with just its non-zeros alive, in one pass over it; None of any other."""
     if not isinstance(leaf, np.ndarray) or not pattern.in_order or pattern.misfit(leaf.shape):
         return None
@@ -119,7 +121,7 @@ def _coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
     return {name: code(items) for name, items in made.items()}
 
 
-def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bool) -> tuple[Record, bytes]:
+def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bool) -> tuple[Record, Pieces]:
     """The record with its streams, and their bytes.
 
     Args:
@@ -128,13 +130,13 @@ def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bo
         deflate: whether they may be; they are not where they would become more than the dense tensor.
     """
     found = made(deflate)
-    blob = b"".join(stream.data for stream in found.values())
+    pieces = [stream.data for stream in found.values()]
     parts = tuple(Part(name, stream.coder, len(stream.data), stream.size) for name, stream in found.items())
-    record = what._replace(parts=parts, crc32=zlib.crc32(blob))
+    record = what._replace(parts=parts, crc32=functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0))
     if record.inflated_bytes > record.dense_bytes:  # which a reader refuses
         return _joined(what, made, False)
-    records.check(record, len(blob))
-    return record, blob
+    records.check(record, sum(map(len, pieces)))
+    return record, pieces
 
 
 class Stored:

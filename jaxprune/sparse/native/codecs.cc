@@ -1,6 +1,6 @@
 // The codecs of jaxprune.storage, one pass over memory each; called through ctypes. Bits are those of a mask: one for
 // each weight, the first in the highest bit of a byte. What comes out of a file is trusted in nothing, and may begin at
-// any address.
+// any address. Bytes of integers are those of little-endian machines, as in the file.
 #include <cstdint>
 #include <cstring>
 
@@ -96,20 +96,21 @@ bool Wide() { return std::strcmp(jaxprune::BestKernels().name, "avx512") == 0; }
 template <typename Use>
 void ForBits(const uint8_t* bits, int64_t count, const Use& use) {
   const int64_t bytes = (count + 7) / 8;
-  for (int64_t first = 0; first < bytes; first += 8) {
-    uint64_t word = 0;
-    for (int64_t i = first; i < first + 8; ++i) word = word << 8 | (i < bytes ? bits[i] : 0);
+  const auto of_word = [&](int64_t first, uint64_t word) {
     while (word) {
       const int zeros = __builtin_clzll(word);
       use(8 * first + zeros);
-      word &= ~(uint64_t{1} << 63 >> zeros);
+      word ^= uint64_t{1} << 63 >> zeros;
     }
-  }
+  };
+  int64_t first = 0;
+  for (; first + 8 <= bytes; first += 8) of_word(first, __builtin_bswap64(Load<uint64_t>(bits + first)));
+  for (; first < bytes; ++first) of_word(first, uint64_t{bits[first]} << 56);
 }
 
 void Set(uint8_t* bits, int64_t i) { bits[i >> 3] |= 128 >> (i & 7); }
 
-// Codes side by side, the highest bit first.
+// Codes of up to 16 bits side by side, the highest bit first.
 struct Writer {
   uint8_t* at;
   int width;
@@ -118,10 +119,15 @@ struct Writer {
 
   void Put(uint64_t code) {
     held = held << width | code;
-    for (bits += width; bits >= 8; bits -= 8) *at++ = held >> (bits - 8);
+    bits += width;
+    if (bits < 32) return;
+    bits -= 32;
+    const uint32_t full = __builtin_bswap32(held >> bits);
+    std::memcpy(at, &full, 4);
+    at += 4;
   }
   void End() {
-    if (bits) *at++ = held << (8 - bits);
+    for (; bits > 0; bits -= 8) *at++ = bits >= 8 ? held >> (bits - 8) : held << (8 - bits);
   }
 };
 
@@ -210,19 +216,30 @@ JAXPRUNE_EXPORT int64_t jaxprune_bits_of_gaps(const uint8_t* codes, int64_t byte
   const uint64_t skip = (uint64_t{1} << width) - 1;
   const uint8_t* const end = codes + bytes;
   uint64_t held = 0;
-  int64_t at = 0, seen = 0, read = 0;
-  for (int have = 0; seen < stored; ++read) {
+  int64_t at = 0, seen = 0, read = 0, last = 0;
+  for (int have = 0; seen < stored;) {
+    if (have < width && end - codes >= 4) {
+      held = held << 32 | __builtin_bswap32(Load<uint32_t>(codes));
+      codes += 4, have += 32;
+    }
     for (; have < width && codes < end; have += 8) held = held << 8 | *codes++;
     if (have < width) break;
     have -= width;
     const uint64_t code = held >> have & skip;
+    const bool living = code != skip;
     at += code;
-    if (code == skip) continue;
-    if (at >= count) return -1;
-    Set(bits, at++);
-    ++seen;
-    *used = read + 1;
+    ++read;
+    if (at >= count) {
+      if (living) return -1;
+      continue;
+    }
+    // Without a branch: which codes are gaps cannot be foretold.
+    bits[at >> 3] |= living << (7 - (at & 7));
+    at += living;
+    seen += living;
+    last = living ? read : last;
   }
+  *used = last;
   return seen;
 }
 
