@@ -39,6 +39,7 @@ print(json.dumps([before, peak(), sum(leaf.nbytes for leaf in params.values())])
         ("dense", 4, 0),
         ("bitmask", 16, 0),
         ("bitmask", 4, 0),
+        ("bitmask", 256, 0),
         ("bitmask", 16, 1),
         ("csr16", 16, 0),
         ("gaps2", 16, 0),
