@@ -11,12 +11,33 @@ update land on exact zero, and `sparse` makes the zeros a weight of another kind
 is left to a small file.
 """
 
-from jaxprune import sparse, storage
+from jaxprune import evidence, sparse, storage
 from jaxprune.compact import Compacted, compact, expand, smaller
-from jaxprune.criteria import magnitude, random, taylor
+from jaxprune.criteria import (
+    Running,
+    activation_mean,
+    apoz,
+    fisher,
+    geometric_median,
+    grasp,
+    joint_taylor,
+    lamp,
+    magnitude,
+    momentum,
+    movement,
+    norm_scale,
+    random,
+    snip,
+    squared_magnitude,
+    synflow,
+    taylor,
+    taylor_squared,
+    wanda,
+)
 from jaxprune.distributions import (
     ERK,
     NM,
+    OWL,
     ByRule,
     Global,
     PerOutput,
@@ -28,6 +49,7 @@ from jaxprune.distributions import (
 )
 from jaxprune.granularity import Block, Element, Input, Output
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
+from jaxprune.loops import iterate
 from jaxprune.masks import (
     apply_masks,
     nonzero_masks,
@@ -40,7 +62,7 @@ from jaxprune.masks import (
 )
 from jaxprune.methods import Method, compute_masks
 from jaxprune.report import summarize
-from jaxprune.schedules import at, constant, cubic, every, one_shot, rounds
+from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
 from jaxprune.sensitivity import sensitivity
 from jaxprune.storage import load, save
 from jaxprune.targets import Within, compacted_cost, masks_within
@@ -56,6 +78,7 @@ __all__ = [
     "ERK",
     "FLAX",
     "NM",
+    "OWL",
     "TORCH",
     "Axes",
     "Block",
@@ -70,28 +93,45 @@ __all__ = [
     "Method",
     "Output",
     "PerOutput",
+    "Running",
     "SigmaThreshold",
     "Threshold",
     "Uniform",
     "Within",
+    "activation_mean",
+    "alternating",
+    "apoz",
     "apply_masks",
     "at",
     "compact",
     "compacted_cost",
     "compute_masks",
     "constant",
+    "cosine",
     "costs",
     "couplings",
     "cubic",
     "every",
+    "evidence",
     "expand",
+    "exponential",
+    "fisher",
+    "geometric_median",
+    "grasp",
+    "iterate",
+    "joint_taylor",
     "keep_params_sparse",
     "kth_largest",
+    "lamp",
     "layout_of",
+    "linear",
     "load",
     "magnitude",
     "masks_within",
+    "momentum",
+    "movement",
     "nonzero_masks",
+    "norm_scale",
     "one_shot",
     "overlap",
     "pack_masks",
@@ -103,15 +143,20 @@ __all__ = [
     "save",
     "sensitivity",
     "smaller",
+    "snip",
     "sparse",
     "sparsity_of",
+    "squared_magnitude",
     "storage",
     "straight_through",
     "summarize",
+    "synflow",
     "taylor",
+    "taylor_squared",
     "top_k_mask",
     "trace",
     "unpack_masks",
+    "wanda",
     "weights",
     "weights_of",
 ]

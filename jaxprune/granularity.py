@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxprune.numerics import ordered_sum
 
@@ -33,8 +33,8 @@ class Granularity(Protocol):
         """One score per group."""
         ...
 
-    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-        """The verdict on each group, for each of its weights; `shape` is that of the view."""
+    def expand(self, kept: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+        """The verdict on each group, or a number, for each of its weights; `shape` is that of the view."""
         ...
 
 
@@ -46,7 +46,7 @@ class Element:
         """The scores themselves."""
         return scores
 
-    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    def expand(self, kept: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """The verdicts themselves."""
         return kept
 
@@ -60,7 +60,7 @@ class _Slices:
         size = max(math.prod(scores.shape[axis] for axis in self._pooled), 1)
         return ordered_sum(scores, self._pooled) * (1 / size)
 
-    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    def expand(self, kept: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """The group's verdict, repeated along its axes."""
         return jnp.broadcast_to(kept, shape)
 
@@ -118,7 +118,7 @@ class Block:
         share = (1 / np.outer(tall, wide)).reshape((1,) * len(lead) + (len(tall), len(wide)))
         return self._tile_sums(scores) * jnp.asarray(share, scores.dtype)
 
-    def expand(self, kept: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    def expand(self, kept: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """Each tile's verdict, repeated over its weights."""
         wide = jnp.repeat(jnp.repeat(kept, self.rows, axis=-2), self.cols, axis=-1)
         return wide[..., : shape[-2], : shape[-1]]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
-from jaxprune.criteria import magnitude
+from jaxprune.criteria import Running, magnitude
 from jaxprune.distributions import Distribution, Global
 from jaxprune.granularity import Element, Granularity
 from jaxprune.tracing.channels import Channels
@@ -65,10 +65,8 @@ def compute_masks(
     """
     if sparsity is not None:
         check_sparsity(sparsity)
-    leaves = tree.selected_leaves(method.select, params)
+    leaves, axes, views = _seen(method, params)
     check_leaves("weight", leaves)
-    axes = {name: method.layout.axes(name, leaf.shape) for name, leaf in leaves.items()}
-    views = {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
     seen = {key: _evidence(key, value, params, leaves, axes) for key, value in evidence.items()}
     scores = _checked(method.criterion(views, **seen), views)
     if masks is not None:
@@ -88,6 +86,41 @@ def compute_masks(
         return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
 
     return tree.map_named(mask_of, params)
+
+
+def init_statistics(method: Method, params: Params) -> Any:
+    """What a `Running` criterion remembers before the first step, leaf name -> array; () for any other criterion."""
+    if not isinstance(method.criterion, Running) or not jax.tree.leaves(params):
+        return ()
+    leaves, axes, views = _seen(method, params)
+    return {
+        name: layouts.from_view(found, axes[name], jnp.shape(leaves[name]))
+        for name, found in method.criterion.init(views).items()
+    }
+
+
+def update_statistics(method: Method, statistics: Any, params: Params, **evidence: Any) -> Any:
+    """What it remembers after a step; `compute_masks` takes it as `statistics`.
+
+    Args:
+        method: the composition.
+        statistics: of `init_statistics`, or of the step before.
+        params: weights at this step.
+        **evidence: as for `compute_masks`.
+    """
+    if not isinstance(method.criterion, Running):
+        return ()
+    leaves, axes, views = _seen(method, params)
+    seen = {key: _evidence(key, value, params, leaves, axes) for key, value in {**evidence, "": statistics}.items()}
+    found = method.criterion.update(seen.pop(""), views, **seen)
+    return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
+
+
+def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
+    """The selected leaves, their axes, and their views."""
+    leaves = tree.selected_leaves(method.select, params)
+    axes = {name: method.layout.axes(name, jnp.shape(leaf)) for name, leaf in leaves.items()}
+    return leaves, axes, {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
 
 
 def _channel_masks(

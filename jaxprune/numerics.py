@@ -30,7 +30,7 @@ def _halve(values: Array, axis: int) -> Array:
     return jnp.moveaxis(values + rest, 0, axis)
 
 
-def rounded_share(n: int, share: Sparsity) -> UInt32[Array, ""] | int:
+def rounded_share(n: int, share: Sparsity) -> UInt32[Array, "..."] | int:
     r"""$\mathrm{round}(n \cdot s)$, half to even, exact for concrete and for traced `share` in [0, 1).
 
     A traced float32 share is brought to 32 binary places (exact from $2^{-8}$ on) and multiplied in 64 bits, made of
@@ -38,7 +38,7 @@ def rounded_share(n: int, share: Sparsity) -> UInt32[Array, ""] | int:
 
     Args:
         n: a count, below 2**32.
-        share: Python float, or scalar float32 array.
+        share: Python float, or float32 array, each number of which is a share.
     """
     if isinstance(share, float | int):
         return round(n * share)

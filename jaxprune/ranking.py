@@ -45,13 +45,14 @@ def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Flo
 
 
 def top_k_mask(
-    scores: Float[Array, "..."], k: Integer[Array, ""] | int, axes: tuple[int, ...] | None = None
+    scores: Float[Array, "..."], k: Integer[Array, "..."] | int, axes: tuple[int, ...] | None = None
 ) -> Bool[Array, "..."]:
     """True at exactly k scores, the largest; of equal ones the lower index survives.
 
     Args:
         scores: non-negative float32, bfloat16 or float16; NaN counts as largest.
-        k: 0 <= k <= number of scores in a contest, may be traced.
+        k: 0 <= k <= number of scores in a contest, may be traced; or for each contest its own, with an axis of size 1
+            for each of `axes`.
         axes: axes (negative) along which scores compete; every place on the others is a contest of its own. None: all
             axes.
 
@@ -92,7 +93,7 @@ def _check(scores: Array, k: Any, n: int) -> None:
         raise TypeError(f"Scores are float32, bfloat16 or float16; got {scores.dtype}.")
     if n > TOP:
         raise ValueError(f"A contest has at most {TOP} groups, this one {n}. Use `Uniform`, or a coarser granularity.")
-    if is_concrete(k) and not 0 <= int(k) <= n:
+    if is_concrete(k) and jnp.ndim(k) == 0 and not 0 <= int(k) <= n:
         raise ValueError(f"k = {int(k)} of {n} scores was asked for; 0 <= k <= {n}.")
 
 

@@ -5,6 +5,7 @@ one an update; both are plain functions of a traced integer, so that moving thro
 """
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -44,7 +45,7 @@ def one_shot(sparsity: float, step: int = 0) -> Schedule:
 def cubic(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedule:
     r"""Fast at first, slow at the end.
 
-    $s_t = s_f + (s_i - s_f) (1 - \frac{t - t_0}{t_1 - t_0})^3$ for $t_0 \le t \le t_1$; 0 before, $s_f$ after.
+    $s_t = s_f + (s_i - s_f) (1 - p)^3$ with $p = \frac{t - t_0}{t_1 - t_0}$ from $t_0$ to $t_1$; 0 before, $s_f$ after.
 
     Args:
         final: sparsity from `end` on.
@@ -58,38 +59,111 @@ def cubic(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedu
     References:
         Zhu and Gupta 2017, arXiv:1710.01878, eq. 1.
     """
+    return _ramp("cubic", final, begin, end, initial, lambda p: final + (initial - final) * (1.0 - p) ** 3)
+
+
+def linear(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedule:
+    r"""As much in every step, $s_t = s_f + (s_i - s_f) (1 - p)$. Arguments and errors are those of `cubic`."""
+    return _ramp("linear", final, begin, end, initial, lambda p: final + (initial - final) * (1.0 - p))
+
+
+def cosine(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedule:
+    r"""Slow at both ends, $s_t = s_f + (s_i - s_f) \frac{1 + \cos \pi p}{2}$.
+
+    Arguments and errors are those of `cubic`.
+    """
+    return _ramp(
+        "cosine", final, begin, end, initial, lambda p: final + (initial - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * p))
+    )
+
+
+def exponential(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedule:
+    r"""The same share of what is left in every step, $1 - s_t = (1 - s_i)^{1 - p} (1 - s_f)^p$.
+
+    Arguments and errors are those of `cubic`.
+    """
+    return _ramp(
+        "exponential", final, begin, end, initial,
+        lambda p: 1.0 - (1.0 - initial) * jnp.exp(p * math.log((1 - final) / (1 - initial))),
+    )  # fmt: skip
+
+
+def _ramp(
+    name: str, final: float, begin: int, end: int, initial: float, of: Callable[[Array], Float[Array, ""]]
+) -> Schedule:
+    """0 before `begin`, `final` from `end` on, and of(progress) in between."""
     check_sparsity(final, "final")
     check_sparsity(initial, "initial")
     if not 0 <= begin <= end:
-        raise ValueError(f"`cubic` needs 0 <= begin <= end, got begin={begin}, end={end}.")
+        raise ValueError(f"`{name}` needs 0 <= begin <= end, got begin={begin}, end={end}.")
 
     def schedule(step: Step) -> Float[Array, ""]:
-        left = 1.0 - _progress(step, begin, end)
-        ramp = final + (initial - final) * left**3
+        done = _progress(step, begin, end)
         # The end is given, not computed: final + 0 * x need not round to the same float.
-        ramp = jnp.where(left == 0, jnp.float32(final), ramp)
+        ramp = jnp.where(done == 1, jnp.float32(final), of(done))
         return jnp.where(jnp.asarray(step) >= begin, ramp, jnp.float32(0.0))
 
     return schedule
 
 
-def rounds(final: float, *, count: int, length: int, begin: int = 0) -> Schedule:
+def alternating(sparsity: float, *, dense: int, sparse: int, begin: int, end: int) -> Schedule:
+    """Dense for `begin` steps; then sparse and dense phases in turn until `end`; sparse for ever after.
+
+    Masks must be computed where phases begin, such as with `every(n)` for an n that divides them. They open for a dense
+    phase, and weights that were dead start again from zero.
+
+    Args:
+        sparsity: of the sparse phases.
+        dense: steps of a dense phase.
+        sparse: steps of a sparse phase.
+        begin: first step of the first sparse phase.
+        end: from here on no dense phase begins or goes on.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1), a length is below 1, or `end` is before `begin`.
+
+    References:
+        Peste et al. 2021 (AC/DC), arXiv:2106.12379, algorithm 1.
+    """
+    check_sparsity(sparsity)
+    if dense < 1 or sparse < 1 or not 0 <= begin <= end:
+        raise ValueError(
+            f"`alternating` needs dense >= 1, sparse >= 1 and 0 <= begin <= end; got {dense}, {sparse}, {begin}, {end}."
+        )
+
+    def schedule(step: Step) -> Float[Array, ""]:
+        now = jnp.asarray(step, jnp.int32)
+        pruned = (now >= begin) & (((now - begin) % (sparse + dense) < sparse) | (now >= end))
+        return jnp.where(pruned, jnp.float32(sparsity), jnp.float32(0.0))
+
+    return schedule
+
+
+def rounds(
+    final: float | None = None, *, count: int, length: int, begin: int = 0, keep: float | None = None
+) -> Schedule:
     r"""Iterative pruning: every round keeps the same share of what is left.
 
     $s_t = 1 - (1 - s_f)^{r / n}$ in round $r = 1, ..., n$; round r starts at step begin + (r - 1) * length. 0 before.
 
     Args:
-        final: sparsity of the last round, which lasts for ever.
+        final: sparsity of the last round, which lasts for ever; or None and
+        keep: the share that a round keeps of what is left, in (0, 1]; the last sparsity is then $1 - k^n$.
         count: number of rounds n.
         length: steps of a round.
         begin: first step of the first round.
 
     Raises:
-        ValueError: `final` is not in [0, 1), or a count or length is below 1.
+        ValueError: both or none of `final` and `keep`, one out of range, or a count or length below 1.
 
     References:
-        Frankle and Carbin 2019, arXiv:1803.03635 (there the share kept is given, 0.8 a round).
+        Frankle and Carbin 2019, arXiv:1803.03635, keep 0.8 a round.
     """
+    if (final is None) == (keep is None):
+        raise ValueError("`rounds` needs either the final sparsity or `keep`, the share that a round keeps.")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"`rounds(keep=...)` is a share in (0, 1], got {keep}.")
+    final = 1 - keep**count if final is None else final  # pyright: ignore[reportOptionalOperand]
     check_sparsity(final, "final")
     if count < 1 or length < 1 or begin < 0:
         raise ValueError(f"`rounds` needs count >= 1, length >= 1, begin >= 0; got {count}, {length}, {begin}.")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
-from jaxprune.methods import Method, compute_masks, placed
+from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
 from jaxprune.types import Masks, Params, Schedule, UpdateWhen
 
 
@@ -27,12 +27,14 @@ class PruneState(NamedTuple):
         step: updates so far.
         masks: True = alive, structure of the params.
         key: the key handed in, for criteria that draw; () if none.
+        statistics: what a `Running` criterion remembers; () for any other.
         inner_state: the inner optimizer's.
     """
 
     step: Int[Array, ""]
     masks: Masks
     key: Any
+    statistics: Any
     inner_state: Any
 
 
@@ -81,15 +83,19 @@ def prune(
             tree.selected_leaves(method.select, params)
         masks = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
         # A copy of the key: a donated state must not take the caller's with it.
-        return PruneState(jnp.zeros((), jnp.int32), masks, () if key is None else jnp.copy(key), inner.init(params))
+        own_key = () if key is None else jnp.copy(key)
+        statistics = init_statistics(method, params)
+        return PruneState(jnp.zeros((), jnp.int32), masks, own_key, statistics, inner.init(params))
 
     def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, PruneState]:
         if params is None:
             raise ValueError("`prune` needs the params: call `tx.update(grads, opt_state, params)`.")
-        drawn = {} if key is None else {"key": jax.random.fold_in(state.key, state.step)}
+        known = {} if key is None else {"key": jax.random.fold_in(state.key, state.step)}
+        known |= {**extra, "grads": updates}
+        statistics = update_statistics(method, state.statistics, params, **known)
+        known |= {"statistics": statistics} if statistics else {}
 
         def compute() -> Masks:
-            known = {**drawn, **extra, "grads": updates}
             return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
 
         due = update_when(state.step)
@@ -98,7 +104,7 @@ def prune(
         masks = choose(due, compute, lambda: state.masks)
         alive = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros((), u.dtype)), updates, masks)
         steps, inner_state = inner.update(alive, state.inner_state, params, **extra)
-        new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, inner_state)
+        new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, statistics, inner_state)
         return jax.tree.map(_land, steps, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -75,6 +75,17 @@ def erk(sizes, groups, sparsity):
     return np.minimum(1, np.where(np.isin(np.arange(len(raw)), dense), 1, eps * raw))
 
 
+def owl(groups, sparsity, m, lam):
+    """Yin et al. 2023: leaf -> sparsity of each layer; the mean counts weights."""
+    layers = {name: g.reshape(-1, *g.shape[-3:]) for name, g in groups.items()}
+    ratios = {name: np.array([(one > m * one.mean()).mean() for one in g]) for name, g in layers.items()}
+    least, most = (f([f(one) for one in ratios.values()]) for f in (min, max))
+    scaled = {name: (one - least) / max(most - least, 1e-300) * 2 * lam for name, one in ratios.items()}
+    total = sum(g.size for g in groups.values())
+    mean = sum(one.sum() * layers[name][0].size for name, one in scaled.items()) / total
+    return {name: np.clip(sparsity - one + mean, 0, 1) for name, one in scaled.items()}
+
+
 def cubic(step, final, begin, end, initial=0.0):
     """Zhu and Gupta 2017, eq. 1."""
     if step < begin:

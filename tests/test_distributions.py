@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune import ERK, NM, ByRule, Global, PerOutput, SigmaThreshold, Threshold, Uniform
+from jaxprune import ERK, NM, OWL, ByRule, Global, PerOutput, SigmaThreshold, Threshold, Uniform
 
 # Leaf name -> groups (*layers, spatial, in, out), and the sizes (*spatial, in, out) of its leaf.
 SHAPES = {"conv": (4, 8, 6), "stack": (3, 1, 8, 4), "wide": (1, 8, 2)}
@@ -129,6 +129,61 @@ def test_per_output(seed, sparsity):
         np.testing.assert_array_equal(kept[name], want)
 
 
+@given(seed=st.integers(0, 3), sparsity=SPARSITIES)
+def test_global_with_normalized_scores(seed, sparsity):
+    """Scores over the norm of their layer's: leaves of any scale compete alike."""
+    groups = {name: leaf + np.float32(1) for name, leaf in make(seed, ties=False).items()}
+    norms = {name: np.sqrt((g.astype(np.float64) ** 2).sum((-3, -2, -1), keepdims=True)) for name, g in groups.items()}
+    flat = np.concatenate([(g / norms[name]).ravel() for name, g in groups.items()])
+    k = flat.size - removed(flat.size, sparsity)
+    scaled = {name: leaf * np.float32(10.0**i) for i, (name, leaf) in enumerate(groups.items())}
+    kept = Global(normalized=True)(put(scaled), sparsity, dims=DIMS)
+    got = np.concatenate([np.asarray(one).ravel() for one in kept.values()])
+    assert got.sum() == k
+    edge = np.sort(flat)[-k] if k else np.inf  # of what lies at the threshold the last digit decides
+    np.testing.assert_array_equal(got[np.abs(flat / edge - 1) > 1e-5], (flat > edge)[np.abs(flat / edge - 1) > 1e-5])
+
+
+def heavy(seed=0):
+    """Some layers have many outliers, some few."""
+    rng = np.random.default_rng(seed)
+    return {name: np.exp(rng.normal(size=shape) * (1 + i)).astype(np.float32) for i, (name, shape) in
+            enumerate(SHAPES.items())}  # fmt: skip
+
+
+@pytest.mark.parametrize("per_output", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.99])
+def test_owl(sparsity, per_output):
+    groups = heavy()
+    rule = OWL(m=3.0, lam=0.08, per_output=per_output)
+    shares = rule.sparsities(put(groups), sparsity)
+    want = oracle.owl(groups, sparsity, 3.0, 0.08)
+    for name, share in shares.items():
+        np.testing.assert_allclose(np.ravel(share), want[name], atol=1e-6)
+    kept, axes = rule(put(groups), sparsity, dims=DIMS), (-3, -2) if per_output else (-3, -2, -1)
+    for name, scores in groups.items():
+        layers = zip(
+            scores.reshape(-1, *scores.shape[-3:]), np.reshape(kept[name], (-1, *scores.shape[-3:])),
+            np.ravel(shares[name]), strict=True,
+        )  # fmt: skip
+        n = int(np.prod([scores.shape[axis] for axis in axes]))
+        for layer, verdict, share in layers:
+            np.testing.assert_array_equal(verdict, oracle.contests(layer, axes, n - removed(n, float(share))))
+    if 0.2 < sparsity < 0.8:
+        total = sum(scores.size for scores in groups.values())
+        assert sum(int(one.sum()) for one in kept.values()) == pytest.approx(total * (1 - sparsity), abs=8 * 12)
+
+
+@pytest.mark.parametrize(("along", "axis"), [("inputs", -2), ("outputs", -1), ("window", -3)])
+def test_nm_along_any_axis(along, axis):
+    scores = make()["conv"]
+    scores = np.concatenate([scores, scores[..., :2]], axis=-1)  # (4, 8, 8)
+    kept = NM(2, 4, along)(put({"a": scores}), None, dims={})["a"]
+    turned = np.moveaxis(scores, axis, -1)
+    runs = oracle.contests(turned.reshape(*turned.shape[:-1], -1, 4), (-1,), 2).reshape(turned.shape)
+    np.testing.assert_array_equal(kept, np.moveaxis(runs, -1, axis))
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (4, 8), (3, 3)])
 def test_nm(n, m):
     groups = {name: scores for name, scores in make().items() if scores.shape[-2] % m == 0}
@@ -231,6 +286,7 @@ def test_by_rule_first_match_wins_and_members_compete_together():
 
 
 DECIDE = {"uniform": Uniform(), "global": Global(), "floor": Global(floor=0.1), "erk": ERK(), "output": PerOutput()}
+DECIDE |= {"normalized": Global(normalized=True), "owl": OWL(m=2.0), "outputs": NM(1, 2, "outputs")}
 DECIDE |= {"nm": NM(2, 4), "rule": ByRule({"conv": 0.9, "*": Global()})}
 
 
@@ -270,7 +326,7 @@ def refusals():
         yield distribution, fits, float("nan"), "got nan"
         yield distribution, fits, 1.0, r"got 1\.$"
         yield distribution, fits, jnp.ones(3) / 2, r"`sparsity` is one number, got an array of shape \(3,\)"
-    for distribution in (Uniform(), Global(), ERK(), PerOutput()):
+    for distribution in (Uniform(), Global(), ERK(), PerOutput(), OWL()):
         yield distribution, fits, None, f"`{type(distribution).__name__}` needs a sparsity: the fraction to remove"
     for distribution in (Threshold(1.0), SigmaThreshold(1.0)):
         yield (
@@ -283,6 +339,9 @@ def refusals():
         r"`NM\(2, 4\)` needs runs of 4 along the input axis, but 'a/kernel' has 10 inputs. Leave it out with `select`"
     )
     yield NM(2, 4), ten, None, message
+    yield NM(2, 3, "outputs"), ten, None, r"runs of 3 along the output axis, but 'a/kernel' has 4 outputs"
+    yield NM(2, 3, "window"), ten, None, r"runs of 3 along the window's axis, but 'a/kernel' has 1 taps"
+    yield OWL(per_output=True), one, 0.5, r"`OWL\(per_output=True\)` needs several groups for every output, 'a/kernel'"
     yield NM(2, 4), fits, 0.9, r"`NM\(2, 4\)` removes at most 0.5; sparsity 0.9 is more"
     yield PerOutput(), one, 0.5, "`PerOutput` needs several groups for every output, 'a/kernel' has one"
     yield ByRule({"conv": 0.5}), fits, None, r"No rule of `ByRule` matches 'stack'. There are: \['conv'\]. Add one"
@@ -300,6 +359,9 @@ def test_refusals(distribution, groups, sparsity, message):
     [
         (lambda: NM(0, 4), r"keeps n of m, with 0 < n <= m; got NM\(0, 4\)"),
         (lambda: NM(5, 4), r"got NM\(5, 4\)"),
+        (lambda: NM(2, 4, "rows"), r"`NM\(along=...\)` is one of inputs, outputs, window, got 'rows'"),
+        (lambda: OWL(m=0.0), r"`OWL` needs m > 0 and lam >= 0, got 0.0 and 0.08"),
+        (lambda: OWL(lam=-1.0), "got 5.0 and -1.0"),
         (lambda: Global(floor=-0.1), r"`Global\(floor=...\)` is a density in \[0, 1\], got -0.1"),
         (lambda: Global(floor=5.0), "got 5.0"),
         (lambda: Threshold(-1.0), r"`Threshold\(t\)` needs t >= 0, got -1.0"),

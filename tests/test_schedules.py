@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxprune import at, constant, cubic, every, one_shot, rounds
+from jaxprune import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
 
 FINALS = [0.5, 0.9, 0.98]
 F32 = {f: float(np.float32(f)) for f in FINALS}
@@ -27,17 +27,44 @@ def test_cubic_is_the_papers_formula(begin, end, initial):
     np.testing.assert_allclose(got, want, atol=2e-7)
 
 
+RAMPS = {
+    linear: lambda p, i, f: i + (f - i) * p,
+    cosine: lambda p, i, f: f + (i - f) * (1 + np.cos(np.pi * p)) / 2,
+    exponential: lambda p, i, f: 1 - (1 - i) ** (1 - p) * (1 - f) ** p,
+    cubic: lambda p, i, f: f + (i - f) * (1 - p) ** 3,
+}
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.3])
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_ramps_are_their_formulas(ramp, initial):
+    steps = np.arange(30)
+    got = at_steps(ramp(0.9, begin=5, end=21, initial=initial), steps)
+    want = RAMPS[ramp](np.clip((steps - 5) / 16, 0, 1), initial, 0.9)
+    np.testing.assert_allclose(got, np.where(steps < 5, 0, want), atol=3e-7)
+
+
 @pytest.mark.parametrize("final", FINALS)
-def test_cubic_ends_at_its_end_to_the_bit(final):
-    schedule = cubic(final, begin=1, end=8)
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_ramps_end_at_their_end_to_the_bit(ramp, final):
+    schedule = ramp(final, begin=1, end=8)
     assert float(schedule(8)) == float(schedule(10**9)) == F32[final]
-    assert float(schedule(0)) == 0
+    assert float(schedule(0)) == float(schedule(1)) == 0
 
 
-def test_cubic_never_falls():
-    got = at_steps(cubic(0.9, begin=10, end=300), range(400))
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_ramps_never_fall(ramp):
+    got = at_steps(ramp(0.9, begin=10, end=300), range(400))
     assert (np.diff(got) >= 0).all()
     assert got.max() == F32[0.9]
+
+
+def test_alternating_is_dense_and_sparse_in_turn():
+    got = at_steps(alternating(0.5, dense=2, sparse=3, begin=4, end=15), range(20))
+    want = 4 * [0] + 3 * [0.5] + 2 * [0] + 3 * [0.5] + 2 * [0] + 6 * [0.5]
+    np.testing.assert_array_equal(got, want)
+    cut_short = at_steps(alternating(0.5, dense=4, sparse=1, begin=0, end=3), range(6))
+    np.testing.assert_array_equal(cut_short, [0.5, 0, 0, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize(("count", "length", "begin"), [(1, 1, 0), (4, 10, 0), (5, 3, 7)])
@@ -61,6 +88,8 @@ def test_lottery_tickets_rounds():
     np.testing.assert_allclose(
         at_steps(rounds(1 - 0.8**3, count=3, length=1), [0, 1, 2]), [0.2, 0.36, 0.488], atol=1e-7
     )
+    kept, steps = rounds(keep=0.8, count=3, length=1), [0, 1, 2, 9]
+    np.testing.assert_array_equal(at_steps(kept, steps), at_steps(rounds(1 - 0.8**3, count=3, length=1), steps))
 
 
 def test_constant_and_one_shot():
@@ -115,6 +144,8 @@ def test_at():
         lambda s: cubic(s, begin=0, end=1),
         lambda s: cubic(0.9, begin=0, end=1, initial=s),
         lambda s: rounds(s, count=1, length=1),
+        lambda s: exponential(s, begin=0, end=1),
+        lambda s: alternating(s, dense=1, sparse=1, begin=0, end=1),
     ],
 )
 def test_a_sparsity_that_is_no_fraction_is_refused(make, sparsity):
@@ -131,6 +162,12 @@ def test_a_sparsity_that_is_no_fraction_is_refused(make, sparsity):
         (lambda: rounds(0.9, count=0, length=1), "`rounds` needs count >= 1, length >= 1, begin >= 0; got 0, 1, 0"),
         (lambda: rounds(0.9, count=1, length=0), "got 1, 0, 0"),
         (lambda: rounds(0.9, count=1, length=1, begin=-1), "got 1, 1, -1"),
+        (lambda: rounds(count=1, length=1), "either the final sparsity or `keep`"),
+        (lambda: rounds(0.5, keep=0.5, count=1, length=1), "either the final sparsity or `keep`"),
+        (lambda: rounds(keep=0.0, count=1, length=1), r"a share in \(0, 1\], got 0"),
+        (lambda: linear(0.9, begin=5, end=4), "`linear` needs 0 <= begin <= end, got begin=5, end=4"),
+        (lambda: alternating(0.9, dense=0, sparse=1, begin=0, end=1), "got 0, 1, 0, 1"),
+        (lambda: alternating(0.9, dense=1, sparse=1, begin=2, end=1), "got 1, 1, 2, 1"),
         (lambda: every(0), "`every` needs at least 1 step, got 0"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -68,7 +69,7 @@ class Blob(NamedTuple):
     pieces: Sequence[bytes | memoryview]
 
 
-def blob_of(array: np.ndarray) -> Blob:
+def blob_of(array: Shaped[np.ndarray, "..."]) -> Blob:
     """An array as it is."""
     return Blob(array.dtype, array.shape, [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data])
 

@@ -1,0 +1,38 @@
+"""Criterion: how much does each weight matter?
+
+A criterion maps weights, and evidence where it needs any, to scores: non-negative float32, larger = keep.
+
+    scores = criterion(params, **evidence)
+
+`params` is a mapping leaf name -> view (*layers, spatial, in, out), and so is evidence that has the structure of the
+params. A criterion takes the evidence it needs as keyword-only arguments and lets the rest pass. Some need the weights
+alone (`weights`), some gradients (`gradients`), some what activations were (`activations`), and some remember every
+step (`running`). `jaxprune.evidence` computes what they look at.
+"""
+
+from jaxprune.criteria.activations import activation_mean, apoz, wanda
+from jaxprune.criteria.gradients import fisher, grasp, joint_taylor, snip, synflow, taylor, taylor_squared
+from jaxprune.criteria.running import Running, momentum, movement
+from jaxprune.criteria.weights import geometric_median, lamp, magnitude, norm_scale, random, squared_magnitude
+
+__all__ = [
+    "Running",
+    "activation_mean",
+    "apoz",
+    "fisher",
+    "geometric_median",
+    "grasp",
+    "joint_taylor",
+    "lamp",
+    "magnitude",
+    "momentum",
+    "movement",
+    "norm_scale",
+    "random",
+    "snip",
+    "squared_magnitude",
+    "synflow",
+    "taylor",
+    "taylor_squared",
+    "wanda",
+]

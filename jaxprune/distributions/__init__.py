@@ -1,0 +1,25 @@
+"""Distribution: who competes with whom, and how many win.
+
+A distribution maps group scores to verdicts, at a sparsity:
+
+    kept = distribution(groups, sparsity, dims=dims)     # leaf name -> bool, shaped like the groups
+
+`groups` maps leaf names to scores (*layers, spatial, in, out) and `dims` the same names to the sizes
+(*spatial, in, out) of the leaf, for rules that look at them. Stacked layers are leaves of their own here, so that a
+scanned model is pruned like the same model unrolled.
+
+A contest of n groups at sparsity s removes exactly round(n * s), half to even; of equal scores the lower index
+survives.
+"""
+
+from jaxprune.distributions.contest import Distribution
+from jaxprune.distributions.rules import ByRule
+from jaxprune.distributions.runs import NM
+from jaxprune.distributions.shares import ERK, OWL, Global, PerOutput, Uniform
+from jaxprune.distributions.thresholds import SigmaThreshold, Threshold
+from jaxprune.ranking import kth_largest, top_k_mask
+
+__all__ = [
+    "ERK", "NM", "OWL", "ByRule", "Distribution", "Global", "PerOutput", "SigmaThreshold", "Threshold", "Uniform",
+    "kth_largest", "top_k_mask",
+]  # fmt: skip

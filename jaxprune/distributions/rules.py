@@ -1,0 +1,63 @@
+"""A distribution of its own for every leaf, by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.checks import check_sparsity
+from jaxprune.distributions.contest import Dims, Groups, Kept, required
+from jaxprune.distributions.shares import Uniform
+from jaxprune.tree import first_match
+from jaxprune.types import Sparsity
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ByRule:
+    """A sparsity or a distribution of its own for every leaf, by name.
+
+    Leaves of one rule share its distribution: a `Global` there is a contest among them. A number is `Uniform` at that
+    sparsity, and is where the leaf ends: a sparsity handed in moves all numbers in proportion, reaching them when it
+    reaches the largest, so a schedule up to the largest number ramps every leaf to its own. Distributions are handed
+    the sparsity as it is.
+
+    Attributes:
+        rules: (name pattern, sparsity or distribution) pairs; the first that matches wins. A mapping is taken too. A
+            leaf without a rule is refused, and a rule whose pattern matches no leaf.
+    """
+
+    rules: tuple[tuple[str, Any], ...]
+
+    def __init__(self, rules: Mapping[str, Any] | tuple[tuple[str, Any], ...]) -> None:
+        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+        for pattern, rule in pairs:
+            if not callable(rule):
+                check_sparsity(rule, f"ByRule: {pattern}")
+        object.__setattr__(self, "rules", pairs)
+
+    def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
+        """The rules' contests."""
+        members: dict[int, list[str]] = {}
+        for name in groups:
+            rule = first_match(((pattern, i) for i, (pattern, _) in enumerate(self.rules)), name)
+            if rule is None:
+                raise ValueError(
+                    f"No rule of `ByRule` matches {name!r}. There are: {[pattern for pattern, _ in self.rules]}. "
+                    'Add one, such as "*", or leave the leaf out with `select`.'
+                )
+            members.setdefault(rule, []).append(name)
+        for pattern, _ in self.rules:
+            if all(first_match([(pattern, True)], name) is None for name in groups):
+                raise ValueError(f"The rule {pattern!r} of `ByRule` matches no pruned leaf. There are: {list(groups)}.")
+        kept: Kept = {}
+        for i, names in members.items():
+            distribution, share = self._rule(self.rules[i][1], sparsity)
+            kept |= distribution({name: groups[name] for name in names}, share, dims=dims)
+        return {name: kept[name] for name in groups}
+
+    def _rule(self, rule: Any, sparsity: Sparsity | None) -> tuple[Any, Sparsity | None]:
+        if callable(rule):
+            return rule, sparsity
+        largest = max(number for _, number in self.rules if not callable(number))
+        if sparsity is None or largest == 0:
+            return Uniform(), float(rule)
+        return Uniform(), rule * (required(sparsity, self) / largest)

@@ -1,0 +1,64 @@
+"""No contest: every group for itself, against a number."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, count, refuse
+from jaxprune.numerics import ordered_sum
+from jaxprune.types import Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """Dead where the score is below `t`, an absolute number in the scores' unit. Takes no sparsity.
+
+    Attributes:
+        t: threshold, >= 0.
+    """
+
+    t: float
+
+    def __post_init__(self) -> None:
+        if not self.t >= 0:
+            raise ValueError(f"`Threshold(t)` needs t >= 0, got {self.t}.")
+
+    def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
+        """No contest: every group for itself."""
+        refuse(sparsity, self)
+        return {name: scores >= jnp.float32(self.t) for name, scores in groups.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaThreshold:
+    r"""Dead where the score is below `k` standard deviations of its leaf. Takes no sparsity.
+
+    $S < k \sigma$ with $\sigma = \sqrt{\mathrm{mean}(S^2)}$ over the leaf (a stacked leaf: over the layer), dead
+    weights counted. For `magnitude` this is the standard deviation of the weights about zero; it differs from the one
+    about their mean by the mean's square, which trained layers keep small, and is defined for every criterion.
+
+    Attributes:
+        k: number of standard deviations, >= 0.
+
+    References:
+        Han et al. 2015, arXiv:1506.02626, section 3: "a quality parameter multiplied by the standard deviation".
+    """
+
+    k: float
+
+    def __post_init__(self) -> None:
+        if not self.k >= 0:
+            raise ValueError(f"`SigmaThreshold(k)` needs k >= 0, got {self.k}.")
+
+    def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
+        """No contest: every group for itself."""
+        refuse(sparsity, self)
+
+        def keep(scores: Array) -> Array:
+            # Without `maximum` a compiler may round product and sum at once, here and not there.
+            squares = jnp.maximum(scores * scores, 0.0)
+            mean = ordered_sum(squares, LAYER) * (1 / max(count(scores), 1))
+            return scores >= jnp.float32(self.k) * jnp.sqrt(mean)
+
+        return {name: keep(scores) for name, scores in groups.items()}
