@@ -19,6 +19,7 @@ from jaxprune.criteria import (
     apoz,
     fisher,
     geometric_median,
+    gradient,
     grasp,
     joint_taylor,
     lamp,
@@ -61,6 +62,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
+from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
 from jaxprune.sensitivity import sensitivity
@@ -71,7 +73,7 @@ from jaxprune.tracing.activations import peak_activations
 from jaxprune.tracing.channels import Channels
 from jaxprune.tracing.costs import costs
 from jaxprune.tracing.couplings import Couplings, couplings
-from jaxprune.transforms import keep_params_sparse, prune
+from jaxprune.transforms import keep_params_sparse, prune, regrow
 from jaxprune.tree import weights
 
 __all__ = [
@@ -117,6 +119,7 @@ __all__ = [
     "exponential",
     "fisher",
     "geometric_median",
+    "gradient",
     "grasp",
     "iterate",
     "joint_taylor",
@@ -138,6 +141,8 @@ __all__ = [
     "peak_activations",
     "prune",
     "random",
+    "regrow",
+    "regrow_masks",
     "rewind",
     "rounds",
     "save",

@@ -65,10 +65,7 @@ def compute_masks(
     """
     if sparsity is not None:
         check_sparsity(sparsity)
-    leaves, axes, views = _seen(method, params)
-    check_leaves("weight", leaves)
-    seen = {key: _evidence(key, value, params, leaves, axes) for key, value in evidence.items()}
-    scores = _checked(method.criterion(views, **seen), views)
+    leaves, axes, scores = _scored(method, params, evidence)
     if masks is not None:
         tree.check_like("The masks", masks, params)
         alive = _evidence("masks", masks, params, leaves, axes)
@@ -79,13 +76,21 @@ def compute_masks(
     else:
         groups = {name: method.granularity.pool(score) for name, score in scores.items()}
         kept = method.distribution(groups, sparsity, dims=dims)
-        views_of = {name: method.granularity.expand(verdicts, views[name].shape) for name, verdicts in kept.items()}
+        views_of = {name: method.granularity.expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
         found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
 
     def mask_of(name: str, leaf: Array) -> Array:
         return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
 
     return tree.map_named(mask_of, params)
+
+
+def group_scores(
+    method: Method, params: Params, **evidence: Any
+) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
+    """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
+    leaves, axes, scores = _scored(method, params, evidence)
+    return leaves, axes, {name: method.granularity.pool(score) for name, score in scores.items()}  # pyright: ignore
 
 
 def init_statistics(method: Method, params: Params) -> Any:
@@ -114,6 +119,16 @@ def update_statistics(method: Method, statistics: Any, params: Params, **evidenc
     seen = {key: _evidence(key, value, params, leaves, axes) for key, value in {**evidence, "": statistics}.items()}
     found = method.criterion.update(seen.pop(""), views, **seen)
     return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
+
+
+def _scored(
+    method: Method, params: Params, evidence: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
+    """The selected leaves, their axes, and the scores of their weights."""
+    leaves, axes, views = _seen(method, params)
+    check_leaves("weight", leaves)
+    seen = {key: _evidence(key, value, params, leaves, axes) for key, value in evidence.items()}
+    return leaves, axes, _checked(method.criterion(views, **seen), views)
 
 
 def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:

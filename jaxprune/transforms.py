@@ -5,6 +5,7 @@ whatever the inner optimizer remembers. For that nothing may change the update a
 `keep_params_sparse` goes last, and `prune` goes around everything else.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from jaxtyping import Array, Int, Key
 
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
+from jaxprune.criteria import gradient, random
 from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
-from jaxprune.types import Masks, Params, Schedule, UpdateWhen
+from jaxprune.regrowth import check_regrowth, regrow_masks
+from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
 
 class PruneState(NamedTuple):
@@ -35,6 +38,24 @@ class PruneState(NamedTuple):
     masks: Masks
     key: Any
     statistics: Any
+    inner_state: Any
+
+
+class RegrowState(NamedTuple):
+    """State of `regrow`.
+
+    Attributes:
+        step: updates so far.
+        masks: True = alive, structure of the params.
+        key: the key handed in.
+        statistics: what `Running` criteria remember, (of the dropping one, of the growing one).
+        inner_state: the inner optimizer's.
+    """
+
+    step: Int[Array, ""]
+    masks: Masks
+    key: Key[Array, ""]
+    statistics: tuple[Any, Any]
     inner_state: Any
 
 
@@ -98,14 +119,80 @@ def prune(
         def compute() -> Masks:
             return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
 
-        due = update_when(state.step)
-        # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
-        choose = _choose if is_concrete(due) else lax.cond
-        masks = choose(due, compute, lambda: state.masks)
-        alive = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros((), u.dtype)), updates, masks)
-        steps, inner_state = inner.update(alive, state.inner_state, params, **extra)
+        masks = _if(update_when(state.step), compute, state.masks)
+        steps, inner_state = _inner(inner, updates, state, params, masks, extra)
         new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, statistics, inner_state)
         return jax.tree.map(_land, steps, params, masks), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def regrow(
+    inner: optax.GradientTransformation,
+    method: Method,
+    *,
+    sparsity: float,
+    key: Key[Array, ""],
+    drop_fraction: Schedule | float = 0.3,
+    grow: Criterion | Any = gradient,
+    update_when: UpdateWhen = schedules.every(100),
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, on a model that is sparse from the first step on, and whose living weights move.
+
+    Masks begin at random, with as many weights in each leaf as `method`'s distribution has it. At steps where
+    `update_when` says so, a fraction of the living dies, the lowest by the method's criterion, and as many dead weights
+    come to life at zero, the highest by `grow`. With `grow=random` this is SET, with `gradient` RigL, with `momentum()`
+    sparse momentum within each leaf.
+
+    Args:
+        inner: the optimizer, its whole chain.
+        method: what to drop, and by which distribution to begin: `Method(distribution=ERK())`.
+        sparsity: fraction removed, all the time.
+        key: for the masks at the beginning and criteria that draw; folded with the step.
+        drop_fraction: fraction of the living that moves, or a schedule of it: `optax.cosine_decay_schedule(0.3, n)`.
+        grow: criterion for dead weights.
+        update_when: step -> bool, as in `prune`; give it an end, after which masks stay.
+
+    Returns:
+        A transformation like `prune`'s. Params come to their zeros with the first update; `apply_masks` with the masks
+        in the state does it before.
+
+    Raises:
+        ValueError: `sparsity` or a known `drop_fraction` is out of range; a composition whose pattern would break.
+
+    References:
+        Mocanu et al. 2018 (SET), arXiv:1707.04780; Evci et al. 2020 (RigL), arXiv:1911.11134; Dettmers and Zettlemoyer
+        2019, arXiv:1907.04840.
+    """
+    inner = optax.with_extra_args_support(inner)
+    check_regrowth(method)
+    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"`drop_fraction` is a fraction of the living weights, in [0, 1]; got {drop_fraction}.")
+    fraction: Any = drop_fraction if callable(drop_fraction) else lambda step: drop_fraction
+    first, growing = (dataclasses.replace(method, criterion=criterion) for criterion in (random, grow))
+
+    def init(params: Params) -> RegrowState:
+        none = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
+        masks = compute_masks(first, params, sparsity, key=key) if jax.tree.leaves(params) else none
+        statistics = (init_statistics(method, params), init_statistics(growing, params))
+        return RegrowState(jnp.zeros((), jnp.int32), masks, jnp.copy(key), statistics, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, RegrowState]:
+        if params is None:
+            raise ValueError("`regrow` needs the params: call `tx.update(grads, opt_state, params)`.")
+        known = {**extra, "key": jax.random.fold_in(state.key, state.step), "grads": updates}
+        statistics = tuple(
+            update_statistics(one, had, params, **known)
+            for one, had in zip((method, growing), state.statistics, strict=True)
+        )
+
+        def compute() -> Masks:
+            return regrow_masks(method, grow, params, state.masks, fraction(state.step), statistics=statistics, **known)
+
+        masks = _if(update_when(state.step), compute, state.masks)
+        steps, inner_state = _inner(inner, updates, state, params, masks, extra)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return jax.tree.map(_land, steps, params, masks), RegrowState(step, masks, state.key, statistics, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -140,8 +227,19 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _choose(due: Any, compute: Callable[[], Masks], keep: Callable[[], Masks]) -> Masks:
-    return compute() if due else keep()
+def _if(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
+    # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
+    if is_concrete(due):
+        return compute() if due else masks
+    return lax.cond(due, compute, lambda: masks)
+
+
+def _inner(
+    inner: Any, updates: Any, state: Any, params: Params, masks: Masks, extra: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The inner optimizer's step, to which gradients of dead weights are zero."""
+    alive = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros((), u.dtype)), updates, masks)
+    return inner.update(alive, state.inner_state, params, **extra)
 
 
 def _land(update: Array, param: Array, mask: Array) -> Array:

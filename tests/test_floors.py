@@ -14,6 +14,7 @@ ROOMS = {
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks"],
     3: [
         "methods",
+        "regrowth",
         "tracing",
         *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),

@@ -11,7 +11,7 @@ step (`running`). `jaxprune.evidence` computes what they look at.
 """
 
 from jaxprune.criteria.activations import activation_mean, apoz, wanda
-from jaxprune.criteria.gradients import fisher, grasp, joint_taylor, snip, synflow, taylor, taylor_squared
+from jaxprune.criteria.gradients import fisher, gradient, grasp, joint_taylor, snip, synflow, taylor, taylor_squared
 from jaxprune.criteria.running import Running, momentum, movement
 from jaxprune.criteria.weights import geometric_median, lamp, magnitude, norm_scale, random, squared_magnitude
 
@@ -21,6 +21,7 @@ __all__ = [
     "apoz",
     "fisher",
     "geometric_median",
+    "gradient",
     "grasp",
     "joint_taylor",
     "lamp",

@@ -11,6 +11,19 @@ from jaxprune.numerics import ordered_sum
 from jaxprune.types import Scores
 
 
+def gradient(params: Views, /, *, grads: Views, **_: Any) -> Scores:
+    r"""Size of the gradient, $S = |\partial L / \partial w|$: for growing, since a dead weight has one too.
+
+    Args:
+        params: weights.
+        grads: gradient of the loss, shaped like the weights, dead ones included.
+
+    References:
+        Evci et al. 2020 (RigL), arXiv:1911.11134.
+    """
+    return {name: jnp.abs(grads[name]).astype(jnp.float32) for name in params}
+
+
 def taylor(params: Views, /, *, grads: Views, **_: Any) -> Scores:
     r"""First-order change of the loss if the weight were zero, $S = |w \cdot \partial L / \partial w|$.
 
