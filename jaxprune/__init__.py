@@ -48,7 +48,7 @@ from jaxprune.distributions import (
     kth_largest,
     top_k_mask,
 )
-from jaxprune.granularity import Block, Element, Input, Output
+from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
 from jaxprune.loops import iterate
 from jaxprune.masks import (
@@ -90,7 +90,9 @@ __all__ = [
     "Couplings",
     "Element",
     "Global",
+    "Head",
     "Input",
+    "Kernel",
     "Layout",
     "Method",
     "Output",

@@ -92,6 +92,67 @@ class Output(_Slices):
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel(_Slices):
+    """The window between one input channel and one output channel of a convolution; of a matrix, each weight by itself.
+
+    References:
+        Mao et al. 2017, arXiv:1705.08922 (2-D kernels among other granularities).
+    """
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        return (-3,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """All weights of one attention head, which has an equal share of a leaf's outputs, or inputs, in a row.
+
+    For query, key and value projections along the outputs, for the one that joins heads along the inputs; each leaf
+    then loses heads of its own. Heads that go from all four at once are channels, see `jaxprune.Channels`. Experts of a
+    stacked leaf are `Output()`, with a layout that names the stack as the output axis.
+
+    Attributes:
+        heads: how many there are, >= 1; the axis must divide by it.
+        along: "outputs" or "inputs".
+
+    References:
+        Michel, Levy and Neubig 2019, arXiv:1905.10650.
+    """
+
+    heads: int
+    along: str = "outputs"
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.along not in ("outputs", "inputs"):
+            raise ValueError(
+                f"`Head` needs at least 1 head, along outputs or inputs; got {self.heads} along {self.along}."
+            )
+
+    def pool(self, scores: View) -> Groups:
+        """Mean of each head, (*layers, 1, 1, heads), or (*layers, 1, heads, 1) along the inputs."""
+        size = self._size(scores.shape)
+        runs = jnp.moveaxis(scores, self._axis, -1)
+        runs = runs.reshape(*runs.shape[:-1], self.heads, size)
+        share = 1 / max(size * scores.shape[-3] * scores.shape[-3 - self._axis], 1)
+        means = jnp.squeeze(ordered_sum(runs, (-4, -3, -1)), -1) * share
+        return jnp.moveaxis(means, -1, self._axis)
+
+    def expand(self, kept: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+        """Each head's verdict, repeated over its weights."""
+        return jnp.broadcast_to(jnp.repeat(kept, self._size(shape), axis=self._axis), shape)
+
+    @property
+    def _axis(self) -> int:
+        return -1 if self.along == "outputs" else -2
+
+    def _size(self, shape: tuple[int, ...]) -> int:
+        if shape[self._axis] % self.heads:
+            raise ValueError(f"{shape[self._axis]} {self.along} do not divide into {self.heads} heads.")
+        return shape[self._axis] // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """Tiles of `rows` inputs x `cols` outputs, the unit a block-sparse kernel can skip.
 

@@ -74,7 +74,7 @@ def compute_masks(
     if isinstance(method.granularity, Channels):
         found = _channel_masks(method, method.granularity, scores, axes, dims, sparsity, params)
     else:
-        groups = {name: method.granularity.pool(score) for name, score in scores.items()}
+        groups = _pooled(method.granularity, scores)
         kept = method.distribution(groups, sparsity, dims=dims)
         views_of = {name: method.granularity.expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
         found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
@@ -90,7 +90,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, {name: method.granularity.pool(score) for name, score in scores.items()}  # pyright: ignore
+    return leaves, axes, _pooled(method.granularity, scores)
 
 
 def init_statistics(method: Method, params: Params) -> Any:
@@ -119,6 +119,16 @@ def update_statistics(method: Method, statistics: Any, params: Params, **evidenc
     seen = {key: _evidence(key, value, params, leaves, axes) for key, value in {**evidence, "": statistics}.items()}
     found = method.criterion.update(seen.pop(""), views, **seen)
     return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
+
+
+def _pooled(granularity: Any, scores: dict[str, Array]) -> dict[str, Array]:
+    groups = {}
+    for name, score in scores.items():
+        try:
+            groups[name] = granularity.pool(score)
+        except ValueError as error:
+            raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
+    return groups
 
 
 def _scored(
