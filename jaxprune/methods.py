@@ -17,6 +17,7 @@ from jaxprune.checks import check_leaves, check_sparsity, is_concrete
 from jaxprune.criteria import Running, magnitude
 from jaxprune.distributions import Distribution, Global
 from jaxprune.granularity import Element, Granularity
+from jaxprune.numerics import settled
 from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
 
@@ -194,7 +195,7 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
             raise ValueError(f"The criterion must score every weight: {view.shape} at {name!r}, it gave {arrived}.")
     named = {name: jnp.asarray(scores[name]) for name in views}
     check_leaves("score", named, non_negative=True)
-    return named
+    return {name: settled(score) for name, score in named.items()}
 
 
 def placed(mask: Bool[Array, "..."], leaf: Any) -> Bool[Array, "..."]:

@@ -30,6 +30,15 @@ def _halve(values: Array, axis: int) -> Array:
     return jnp.moveaxis(values + rest, 0, axis)
 
 
+def settled(product: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The product, rounded by itself, infinities as the largest number.
+
+    A compiler may otherwise round a product and the sum that it goes into at once, here and not there.
+    """
+    most = jnp.finfo(product.dtype).max
+    return jnp.clip(product, -most, most)
+
+
 def rounded_share(n: int, share: Sparsity) -> UInt32[Array, "..."] | int:
     r"""$\mathrm{round}(n \cdot s)$, half to even, exact for concrete and for traced `share` in [0, 1).
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
-from jaxprune.numerics import ordered_sum
+from jaxprune.numerics import ordered_sum, settled
 from jaxprune.types import Scores
 
 
@@ -34,7 +34,7 @@ def taylor(params: Views, /, *, grads: Views, **_: Any) -> Scores:
     References:
         Molchanov et al. 2017, arXiv:1611.06440.
     """
-    return {name: jnp.abs(change) for name, change in _changes(params, grads).items()}
+    return {name: jnp.abs(change) for name, change in changes(params, grads).items()}
 
 
 def taylor_squared(params: Views, /, *, grads: Views, **_: Any) -> Scores:
@@ -47,7 +47,7 @@ def taylor_squared(params: Views, /, *, grads: Views, **_: Any) -> Scores:
     References:
         Molchanov et al. 2019, arXiv:1906.10771, eq. 8.
     """
-    return {name: jnp.square(change) for name, change in _changes(params, grads).items()}
+    return {name: jnp.square(change) for name, change in changes(params, grads).items()}
 
 
 def joint_taylor(granularity: Any) -> Callable[..., Scores]:
@@ -65,10 +65,10 @@ def joint_taylor(granularity: Any) -> Callable[..., Scores]:
 
     def joint(params: Views, /, *, grads: Views, **_: Any) -> Scores:
         scores = {}
-        for name, change in _changes(params, grads).items():
+        for name, change in changes(params, grads).items():
             means = granularity.pool(change)
             size = change.size / max(means.size, 1)
-            scores[name] = granularity.expand(size * jnp.square(means), change.shape)
+            scores[name] = granularity.expand(size * settled(jnp.square(means)), change.shape)
         return scores
 
     return joint
@@ -107,7 +107,7 @@ def grasp(params: Views, /, *, hessian_grads: Views, **_: Any) -> Scores:
     References:
         Wang, Zhang and Grosse 2020, arXiv:2002.07376, eq. 8.
     """
-    return from_least(_changes(params, hessian_grads))
+    return from_least(changes(params, hessian_grads))
 
 
 def synflow(params: Views, /, *, flow_grads: Views, **_: Any) -> Scores:
@@ -122,7 +122,7 @@ def synflow(params: Views, /, *, flow_grads: Views, **_: Any) -> Scores:
     References:
         Tanaka et al. 2020, arXiv:2006.05467, eq. 3 and 4.
     """
-    return {name: jnp.abs(change) for name, change in _changes(params, flow_grads).items()}
+    return {name: jnp.abs(change) for name, change in changes(params, flow_grads).items()}
 
 
 def fisher(params: Views, /, *, squared_grads: Views, **_: Any) -> Scores:
@@ -148,5 +148,8 @@ def from_least(signed: Views) -> Scores:
     return {name: score - least for name, score in signed.items()}
 
 
-def _changes(params: Views, grads: Views) -> dict[str, Float[Array, "..."]]:
-    return {name: param.astype(jnp.float32) * grads[name].astype(jnp.float32) for name, param in params.items()}
+def changes(params: Views, grads: Views) -> dict[str, Float[Array, "..."]]:
+    """Products of weights and derivatives, in float32."""
+    return {
+        name: settled(param.astype(jnp.float32) * grads[name].astype(jnp.float32)) for name, param in params.items()
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune.criteria.gradients import from_least
+from jaxprune.criteria.gradients import changes, from_least
 from jaxprune.criteria.weights import Views
 from jaxprune.types import Scores
 
@@ -42,10 +42,7 @@ def _zeros(params: Views) -> Views:
 
 
 def _moved(statistics: Views, params: Views, /, *, grads: Views, **_: Any) -> Views:
-    return {
-        name: statistics[name] - param.astype(jnp.float32) * grads[name].astype(jnp.float32)
-        for name, param in params.items()
-    }
+    return {name: statistics[name] - change for name, change in changes(params, grads).items()}
 
 
 def _movement(params: Views, /, *, statistics: Views, **_: Any) -> Scores:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, contest, count, required
-from jaxprune.numerics import ordered_sum, rounded_share
+from jaxprune.numerics import ordered_sum, rounded_share, settled
 from jaxprune.ranking import top_k_mask, top_k_masks
 from jaxprune.types import Sparsity
 
@@ -70,7 +70,7 @@ class Global:
 
 
 def _normalized(scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    norm = jnp.sqrt(ordered_sum(jnp.maximum(scores * scores, 0.0), LAYER))
+    norm = jnp.sqrt(ordered_sum(settled(scores * scores), LAYER))
     return scores * (1 / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
 
 

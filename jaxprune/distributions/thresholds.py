@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, count, refuse
-from jaxprune.numerics import ordered_sum
+from jaxprune.numerics import ordered_sum, settled
 from jaxprune.types import Sparsity
 
 
@@ -56,9 +56,7 @@ class SigmaThreshold:
         refuse(sparsity, self)
 
         def keep(scores: Array) -> Array:
-            # Without `maximum` a compiler may round product and sum at once, here and not there.
-            squares = jnp.maximum(scores * scores, 0.0)
-            mean = ordered_sum(squares, LAYER) * (1 / max(count(scores), 1))
+            mean = ordered_sum(settled(scores * scores), LAYER) * (1 / max(count(scores), 1))
             return scores >= jnp.float32(self.k) * jnp.sqrt(mean)
 
         return {name: keep(scores) for name, scores in groups.items()}
