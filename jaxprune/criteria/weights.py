@@ -97,7 +97,7 @@ def _distances(view: View) -> Float[Array, "*layers n_out"]:
 def norm_scale(params: Views, /, *, scales: OfOutputs, **_: Any) -> Scores:
     r"""Scale of the normalisation that follows, $S_j = |\gamma_j|$ for all weights of output j.
 
-    Combine with `Output()` and a penalty on the scales as the model trains (`jaxprune.penalties.l1`).
+    Combine with `Output()`, and with an L1 penalty on the scales as the model trains.
 
     Args:
         params: weights.
