@@ -54,14 +54,14 @@ def encode(
     if (living & ~alive).any():
         raise PatternError("a weight that the mask has dead is not zero, and would be lost. Call `apply_masks` first")
     exact = quantized or not np.array_equal(alive, living)
+    # What is alive, coded: the same in every pattern that stores just that, in order, so it is done once.
+    living_coded = functools.cache(lambda deflate: values.encode(leaf, alive.reshape(-1), deflate=deflate))
     if encoding != "auto":
-        return _in_pattern(path, leaf, alive, _usable(encoding, alive, exact), deflate)
+        return _in_pattern(path, leaf, alive, _usable(encoding, alive, exact), deflate, living_coded)
     found = smallest(alive, values.bits_of(leaf), exact=exact)
     # Which is the smallest once it is deflated cannot be told beforehand; these two deflate best.
     tried: dict[Pattern, None] = dict.fromkeys([found, *([Bitmask(), Gaps(8)] if deflate else [])])
-    ways = [
-        _nonzeros_in(path, leaf, mask, one, deflate) or _in_pattern(path, leaf, alive, one, deflate) for one in tried
-    ]
+    ways = (_in_pattern(path, leaf, alive, one, deflate, living_coded) for one in tried)
     return min(ways, key=lambda made: made[0].stored_bytes)
 
 
@@ -78,8 +78,9 @@ def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Patte
 
 
 def _in_pattern(
-    path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool
-) -> tuple[Record, Pieces]:
+    path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool,
+    living_coded: Callable[[bool], dict[str, Stream]],
+) -> tuple[Record, Pieces]:  # fmt: skip
     count = pattern.sizes(alive)[1]
     what = Record(
         path=path,
@@ -95,7 +96,9 @@ def _in_pattern(
     )
 
     def made(deflate: bool) -> dict[str, Stream]:
-        return _coded(pattern.encode(alive), deflate) | values.encode(leaf, pattern.stored(alive), deflate=deflate)
+        if not pattern.in_order or pattern == Dense():
+            return _coded(pattern.encode(alive), deflate) | values.encode(leaf, pattern.stored(alive), deflate=deflate)
+        return _coded(pattern.encode_bits(np.packbits(alive), alive.shape), deflate) | living_coded(deflate)
 
     return _joined(what, made, deflate)
 
