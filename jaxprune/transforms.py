@@ -172,8 +172,8 @@ def regrow(
     first, growing = (dataclasses.replace(method, criterion=criterion) for criterion in (random, grow))
 
     def init(params: Params) -> RegrowState:
-        none = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
-        masks = compute_masks(first, params, sparsity, key=key) if jax.tree.leaves(params) else none
+        # `optax.tree.map_params` looks at the state of a tree without leaves.
+        masks = compute_masks(first, params, sparsity, key=key) if jax.tree.leaves(params) else params
         statistics = (init_statistics(method, params), init_statistics(growing, params))
         return RegrowState(jnp.zeros((), jnp.int32), masks, jnp.copy(key), statistics, inner.init(params))
 
