@@ -49,6 +49,7 @@ from jaxprune.distributions import (
     top_k_mask,
 )
 from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
+from jaxprune.iterative import Iterated, Round, iterative
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
 from jaxprune.loops import iterate
 from jaxprune.masks import (
@@ -62,10 +63,12 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
+from jaxprune.presets import Preset, presets
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
 from jaxprune.sensitivity import sensitivity
+from jaxprune.splicing import splice
 from jaxprune.storage import load, save
 from jaxprune.targets import Within, compacted_cost, masks_within
 from jaxprune.tracing import layout_of, trace, weights_of
@@ -92,11 +95,14 @@ __all__ = [
     "Global",
     "Head",
     "Input",
+    "Iterated",
     "Kernel",
     "Layout",
     "Method",
     "Output",
     "PerOutput",
+    "Preset",
+    "Round",
     "Running",
     "SigmaThreshold",
     "Threshold",
@@ -124,6 +130,7 @@ __all__ = [
     "gradient",
     "grasp",
     "iterate",
+    "iterative",
     "joint_taylor",
     "keep_params_sparse",
     "kth_largest",
@@ -141,6 +148,7 @@ __all__ = [
     "overlap",
     "pack_masks",
     "peak_activations",
+    "presets",
     "prune",
     "random",
     "regrow",
@@ -153,6 +161,7 @@ __all__ = [
     "snip",
     "sparse",
     "sparsity_of",
+    "splice",
     "squared_magnitude",
     "storage",
     "straight_through",

@@ -27,6 +27,7 @@ Train, prune, fine-tune, compress and evaluate what CONFIG describes.
 
 Everything goes into one folder, named after the config and the hash of what it computes. Run the same command again
 and it goes on where it stopped, killed at whatever moment, to the same result bit for bit; a finished run is shown.
+A file with a [sweep] is a run for every combination of its values, and a table; several files are done in turn.
 
 Every value of the config can be given on the command line:
 
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment", description=RUN_HELP, epilog=EPILOG, **style)
-    run.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
+    run.add_argument("config", metavar="CONFIG", nargs="+", help="a TOML file, such as experiments/quickstart.toml")
     run.add_argument("--runs", metavar="DIR", default="runs", help="where run folders are made (default: runs)")
     run.add_argument("--out", metavar="DIR", help="the run's folder itself, instead of one named after the config")
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
@@ -146,14 +147,27 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from jaxprune.lab import config as cfg
     from jaxprune.lab import html, terminal
     from jaxprune.lab import run as lab_run
+    from jaxprune.lab import sweep as lab_sweep
 
-    config = cfg.load(arguments.config, overrides)
-    folder = Path(arguments.out) if arguments.out else lab_run.folder_of(config, arguments.runs)
-    command = shlex.join(["jaxprune", "run", arguments.config, *overrides])
+    sys.path.append("")  # a user's own criteria, MODULE:NAME in a config
+    sweeps = [(path, cfg.load_sweep(path, overrides)) for path in arguments.config]
+    runs = Path(arguments.runs)
+    if arguments.out and (len(sweeps) > 1 or sweeps[0][1].axes):
+        raise cfg.ConfigError("--out names the folder of one run; of several choose their place with --runs.")
+    tables = []
     with terminal.watcher(quiet=arguments.quiet) as watcher:
-        results = lab_run.run(config, folder, command, watcher)
-    print(html.summary_text(results))
-    print(f"report: {folder / 'report.html'}")
+        for path, sweep in sweeps:
+            command = shlex.join(["jaxprune", "run", path, *overrides])
+            if sweep.axes:
+                tables.append(lab_sweep.run(sweep, runs, command, watcher))
+                continue
+            config = sweep.points[0].config
+            folder = Path(arguments.out) if arguments.out else lab_run.folder_of(config, runs)
+            results = lab_run.run(config, folder, command, watcher)
+            print(html.summary_text(results))
+            print(f"report: {folder / 'report.html'}")
+    if tables:
+        print(lab_sweep.table(tables))
     return 0
 
 

@@ -32,6 +32,17 @@ def constant(sparsity: float) -> Schedule:
     return lambda step: jnp.float32(sparsity)
 
 
+def as_schedule(sparsity: Schedule | float | None) -> Schedule:
+    """A schedule as it is; a number as that sparsity at every step; None, for distributions that decide, as None.
+
+    Raises:
+        ValueError: a number that is no fraction.
+    """
+    if sparsity is None or callable(sparsity):
+        return sparsity or (lambda step: None)
+    return constant(sparsity)
+
+
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
     """0 before `step`, `sparsity` from it on.
 

@@ -94,10 +94,7 @@ def prune(
         ValueError: `sparsity` is no fraction; at `init`, `method` selects no leaf; at `update`, no params.
     """
     inner = optax.with_extra_args_support(inner)
-    if sparsity is None or callable(sparsity):
-        schedule: Any = sparsity or (lambda step: None)
-    else:
-        schedule = schedules.constant(sparsity)
+    schedule = schedules.as_schedule(sparsity)
 
     def init(params: Params) -> PruneState:
         if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
@@ -119,10 +116,10 @@ def prune(
         def compute() -> Masks:
             return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
 
-        masks = _if(update_when(state.step), compute, state.masks)
+        masks = if_due(update_when(state.step), compute, state.masks)
         steps, inner_state = _inner(inner, updates, state, params, masks, extra)
         new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, statistics, inner_state)
-        return jax.tree.map(_land, steps, params, masks), new_state
+        return jax.tree.map(land, steps, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -189,10 +186,10 @@ def regrow(
         def compute() -> Masks:
             return regrow_masks(method, grow, params, state.masks, fraction(state.step), statistics=statistics, **known)
 
-        masks = _if(update_when(state.step), compute, state.masks)
+        masks = if_due(update_when(state.step), compute, state.masks)
         steps, inner_state = _inner(inner, updates, state, params, masks, extra)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return jax.tree.map(_land, steps, params, masks), RegrowState(step, masks, state.key, statistics, inner_state)
+        return jax.tree.map(land, steps, params, masks), RegrowState(step, masks, state.key, statistics, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,12 +219,13 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, KeepSparseState]:
         if params is None:
             raise ValueError("`keep_params_sparse` needs the params: call `tx.update(grads, opt_state, params)`.")
-        return jax.tree.map(_land, updates, params, state.masks), state
+        return jax.tree.map(land, updates, params, state.masks), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _if(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
+def if_due(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
+    """Masks computed anew if that is due, which may be traced."""
     # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
     if is_concrete(due):
         return compute() if due else masks
@@ -242,7 +240,7 @@ def _inner(
     return inner.update(alive, state.inner_state, params, **extra)
 
 
-def _land(update: Array, param: Array, mask: Array) -> Array:
+def land(update: Array, param: Array, mask: Array) -> Array:
     """The update where alive, minus the param where dead, in a dtype that holds both exactly."""
     exact = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(exact), -param.astype(exact))

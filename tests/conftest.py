@@ -18,12 +18,13 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every annotation of the package, shapes included, is checked at every call. Not those of `lab.config`: pydantic reads
-# them, some name protocols of its own that cannot be checked.
+# Every annotation of the package, shapes included, is checked at every call. Not those of the tables of a config:
+# pydantic reads them, some name protocols of its own that cannot be checked.
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 MODULES = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
 NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - {"jaxprune", "jaxprune.lab"}
-jaxtyping.install_import_hook(sorted(NAMES - {"jaxprune.lab.config"}), "checker.checked")
+PYDANTIC = {"jaxprune.lab.config", "jaxprune.lab.fields", "jaxprune.lab.prune_section"}
+jaxtyping.install_import_hook(sorted(NAMES - PYDANTIC), "checker.checked")
 
 hypothesis.settings.register_profile(
     "jaxprune",

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import checkpoint, config, flat, run
+from jaxprune.lab import checkpoint, config, flat, stages
 
 # 64 samples a step, 20 steps an epoch: 40 + 25 + 20 steps, saved 12 times. The ramp ends at step 21, between saves.
 TINY = """
@@ -121,7 +121,7 @@ class Stopped(Exception):
     """An accident at a chosen step."""
 
 
-class StopAt(run.Watcher):
+class StopAt(stages.Watcher):
     """Remembers what it is told; raises at a step of a stage, if one is given."""
 
     def __init__(self, stage=None, step=None):

@@ -1,5 +1,10 @@
 """From words to objects: every word of a config builds what it names, and ramps end inside their stage."""
 
+import importlib
+import inspect
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 from lab_helpers import tiny
 
 import jaxprune as jp
-from jaxprune.lab import build
+from jaxprune.lab import build, words
 from jaxprune.lab import config as cfg
 
 pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes: decay ** count, 1 - count / steps
@@ -75,13 +80,72 @@ def test_words_build_the_method_they_name(tmp_path, words, method):
         assert [pattern for pattern, _ in built.distribution.rules] == ["z*", "a*", "*"]
 
 
-def test_every_word_of_the_config_is_built():
-    def words(field):
-        return set(field.annotation.__args__)
+def test_every_public_answer_has_a_word():
+    """A criterion, granularity or distribution that the library has, a config can name."""
+    for kind, table in words.REGISTRY.items():
+        for name, found in table.items():
+            assert words.known(kind, name) is found
+    classes = {one for one in vars(jp).values() if inspect.isclass(one)}
+    granularities = {one for one in classes if hasattr(one, "pool")}
+    assert set(words.REGISTRY["granularity"].values()) == granularities
+    distributions = {one for one in classes if list(inspect.signature(one.__call__).parameters)[-1:] == ["dims"]}
+    assert set(words.REGISTRY["distribution"].values()) == distributions
 
-    assert set(build.CRITERIA) == words(cfg.Prune.model_fields["criterion"])
-    assert set(build.GRANULARITIES) == words(cfg.Granularity.model_fields["name"])
-    assert {*build.DISTRIBUTIONS, "by_rule"} == words(cfg.Distribution.model_fields["name"])
+
+@pytest.mark.parametrize("name", jp.presets())
+def test_a_preset_named_in_a_config_is_the_preset(tmp_path, name):
+    """Words, and what they build, agree with the object; of the statistics' decay and the like there is one default."""
+    preset, wants = jp.presets()[name], {"sparsity": 0.5}
+    if isinstance(preset.method.distribution, jp.SigmaThreshold):
+        wants = {}
+    section = cfg.Prune.model_validate({"preset": name, **wants})
+    built = build.preset(section)
+    meant = words.words_of(preset) | {"rewind": ""}
+    assert {key: word for key, word in words.words_of(built).items() if key in meant} | {"rewind": ""} == meant
+    assert section.rewind == words.words_of(preset)["rewind"]
+    assert built.method.granularity == preset.method.granularity
+    assert built.method.distribution == preset.method.distribution
+    assert (built.how, built.schedule, built.margin, built.decay) == (
+        preset.how, preset.schedule, preset.margin, preset.decay
+    )  # fmt: skip
+
+
+def test_what_is_given_goes_before_the_preset():
+    given = {"preset": "rigl", "how": "gradual", "sparsity": 0.5, "distribution": "uniform"}
+    section = cfg.Prune.model_validate(given)
+    assert (section.how, section.distribution.name, section.criterion) == ("gradual", "uniform", "magnitude")
+
+
+def mine(params, /, **_):
+    """A user's criterion."""
+    return {name: jnp.ones_like(leaf, dtype=jnp.float32) for name, leaf in params.items()}
+
+
+def test_a_users_own_answers_are_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "users_own", types.SimpleNamespace(mine=mine, two=jp.Block(2, 2), share=jp.ERK))
+    table = {
+        "criterion": "users_own:mine", "granularity": "users_own:two", "distribution": "users_own:share",
+        "sparsity": 0.5,
+    }  # fmt: skip
+    made = build.method(cfg.Prune.model_validate(table))
+    assert (made.criterion, made.granularity, made.distribution) == (mine, jp.Block(2, 2), jp.ERK())
+    for name, message in (("users_own:other", "cannot be imported"), ("nowhere:mine", "No module named"),
+                          ("magnitud", 'did you mean "magnitude"')):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            cfg.Prune.model_validate(table | {"criterion": name})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"criterion": "wanda"}, "'wanda' looks at input_norms, which a run that prunes 'one-shot' does not have"),
+        ({"criterion": "movement"}, "looks at statistics"),
+        ({"criterion": "grasp", "how": "gradual"}, "'grasp' looks at hessian_grads"),
+    ],
+)
+def test_evidence_that_a_run_does_not_have_is_asked_for_before_training(table, message):
+    with pytest.raises(cfg.ConfigError, match=message):
+        build.check(cfg.Prune.model_validate({"sparsity": 0.5, **table}), PARAMS)
 
 
 # ---------------------------------------------------------------- optimizers
@@ -148,7 +212,11 @@ def test_optimizers_are_those_of_optax(optimizer, reference):
 def updates_of(monkeypatch, prune, per_epoch=10):
     """[(step, sparsity)] of the mask updates that fall within the stage."""
     caught = {}
-    monkeypatch.setattr(jp, "prune", lambda inner, method, **options: caught.update(options) or inner)
+    monkeypatch.setattr(
+        importlib.import_module("jaxprune.presets"),
+        "prune",
+        lambda inner, method, **options: caught.update(options) or inner,
+    )
     build.pruning_optimizer(optax.sgd(0.1), prune, per_epoch, None)
     due = [step for step in range(build.prune_steps(prune, per_epoch)) if caught["update_when"](step)]
     return [(step, float(caught["sparsity"](step))) for step in due]
@@ -203,7 +271,11 @@ def test_the_optimizer_built_arrives_at_the_sparsity(how, sparsity):
 
 def test_distributions_that_decide_by_themselves_are_given_no_sparsity(monkeypatch):
     caught = {}
-    monkeypatch.setattr(jp, "prune", lambda inner, method, **options: caught.update(options) or inner)
+    monkeypatch.setattr(
+        importlib.import_module("jaxprune.presets"),
+        "prune",
+        lambda inner, method, **options: caught.update(options) or inner,
+    )
     distribution = cfg.Distribution(name="threshold", t=0.1)
     for how in ("gradual", "iterative"):
         build.pruning_optimizer(optax.sgd(0.1), cfg.Prune(how=how, distribution=distribution), 10, None)

@@ -103,7 +103,7 @@ BAD = [
     ("model = {name = 'lenet_5', widths = [3]}", 'model.widths: only for name = "mlp", here name = "lenet_5"'),
     ("train.momentum = 0.9", 'train.momentum: only for optimizer = "sgd", here optimizer = "adam"'),
     ("prune = {sparsity = 0.5, rounds = 3}", 'prune.rounds: only for how = "iterative", here how = "one-shot"'),
-    ("prune = {sparsity = 0.5, duration = '1 step'}", 'only for how = "gradual" or "iterative", here how = "one-shot"'),
+    ("prune = {sparsity = 0.5, duration = '1 step'}", 'or "regrow" or "splice", here how = "one-shot"'),
     ("prune = {sparsity = 0.5, update_every = '1 step'}", 'prune.update_every: only for how = "gradual"'),
     ("prune.sparsity = 90", "prune.sparsity: expected a fraction in [0, 1), arrived 90, did you mean 0.9?"),
     ("prune.sparsity = 1", "prune.sparsity: expected a fraction in [0, 1), arrived 1"),

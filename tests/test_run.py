@@ -28,7 +28,7 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import cli
-from jaxprune.lab import checkpoint, data, machine, models, publish, run
+from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages
 from jaxprune.lab.config import ConfigError
 from jaxprune.lab.run import RunError
 
@@ -161,7 +161,7 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
         return x.reshape(x.shape[0], -1) @ params["fc"]
 
     record = {"stage": "train", "seconds": 1.5}
-    done = run.SeedRun(models.Network(params, apply), *(params,) * 4, masks, [record, {**record, "seconds": 2}])
+    done = stages.SeedRun(models.Network(params, apply), *(params,) * 4, masks, [record, {**record, "seconds": 2}], [])
     result = run._seed_result(tiny(tmp_path), 0, data.load("digits"), done, tmp_path)
     stored = {leaf["name"]: (leaf["bytes"], leaf["sparse_bytes"]) for leaf in result["leaves"]}
     assert stored["conv"][0] == stored["conv"][1] == 72
@@ -230,7 +230,7 @@ def test_two_processes_at_once_are_refused(tmp_path):
         with pytest.raises(RunError, match="Another process is running"):
             go(tmp_path)
 
-    class Second(run.Watcher):
+    class Second(stages.Watcher):
         def stage(self, seed, name, steps):
             with pytest.raises(RunError, match="Another process is running"):
                 go(tmp_path)

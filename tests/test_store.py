@@ -21,9 +21,10 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import config, data, html, publish, run, storage_figure, store, train
+from jaxprune.lab import config, data, html, publish, stages, storage_figure, store, train
 from jaxprune.storage import Artifact
 from jaxprune.storage.encodings import pattern_of, smallest, stored_bytes
+from jaxprune.storage.quantize import dequantize
 
 pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
 
@@ -85,13 +86,13 @@ def test_the_file_holds_what_the_stage_came_to(stored):
 def test_training_the_shared_values_helps(stored):
     losses = {line["stage"]: line["loss"] for line in metrics_of(stored[0])}
     digits, params = data.load("digits"), last_arrays(stored[0])
-    network, _ = run._network(config.load(stored[0] / "config.toml"), 0, digits)
+    network, _ = stages._network(config.load(stored[0] / "config.toml"), 0, digits)
     before, masks = params_and_masks(params["seed_0/finetune"])
     like = jax.tree.map(jnp.asarray, tree.map_named(lambda name, _: before[name], network.params))
     alive = tree.map_named(lambda name, _: jnp.asarray(masks[name]), network.params)
     start = store.quantize(config.load(stored[0] / "config.toml").store, like, alive)
-    samples = run.samples_of(digits.train_images, digits.train_labels, digits.scale)
-    loss = train.mean_loss(network.apply, run.dequantize(start), samples, jnp.arange(1437), None)[0]
+    samples = stages.samples_of(digits.train_images, digits.train_labels, digits.scale)
+    loss = train.mean_loss(network.apply, dequantize(start), samples, jnp.arange(1437), None)[0]
     assert losses["quantize"] < float(loss)
 
 
@@ -113,7 +114,7 @@ def test_results_page_and_terminal_have_the_file(stored):
 def test_the_accuracy_is_that_of_the_loaded_file(stored):
     folder, results = stored
     digits, path = data.load("digits"), folder / "seed_0" / "model.jaxprune"
-    network, _ = run._network(config.load(folder / "config.toml"), 0, digits)
+    network, _ = stages._network(config.load(folder / "config.toml"), 0, digits)
     params = jp.load(path, like=network.params)
     logits = network.apply(params, jnp.asarray(digits.test_images, jnp.float32) / 16)
     mine = float(np.mean(np.argmax(np.asarray(logits), -1) == digits.test_labels))

@@ -27,7 +27,7 @@ import numpy as np
 from tables import describe_machine
 
 from jaxprune import nonzero_masks, sparsity_of
-from jaxprune.lab import build, checkpoint, data, run, train
+from jaxprune.lab import build, checkpoint, data, stages, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.bench.of_run import of_run
 from jaxprune.lab.models import pretrained
@@ -54,7 +54,7 @@ def compare(folder: Path, percentile: float) -> None:
     """Two rows of the table."""
     config = cfg.load(folder / "config.toml")
     dataset = data.load(config.data.name, config.data.data_dir or None)
-    test = run.samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
+    test = stages.samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
     images = train.scaled(test, jnp.asarray(dataset.train_images[:CALIBRATION]))
     for apply, params in models_of(folder, config):
 

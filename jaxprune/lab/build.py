@@ -1,5 +1,6 @@
 """From the words of a config to the objects they stand for: method, schedule, optimizer."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -8,26 +9,30 @@ import optax
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config as cfg
+from jaxprune.lab import evidence, words
+from jaxprune.methods import init_statistics
 from jaxprune.types import Params
 
-CRITERIA = {"magnitude": jp.magnitude, "random": jp.random, "taylor": jp.taylor}
-GRANULARITIES = {"element": jp.Element, "block": jp.Block, "input": jp.Input, "output": jp.Output}
-DISTRIBUTIONS = {
-    "uniform": jp.Uniform,
-    "global": jp.Global,
-    "erk": jp.ERK,
-    "per_output": jp.PerOutput,
-    "nm": jp.NM,
-    "sigma_threshold": jp.SigmaThreshold,
-    "threshold": jp.Threshold,
-}
+
+def preset(prune: cfg.Prune) -> jp.Preset:
+    """The method that [prune] describes, and when and how it runs."""
+    return jp.Preset(
+        method(prune),
+        how=prune.how,
+        schedule=words.known("schedule", prune.schedule),
+        grow=words.criterion(prune.grow, None),
+        iterations=prune.iterations,
+        margin=prune.margin,
+        decay=prune.decay,
+    )
 
 
 def method(prune: cfg.Prune) -> jp.Method:
     """The method that [prune] describes."""
+    granularity = _built("granularity", prune.granularity)
     return jp.Method(
-        criterion=CRITERIA[prune.criterion],
-        granularity=GRANULARITIES[prune.granularity.name](**_options(prune.granularity)),
+        criterion=words.criterion(prune.criterion, granularity),
+        granularity=granularity,
         distribution=distribution(prune.distribution),
         select=prune.select or jp.weights,
     )
@@ -37,11 +42,17 @@ def check(prune: cfg.Prune, params: Params) -> None:
     """Refuse a method that does not fit the params, before anything is trained.
 
     Raises:
+        ConfigError: the criterion looks at what a run does not have.
         ValueError: a pattern that matches no leaf, an N:M that does not divide the inputs, ...: see `compute_masks`.
     """
+    made = method(prune)
+    evidence.check(prune.criterion, made.criterion, prune.how)
 
     def masks(params: Params, key: Any) -> Any:
-        return jp.compute_masks(method(prune), params, prune.sparsity, grads=params, key=key)
+        statistics = init_statistics(made, params)
+        known: dict[str, Any] = dict.fromkeys(("grads", "hessian_grads", "flow_grads", "squared_grads"), params)
+        known |= {"key": key} | ({"statistics": statistics} if statistics else {})
+        return jp.compute_masks(made, params, prune.sparsity, **known)
 
     jax.eval_shape(masks, params, jax.random.key(0))
 
@@ -49,13 +60,14 @@ def check(prune: cfg.Prune, params: Params) -> None:
 def distribution(given: cfg.Distribution) -> Any:
     """The distribution that a table describes, with those of its rules."""
     if given.name != "by_rule":
-        return DISTRIBUTIONS[given.name](**_options(given))
+        return _built("distribution", given)
     rules = (given.rules or {}).items()
     return jp.ByRule(tuple((p, distribution(r) if isinstance(r, cfg.Distribution) else r) for p, r in rules))
 
 
-def _options(table: cfg.Table) -> dict[str, Any]:
-    return table.model_dump(exclude={"name"})
+def _built(kind: str, table: Any) -> Any:
+    found = words.known(kind, table.name)
+    return found(**table.model_dump(exclude={"name"})) if inspect.isclass(found) else found
 
 
 def optimizer(phase: cfg.Phase, steps: int) -> optax.GradientTransformation:
@@ -87,22 +99,19 @@ def _decayed(params: Params) -> Any:
 def pruning_optimizer(
     inner: optax.GradientTransformation, prune: cfg.Prune, steps_per_epoch: int, key: Any
 ) -> optax.GradientTransformation:
-    """`jp.prune` for the stage of a gradual or an iterative config; the last masks fall within its steps."""
-    length, stage = prune.duration.steps(steps_per_epoch), prune_steps(prune, steps_per_epoch)
-    if prune.how == "iterative":
-        every = length
-        schedule = jp.rounds(prune.sparsity, count=prune.rounds, length=every) if prune.sparsity is not None else None
-    else:
-        every = max(prune.update_every.steps(steps_per_epoch), 1)
-        # The ramp ends at the last update that the stage has.
-        end = (stage - 1) // every * every
-        schedule = jp.cubic(prune.sparsity, begin=0, end=end) if prune.sparsity is not None else None
-    when = jp.every(every)
-    return jp.prune(inner, method(prune), sparsity=schedule, update_when=when, key=key)
+    """The optimizer of the prune stage, in all ways but one shot; the last masks fall within its steps."""
+    return preset(prune).optimizer(
+        inner,
+        sparsity=prune.sparsity,
+        steps=prune_steps(prune, steps_per_epoch),
+        every=max(prune.update_every.steps(steps_per_epoch), 1),
+        rounds=prune.rounds,
+        key=key,
+    )
 
 
 def prune_steps(prune: cfg.Prune, steps_per_epoch: int) -> int:
-    """Training steps of the prune stage: none in one shot, the ramp if gradual, all rounds if iterative.
+    """Training steps of the prune stage: none in one shot, `duration`, or all rounds of it if iterative.
 
     Raises:
         ConfigError: `duration` comes to no step, so that nothing would be pruned.
@@ -112,4 +121,18 @@ def prune_steps(prune: cfg.Prune, steps_per_epoch: int) -> int:
         raise cfg.ConfigError(
             f'prune.duration: "{prune.duration}" comes to 0 steps, at least 1 is needed to prune {prune.how}.'
         )
-    return {"one-shot": 0, "gradual": length, "iterative": prune.rounds * length}[prune.how]
+    return {"one-shot": 0, "iterative": prune.rounds * length}.get(prune.how, length)
+
+
+def levels(prune: cfg.Prune) -> list[Any]:
+    """Of each round of an iterative config the sparsity, every round keeping the same share; or its distribution."""
+    if prune.sparsity is None:
+        return [distribution(prune.distribution)] * prune.rounds
+    kept = 1 - prune.sparsity
+    return [1 - kept ** (number / prune.rounds) for number in range(1, prune.rounds)] + [prune.sparsity]
+
+
+def in_rounds(prune: cfg.Prune, made: jp.Method) -> bool:
+    """Whether the rounds of an iterative config are trainings of their own, not one with a schedule of masks."""
+    apart = prune.rewind != "none" or prune.tolerance is not None
+    return prune.how == "iterative" and (apart or not words.looks_at(made.criterion) <= evidence.AT_EVERY_STEP)

@@ -26,7 +26,7 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def override(tree: dict[str, Any], flag: str, text: str) -> tuple[str, ...]:
-    """Put one value into the tree; returns its path.
+    """Put the value of a flag into the tree; returns its path.
 
     Raises:
         ConfigError: a step of the path is no table.
@@ -35,13 +35,19 @@ def override(tree: dict[str, Any], flag: str, text: str) -> tuple[str, ...]:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         parsed = {}
-    *tables, key = path = tuple(flag.removeprefix("--").split("."))
+    # More than one: the text had a line break.
+    return put(tree, flag.removeprefix("--"), parsed["value"] if len(parsed) == 1 else text, flag)
+
+
+def put(tree: dict[str, Any], key: str, value: Any, said: str = "") -> tuple[str, ...]:
+    """Put a value at a dotted key, called `said` in errors; returns its path, raises ConfigError as `override` does."""
+    *tables, last = path = tuple(key.split("."))
     for step in tables:
         inner = tree.setdefault(step, {})
         if isinstance(inner, str) and step in ("granularity", "distribution"):
             inner = tree[step] = {"name": inner}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{flag}: {step} is {show(inner)} in the file, not a table")
+            raise ConfigError(f"{said or key}: {step} is {show(inner)} in the file, not a table")
         tree = inner
-    tree[key] = parsed["value"] if len(parsed) == 1 else text  # more than one: the text had a line break
+    tree[last] = value
     return path

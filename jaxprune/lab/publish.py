@@ -55,6 +55,7 @@ def results(
         "artifact": _artifact(config, [seed["artifact"] for seed in seeds]),
         "leaves": seeds[0]["leaves"],
         "seconds": spread([seed["seconds"] for seed in seeds]),
+        **({"rounds": [seed["rounds"] for seed in seeds]} if seeds[0]["rounds"] else {}),
     }
 
 

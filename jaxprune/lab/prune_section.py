@@ -1,0 +1,155 @@
+"""The [prune] section: how the zeros come about."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AfterValidator, Discriminator, Tag
+
+from jaxprune.lab import words
+from jaxprune.lab.fields import (
+    ARRAY,
+    BY_NAME,
+    NEEDED,
+    Count,
+    Duration,
+    Fraction,
+    NotNegative,
+    Only,
+    Period,
+    Table,
+    Time,
+)
+from jaxprune.lab.problems import show
+
+
+def _word(kind: str) -> AfterValidator:
+    def check(name: str) -> str:
+        words.known(kind, name)
+        return name
+
+    return AfterValidator(check)
+
+
+def _rewind(text: str) -> str:
+    return text if text in ("none", "rate", "initialisation") else str(Duration.parse(text))
+
+
+CriterionName = Annotated[str, _word("criterion")]
+
+
+class Granularity(Table):
+    """Which weights live or die together; `rows` x `cols` weights make a block, an equal share of an axis a head."""
+
+    name: Annotated[str, _word("granularity")] = "element"
+    rows: Annotated[Count | None, Only(("name", "block"))] = NEEDED
+    cols: Annotated[Count | None, Only(("name", "block"))] = NEEDED
+    heads: Annotated[Count | None, Only(("name", "head"))] = NEEDED
+    along: Annotated[Literal["outputs", "inputs"], Only(("name", "head"))] = "outputs"
+
+
+class Distribution(Table):
+    """Who competes with whom, and how many win.
+
+    `floor`: density in [0, 1) that no leaf falls below. `normalized`: scores over the norm of their leaf's. `n` of
+    every `m` groups `along` an axis survive. A weight dies below `k` standard deviations of its leaf, or below the
+    score `t`. `lam`: most that a leaf's sparsity differs by. `rules`: pattern of leaf names -> sparsity or
+    distribution; the first match wins, so the order of the file is kept.
+    """
+
+    name: Annotated[str, _word("distribution")] = "global"
+    floor: Annotated[Fraction, Only(("name", "global"))] = 0.0
+    normalized: Annotated[bool, Only(("name", "global"))] = False
+    n: Annotated[Count | None, Only(("name", "nm"))] = NEEDED
+    m: Annotated[Count | None, Only(("name", "nm"))] = NEEDED
+    along: Annotated[Literal["inputs", "outputs", "window"], Only(("name", "nm"))] = "inputs"
+    k: Annotated[NotNegative | None, Only(("name", "sigma_threshold"))] = NEEDED
+    t: Annotated[NotNegative | None, Only(("name", "threshold"))] = NEEDED
+    lam: Annotated[Fraction, Only(("name", "owl"))] = 0.08
+    per_output: Annotated[bool, Only(("name", "owl"))] = False
+    rules: Annotated[dict[str, "Rule"] | None, Only(("name", "by_rule"))] = NEEDED
+
+    @pydantic.field_validator("m")
+    @classmethod
+    def _not_below_n(cls, value: int | None, info: pydantic.ValidationInfo) -> int | None:
+        if value is not None and value < (info.data.get("n") or 0):
+            raise ValueError(f"expected at least n = {info.data['n']}, arrived {value}")
+        return value
+
+
+# The <> tell the branches of the union from keys in the locations of errors.
+Rule = Annotated[
+    Annotated[Fraction, Tag("<number>")] | Annotated[Distribution, BY_NAME, Tag("<table>")],
+    Discriminator(lambda value: "<number>" if isinstance(value, int | float) else "<table>"),
+]
+
+
+class Prune(Table):
+    """How the zeros come about.
+
+    `preset`: of `jaxprune.presets`; gives every key here that is not given. `criterion`, `grow`, `schedule` and the
+    names of granularity and distribution may be MODULE:NAME, a user's own. `select`: glob patterns of leaf names, none
+    = every matrix and convolution kernel. `sparsity`: fraction removed at the end. `iterations`: steps in which one
+    shot is done. `duration`: of the stage, of an iterative one after each of the `rounds`. `rewind`: where a round
+    begins: "none", "rate" (the learning rate begins anew), "initialisation", or weights so far into the training ("1
+    epoch").
+    `tolerance`: a round that ends this much below the dense validation accuracy ends the stage, and does not count.
+    `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see `jaxprune.splice`.
+    """
+
+    preset: Annotated[str | None, _word("preset")] = None
+    how: Literal["one-shot", "gradual", "iterative", "alternating", "regrow", "splice"] = "one-shot"
+    criterion: CriterionName = "magnitude"
+    grow: Annotated[CriterionName, Only(("how", "regrow"))] = "gradient"
+    granularity: Annotated[Granularity, BY_NAME] = Granularity()
+    distribution: Annotated[Distribution, BY_NAME] = Distribution()
+    schedule: Annotated[str, _word("schedule"), Only(("how", "gradual", "splice"))] = "cubic"
+    select: Annotated[tuple[str, ...], ARRAY] = ()
+    sparsity: Fraction | None = NEEDED
+    iterations: Annotated[Count, Only(("how", "one-shot"))] = 1
+    rounds: Annotated[Count, Only(("how", "iterative"))] = 5
+    rewind: Annotated[str, AfterValidator(_rewind), Only(("how", "iterative"))] = "none"
+    tolerance: Annotated[Fraction | None, Only(("how", "iterative"))] = None
+    margin: Annotated[NotNegative, Only(("how", "splice"))] = 0.0
+    decay: Annotated[NotNegative, Only(("how", "splice"))] = 0.0
+    duration: Annotated[Time, Only(("how", "gradual", "iterative", "alternating", "regrow", "splice"))] = Duration(
+        10, "epochs"
+    )
+    update_every: Annotated[Period, Only(("how", "gradual", "alternating", "regrow", "splice"))] = Duration(
+        100, "steps"
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: Any) -> Any:
+        preset = words.REGISTRY["preset"].get(str(given.get("preset"))) if isinstance(given, dict) else None
+        if preset is None:
+            return given
+        table = words.words_of(preset)
+        how = given.get("how", table["how"])
+        for part in (Granularity, Distribution):  # options that this name does not have
+            name = part.__name__.lower()
+            table[name] = _meant(part, {"name": table[name]["name"]}, table[name])
+        return _meant(cls, {"how": how}, table) | given
+
+    @pydantic.field_validator("sparsity")
+    @classmethod
+    def _fits_distribution(cls, value: float | None, info: pydantic.ValidationInfo) -> float | None:
+        if (given := info.data.get("distribution")) is None:  # refused already
+            return value
+        names = [getattr(one, "name", "") for one in (given, *(given.rules or {}).values())]
+        asking = [name for name in names if name in ("uniform", "global", "erk", "owl", "per_output")]
+        if value is None and asking:
+            raise ValueError(f"missing, distribution {show(asking[0])} needs it")
+        if value is not None and given.name in ("threshold", "sigma_threshold"):
+            raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
+        return value
+
+
+def _meant(table: type[Table], known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that have an effect beside what is known."""
+    conditions = table.conditions()
+    return {
+        key: value
+        for key, value in options.items()
+        if key in table.model_fields and (key not in conditions or known.get(conditions[key][0]) in conditions[key][1:])
+    }

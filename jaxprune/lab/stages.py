@@ -1,0 +1,276 @@
+"""The stages of one seed: train, prune, fine-tune, quantize, each from its last checkpoint if it was begun before."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxprune as jp
+from jaxprune.lab import build, data, evidence, files, models, store, train
+from jaxprune.lab import config as cfg
+from jaxprune.storage.quantize import dequantize
+from jaxprune.storage.sharing import reshare, share_weights
+from jaxprune.types import Masks, Params
+
+STAGES = ("train", "prune", "finetune", "quantize")
+
+
+class Watcher:
+    """What a run tells while it goes; this one listens to nothing."""
+
+    def stage(self, seed: int, name: str, steps: int) -> None:
+        """A stage of `steps` steps begins, or is taken up again."""
+
+    def step(self, step: int) -> None:
+        """The stage has come to this step."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Shared:
+    """What runs of a sweep have in common: a data set read once, dense trainings done once.
+
+    Attributes:
+        folder: where those trainings lie; None, of a run alone: in its own folder.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self._datasets = folder, {}
+
+    def dataset(self, section: cfg.Data) -> data.Dataset:
+        """The data set of a [data] section."""
+        key = (section.name, section.data_dir)
+        if key not in self._datasets:
+            self._datasets[key] = data.load(section.name, section.data_dir or None)
+        return self._datasets[key]
+
+    def training(self, config: cfg.Config, own: Path) -> Path:
+        """Where the checkpoints of a seed's dense training are, `own` being the seed's folder."""
+        return own / "train" if self.folder is None else self.folder / cfg.training_hash(config) / own.name
+
+
+class SeedRun(NamedTuple):
+    """The models a seed comes to, params and masks as arrays, `quantized` as [store] says; the network's function.
+
+    `rounds` has a line for every round of an iterative config, in words.
+    """
+
+    network: models.Network
+    dense: Params
+    pruned: Params
+    finetuned: Params
+    quantized: Any
+    masks: Masks
+    records: list[dict[str, Any]]
+    rounds: list[str]
+
+
+def run_seed(
+    config: cfg.Config,
+    seed: int,
+    dataset: data.Dataset,
+    folder: Path,
+    watcher: Watcher,
+    before: list[dict[str, Any]],
+    shared: Shared,
+) -> SeedRun:
+    """Train, prune, fine-tune and quantize with one seed.
+
+    Args:
+        config: the experiment.
+        seed: decides the initial weights, the orders of samples, shifts, dropout, and what is held out for validation.
+        dataset: with all training data.
+        folder: the run's; checkpoints go below it, metrics into it.
+        watcher: told what happens.
+        before: metrics of earlier seeds, which metrics.jsonl begins with.
+        shared: what runs of a sweep have in common.
+    """
+    held_in, validation = data.split_validation(dataset, config.data.validation, seed)
+    network, keys = _network(config, seed, dataset)
+    build.check(config.prune, network.params)
+    log = _MetricsLog(folder / "metrics.jsonl", before, seed)
+    own = folder / f"seed_{seed}"
+    training = shared.training(config, own)
+    stages = _SeedStages(config, seed, network, held_in, validation, own, training, keys, watcher, log)
+    dense = stages.trained()
+    pruned, masks = stages.pruned(dense)
+    finetuned = stages.finetuned(pruned, masks)
+    quantized = stages.quantized(finetuned, masks)
+    return SeedRun(network, dense, pruned, finetuned, quantized, masks, log.records, stages.rounds)
+
+
+def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[models.Network, dict[str, Any]]:
+    init, *rest = jax.random.split(jax.random.key(seed), 1 + len(STAGES))
+    shape = tuple(int(side) for side in dataset.train_images.shape[1:])
+    return models.build(config.model, shape, dataset.classes, init), dict(zip(STAGES, rest, strict=True))  # pyright: ignore[reportArgumentType]
+
+
+class _SeedStages:
+    """The stages of one seed, what they have in common, and what the rounds of an iterative config came to."""
+
+    def __init__(
+        self, config: cfg.Config, seed: int, network: models.Network, held_in: data.Dataset,
+        validation: tuple[np.ndarray, np.ndarray], folder: Path, training: Path, keys: dict[str, Any],
+        watcher: Watcher, log: Any,
+    ):  # fmt: skip
+        self.config, self.seed, self.network, self.folder, self.training = config, seed, network, folder, training
+        self.keys, self.watcher, self.log = keys, watcher, log
+        self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
+        self.validation = samples_of(*validation, held_in.scale)
+        self.apply = jax.jit(network.apply)
+        self.prune_steps = build.prune_steps(config.prune, self._per_epoch(config.train))
+        self.rounds: list[str] = []
+
+    def trained(self) -> Params:
+        """Dense training; the params it ends with."""
+        phase = self.config.train
+        steps = phase.duration.steps(self._per_epoch(phase))
+        tx = build.optimizer(phase, steps)
+        return self._run("train", phase, tx, steps, self.network.params, self.training).params
+
+    def pruned(self, dense: Params) -> tuple[Params, Masks]:
+        """Pruned params, and the masks that did it."""
+        phase, prune = self.config.train, self.config.prune
+        steps, method = self.prune_steps, build.method(prune)
+        if build.in_rounds(prune, method):
+            return self._in_rounds(dense, method)
+        if prune.how == "one-shot":
+            masks = self._one_shot(dense, method)
+            dense, tx = jp.apply_masks(dense, masks), jp.keep_params_sparse(masks)
+        else:
+            inner = build.optimizer(phase, steps)
+            tx = build.pruning_optimizer(inner, prune, self._per_epoch(phase), self.keys["prune"])
+        state = self._run("prune", phase, tx, steps, dense)
+        return state.params, train.masks_of(state)
+
+    def _one_shot(self, dense: Params, method: jp.Method) -> Masks:
+        prune, evidence_of = self.config.prune, partial(self._evidence, method)
+        if prune.iterations == 1:
+            return jp.compute_masks(method, dense, prune.sparsity, **jax.jit(evidence_of)(dense))
+        if prune.sparsity is None:
+            raise cfg.ConfigError("prune.iterations: needs prune.sparsity, to come to it step by step")
+        return jp.iterate(method, dense, prune.sparsity, count=prune.iterations, evidence=evidence_of)
+
+    def _in_rounds(self, dense: Params, method: jp.Method) -> tuple[Params, Masks]:
+        """Rounds that are trainings of their own; what they came to is left in `rounds`."""
+        phase, prune = self.config.train, self.config.prune
+        length = prune.duration.steps(self._per_epoch(phase))
+
+        def trained(params: Params, masks: Masks, number: int) -> Params:
+            tx = optax.chain(build.optimizer(phase, length), jp.keep_params_sparse(masks))
+            return self._run("prune", phase, tx, length, params, self.folder / f"prune/round_{number}").params
+
+        held_out = self.validation.labels.shape[0] > 0
+        if prune.tolerance is not None and not held_out:
+            raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
+        done = jp.iterative(
+            method, dense, build.levels(prune), trained, early_params=self._early(),
+            evaluate=self._validate if held_out else None, tolerance=prune.tolerance,
+            evidence=partial(self._evidence, method),
+        )  # fmt: skip
+        self.rounds += map(str, done.rounds)
+        return done.params, done.masks
+
+    def _early(self) -> Params | None:
+        """Weights that rounds begin with: of the initialisation, or so far into the training that dense params had."""
+        phase, rewind = self.config.train, self.config.prune.rewind
+        if rewind in ("none", "rate"):
+            return None
+        if rewind == "initialisation":
+            return self.network.params
+        per_epoch = self._per_epoch(phase)
+        whole = phase.duration.steps(per_epoch)
+        steps = min(cfg.Duration.parse(rewind).steps(per_epoch), whole)
+        return self._run(
+            "train", phase, build.optimizer(phase, whole), steps, self.network.params, self.folder / "early"
+        ).params
+
+    def finetuned(self, pruned: Params, masks: Masks) -> Params:
+        """Params after training with the dead weights held at zero."""
+        phase = self.config.finetune
+        steps = phase.duration.steps(self._per_epoch(phase))
+        tx = optax.chain(build.optimizer(phase, steps), jp.keep_params_sparse(masks))
+        return self._run("finetune", phase, tx, steps, pruned).params
+
+    def quantized(self, finetuned: Params, masks: Masks) -> Any:
+        """Params as they are stored; the values that weights share are trained first."""
+        phase = self.config.store
+        quantized = store.quantize(phase, finetuned, masks)
+        if phase.quantize != "codebook":
+            return quantized
+        steps = phase.duration.steps(self._per_epoch(phase))
+        tx = optax.chain(share_weights(quantized), build.optimizer(phase, steps), jp.keep_params_sparse(masks))
+        return reshare(quantized, self._run("quantize", phase, tx, steps, dequantize(quantized)).params)
+
+    def _evidence(self, method: jp.Method, params: Params) -> dict[str, Any]:
+        return evidence.of(method.criterion, self.network.apply, params, self.samples, self.keys["prune"])
+
+    def _per_epoch(self, phase: cfg.Phase) -> int:
+        return max(self.samples.labels.shape[0] // self._batch(phase), 1)
+
+    def _batch(self, phase: cfg.Phase) -> int:
+        return min(phase.batch_size, self.samples.labels.shape[0])
+
+    def _run(
+        self, name: str, phase: cfg.Phase, tx: Any, steps: int, params: Params, folder: Path | None = None
+    ) -> train.TrainState:
+        per_epoch = self._per_epoch(phase)
+        stage = train.Stage(
+            name=name,
+            tx=tx,
+            steps=steps,
+            batch_size=self._batch(phase),
+            steps_per_epoch=per_epoch,
+            save_every=max(self.config.checkpoint.every.steps(per_epoch), 1),
+            keep=self.config.checkpoint.keep,
+            key=self.keys[name],
+            shift=self.config.data.shift,
+        )
+        self.watcher.stage(self.seed, name, steps)
+        outcome = train.run_stage(
+            stage, self.network.apply, train.start(params, tx), self.samples, folder or self.folder / name,
+            validate=self._validate, on_step=self.watcher.step, on_record=self.log.add,
+        )  # fmt: skip
+        for text in outcome.damaged:
+            self.watcher.note(f"Damaged checkpoint in {self.folder / name} passed over: {text}")
+        self.log.close_stage()
+        return outcome.state
+
+    def _validate(self, params: Params) -> float | None:
+        if not self.validation.labels.shape[0]:
+            return None
+        return train.accuracy(train.predict(self.apply, params, self.validation), self.validation)
+
+
+def samples_of(images: np.ndarray, labels: np.ndarray, scale: float) -> train.Samples:
+    """Arrays of a data set on the device."""
+    return train.Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(scale))
+
+
+class _MetricsLog:
+    """metrics.jsonl: begun anew by every call, then a line for every record.
+
+    A killed run may leave lines of epochs that its checkpoint does not hold. The records that travel in the checkpoints
+    are the truth, and a stage that is taken up again hands them all over once more.
+    """
+
+    def __init__(self, path: Path, before: list[dict[str, Any]], seed: int):
+        self.path, self.seed, self.earlier_steps = path, seed, 0
+        self.records: list[dict[str, Any]] = []
+        files.write_text(path, "".join(json.dumps(record) + "\n" for record in before))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """A record of this stage, with the step counted through all stages."""
+        self.records.append({"seed": self.seed, **record, "step": record["step"] + self.earlier_steps})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.records[-1]) + "\n")
+
+    def close_stage(self) -> None:
+        """What comes now is of the next stage."""
+        self.earlier_steps = self.records[-1]["step"] if self.records else 0

@@ -1,0 +1,105 @@
+"""Words of a config, and the objects they stand for.
+
+known("criterion", "wanda")           jp.wanda
+known("schedule", "mine:slowly")      `slowly` of the module `mine`, a user's own
+words_of(jp.presets()["rigl"])        a preset as the [prune] table that describes it
+"""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from typing import Any
+
+import jaxprune as jp
+from jaxprune import criteria
+from jaxprune.lab.problems import show
+
+FACTORIES = ("joint_taylor", "momentum")
+REGISTRY: dict[str, dict[str, Any]] = {
+    "criterion": {name: getattr(criteria, name) for name in criteria.__all__ if name != "Running"},
+    "granularity": {
+        one.__name__.lower(): one for one in (jp.Element, jp.Block, jp.Input, jp.Output, jp.Kernel, jp.Head)
+    },
+    "distribution": {
+        "uniform": jp.Uniform,
+        "global": jp.Global,
+        "erk": jp.ERK,
+        "owl": jp.OWL,
+        "per_output": jp.PerOutput,
+        "nm": jp.NM,
+        "sigma_threshold": jp.SigmaThreshold,
+        "threshold": jp.Threshold,
+        "by_rule": jp.ByRule,
+    },
+    "schedule": {one.__name__: one for one in (jp.cubic, jp.linear, jp.cosine, jp.exponential)},
+    "preset": dict(jp.presets()),
+}
+
+
+def known(kind: str, name: str) -> Any:
+    """The object of a name; `MODULE:NAME` is imported.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot be imported.
+    """
+    table = REGISTRY[kind]
+    if name in table:
+        return table[name]
+    if re.fullmatch(r"[\w.]+:\w+", name) and kind != "preset":
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{show(name)} cannot be imported: {error}") from error
+    near = difflib.get_close_matches(name, table, 1)
+    own = "" if kind == "preset" else " or MODULE:NAME"
+    hint = f", did you mean {show(near[0])}?" if near else f"; there are {', '.join(table)}"
+    raise ValueError(f"expected a {kind} by its name{own}, arrived {show(name)}{hint}")
+
+
+def criterion(name: str, granularity: Any) -> Any:
+    """A criterion by its name; those that are made for a granularity are made for this one."""
+    found = known("criterion", name)
+    if name == "joint_taylor":
+        return found(granularity)
+    return found() if name in FACTORIES or inspect.isclass(found) else found
+
+
+def looks_at(found: Any) -> set[str]:
+    """The evidence that a criterion needs: its keyword-only arguments without a default."""
+    score = found.score if isinstance(found, jp.Running) else found
+    parameters = inspect.signature(score).parameters.values()
+    return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty}
+
+
+def words_of(preset: jp.Preset) -> dict[str, Any]:
+    """The [prune] table of a preset, without its sparsity."""
+    method = preset.method
+    words = {
+        "how": preset.how,
+        "criterion": _criterion_word(method.criterion),
+        "granularity": _table("granularity", method.granularity),
+        "distribution": _table("distribution", method.distribution),
+        "schedule": preset.schedule.__name__,
+        "iterations": preset.iterations,
+        "margin": preset.margin,
+        "decay": preset.decay,
+        "rewind": {"": "none", "early": "1 epoch"}.get(preset.rewind, preset.rewind),
+    }
+    words |= {"update_every": "1 epoch"} if preset.how == "alternating" else {}
+    return words | ({"grow": _criterion_word(preset.grow)} if preset.grow else {})
+
+
+def _criterion_word(found: Any) -> str:
+    for name, one in REGISTRY["criterion"].items():
+        if one is found:
+            return name
+    return "momentum" if isinstance(found, jp.Running) else "joint_taylor"
+
+
+def _table(kind: str, found: Any) -> dict[str, Any]:
+    name = next(name for name, one in REGISTRY[kind].items() if one is type(found))
+    fields = {one.name: getattr(found, one.name) for one in dataclasses.fields(found)}
+    return {"name": name, **fields}
