@@ -35,6 +35,7 @@ from jaxprune.criteria import (
     taylor_squared,
     wanda,
 )
+from jaxprune.distillation import distillation_loss
 from jaxprune.distributions import (
     ERK,
     NM,
@@ -48,6 +49,7 @@ from jaxprune.distributions import (
     kth_largest,
     top_k_mask,
 )
+from jaxprune.dropout import adjusted_dropout
 from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
 from jaxprune.loops import iterate
@@ -103,6 +105,7 @@ __all__ = [
     "Uniform",
     "Within",
     "activation_mean",
+    "adjusted_dropout",
     "alternating",
     "apoz",
     "apply_masks",
@@ -115,6 +118,7 @@ __all__ = [
     "costs",
     "couplings",
     "cubic",
+    "distillation_loss",
     "every",
     "evidence",
     "expand",

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types"],
     1: ["tree", "layout", "checks", "numerics", "ranking", "tables"],
-    2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks"],
+    2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [
         "methods",
         "regrowth",
@@ -19,7 +19,10 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
-    4: ["transforms", "loops", "oneshot", "report", "sensitivity", "compact", "targets", "storage", "sparse"],
+    4: [
+        *("transforms", "loops", "oneshot", "report", "sensitivity", "compact", "targets"),
+        *("storage", "sparse"),
+    ],
     5: ["lab"],
     6: ["cli"],
 }
