@@ -64,6 +64,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
+from jaxprune.penalties import group_lasso, growing_penalty, l1
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
@@ -127,10 +128,13 @@ __all__ = [
     "geometric_median",
     "gradient",
     "grasp",
+    "group_lasso",
+    "growing_penalty",
     "iterate",
     "joint_taylor",
     "keep_params_sparse",
     "kth_largest",
+    "l1",
     "lamp",
     "layout_of",
     "linear",

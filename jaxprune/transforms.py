@@ -119,7 +119,7 @@ def prune(
         def compute() -> Masks:
             return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
 
-        masks = _if(update_when(state.step), compute, state.masks)
+        masks = if_due(update_when(state.step), compute, state.masks)
         steps, inner_state = _inner(inner, updates, state, params, masks, extra)
         new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, statistics, inner_state)
         return jax.tree.map(_land, steps, params, masks), new_state
@@ -189,7 +189,7 @@ def regrow(
         def compute() -> Masks:
             return regrow_masks(method, grow, params, state.masks, fraction(state.step), statistics=statistics, **known)
 
-        masks = _if(update_when(state.step), compute, state.masks)
+        masks = if_due(update_when(state.step), compute, state.masks)
         steps, inner_state = _inner(inner, updates, state, params, masks, extra)
         step = jnp.asarray(optax.safe_increment(state.step))
         return jax.tree.map(_land, steps, params, masks), RegrowState(step, masks, state.key, statistics, inner_state)
@@ -227,7 +227,8 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _if(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
+def if_due(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
+    """`compute()` where it is due, the masks there are where not; traced once in either case."""
     # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
     if is_concrete(due):
         return compute() if due else masks

@@ -20,7 +20,7 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
     4: [
-        *("transforms", "loops", "oneshot", "report", "sensitivity", "compact", "targets"),
+        *("transforms", "penalties", "loops", "oneshot", "report", "sensitivity", "compact", "targets"),
         *("storage", "sparse"),
     ],
     5: ["lab"],
