@@ -35,6 +35,7 @@ from jaxprune.criteria import (
     taylor_squared,
     wanda,
 )
+from jaxprune.distillation import distillation_loss
 from jaxprune.distributions import (
     ERK,
     NM,
@@ -48,6 +49,7 @@ from jaxprune.distributions import (
     kth_largest,
     top_k_mask,
 )
+from jaxprune.dropout import adjusted_dropout
 from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
 from jaxprune.iterative import Iterated, Round, iterative
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
@@ -63,6 +65,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
+from jaxprune.penalties import group_lasso, growing_penalty, l1
 from jaxprune.presets import Preset, presets
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
@@ -109,6 +112,7 @@ __all__ = [
     "Uniform",
     "Within",
     "activation_mean",
+    "adjusted_dropout",
     "alternating",
     "apoz",
     "apply_masks",
@@ -121,6 +125,7 @@ __all__ = [
     "costs",
     "couplings",
     "cubic",
+    "distillation_loss",
     "every",
     "evidence",
     "expand",
@@ -129,11 +134,14 @@ __all__ = [
     "geometric_median",
     "gradient",
     "grasp",
+    "group_lasso",
+    "growing_penalty",
     "iterate",
     "iterative",
     "joint_taylor",
     "keep_params_sparse",
     "kth_largest",
+    "l1",
     "lamp",
     "layout_of",
     "linear",

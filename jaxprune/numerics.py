@@ -1,4 +1,6 @@
-"""Two sums that must not depend on who does them: on how an array is sharded, or on float32's 24 bits."""
+"""Arithmetic that must not depend on who does it: on how an array is sharded, or on float32's 24 bits."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,11 @@ def _halve(values: Array, axis: int) -> Array:
             rest = rest + values[2 * half :]
         values = values[:half] + values[half : 2 * half]
     return jnp.moveaxis(values + rest, 0, axis)
+
+
+def at_least_float32(*dtypes: Any) -> Any:
+    """The widest of these floating dtypes and float32; `jnp.promote_types` has no answer under strict promotion."""
+    return max((jnp.dtype(jnp.float32), *dtypes), key=lambda dtype: dtype.itemsize)
 
 
 def settled(product: Float[Array, "..."]) -> Float[Array, "..."]:

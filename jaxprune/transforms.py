@@ -225,7 +225,7 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
 
 
 def if_due(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
-    """Masks computed anew if that is due, which may be traced."""
+    """`compute()` where it is due, the masks there are where not; traced once in either case."""
     # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
     if is_concrete(due):
         return compute() if due else masks
