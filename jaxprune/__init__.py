@@ -39,7 +39,9 @@ from jaxprune.distributions import (
     ERK,
     NM,
     OWL,
+    Budget,
     ByRule,
+    BySensitivity,
     Global,
     PerOutput,
     SigmaThreshold,
@@ -48,7 +50,7 @@ from jaxprune.distributions import (
     kth_largest,
     top_k_mask,
 )
-from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
+from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
 from jaxprune.loops import iterate
 from jaxprune.masks import (
@@ -71,7 +73,7 @@ from jaxprune.targets import Within, compacted_cost, masks_within
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
 from jaxprune.tracing.channels import Channels
-from jaxprune.tracing.costs import costs
+from jaxprune.tracing.costs import byte_costs, costs, mac_costs
 from jaxprune.tracing.couplings import Couplings, couplings
 from jaxprune.transforms import keep_params_sparse, prune, regrow
 from jaxprune.tree import weights
@@ -84,12 +86,15 @@ __all__ = [
     "TORCH",
     "Axes",
     "Block",
+    "Budget",
     "ByRule",
+    "BySensitivity",
     "Channels",
     "Compacted",
     "Couplings",
     "Element",
     "Global",
+    "GranularityByRule",
     "Head",
     "Input",
     "Kernel",
@@ -107,6 +112,7 @@ __all__ = [
     "apoz",
     "apply_masks",
     "at",
+    "byte_costs",
     "compact",
     "compacted_cost",
     "compute_masks",
@@ -131,6 +137,7 @@ __all__ = [
     "layout_of",
     "linear",
     "load",
+    "mac_costs",
     "magnitude",
     "masks_within",
     "momentum",
