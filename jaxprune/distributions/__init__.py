@@ -9,7 +9,7 @@ A distribution maps group scores to verdicts, at a sparsity:
 scanned model is pruned like the same model unrolled.
 
 A contest of n groups at sparsity s removes exactly round(n * s), half to even; of equal scores the lower index
-survives.
+survives. `Budget` counts what groups cost instead.
 """
 
 from jaxprune.distributions.budget import Budget

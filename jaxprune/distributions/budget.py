@@ -37,7 +37,9 @@ class Budget:
     2**-50. A limit is exact.)
 
     The weights of a group are those of a layer over its groups: of `Block`, whose tiles at the far edges may be
-    smaller, that is the mean. Leaves that cost nothing stay whole, since nothing would be gained.
+    smaller, that is the mean, so that the survivors may cost more or less than was counted where sizes do not divide.
+    Leaves that cost nothing stay whole, since nothing would be gained. Groups that are dead by earlier masks score 0
+    and come last; where the next one was too large, the room it left may bring smaller ones of them back.
 
     Attributes:
         costs: (name pattern, cost of one weight, >= 0) pairs; the first that matches wins. A mapping is taken too, such
