@@ -40,7 +40,9 @@ from jaxprune.distributions import (
     ERK,
     NM,
     OWL,
+    Budget,
     ByRule,
+    BySensitivity,
     Global,
     PerOutput,
     SigmaThreshold,
@@ -50,7 +52,7 @@ from jaxprune.distributions import (
     top_k_mask,
 )
 from jaxprune.dropout import adjusted_dropout
-from jaxprune.granularity import Block, Element, Head, Input, Kernel, Output
+from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
 from jaxprune.iterative import Iterated, Round, iterative
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
 from jaxprune.loops import iterate
@@ -77,7 +79,7 @@ from jaxprune.targets import Within, compacted_cost, masks_within
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
 from jaxprune.tracing.channels import Channels
-from jaxprune.tracing.costs import costs
+from jaxprune.tracing.costs import byte_costs, costs, mac_costs
 from jaxprune.tracing.couplings import Couplings, couplings
 from jaxprune.transforms import keep_params_sparse, prune, regrow
 from jaxprune.tree import weights
@@ -90,12 +92,15 @@ __all__ = [
     "TORCH",
     "Axes",
     "Block",
+    "Budget",
     "ByRule",
+    "BySensitivity",
     "Channels",
     "Compacted",
     "Couplings",
     "Element",
     "Global",
+    "GranularityByRule",
     "Head",
     "Input",
     "Iterated",
@@ -117,6 +122,7 @@ __all__ = [
     "apoz",
     "apply_masks",
     "at",
+    "byte_costs",
     "compact",
     "compacted_cost",
     "compute_masks",
@@ -146,6 +152,7 @@ __all__ = [
     "layout_of",
     "linear",
     "load",
+    "mac_costs",
     "magnitude",
     "masks_within",
     "momentum",

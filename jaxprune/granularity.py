@@ -13,13 +13,15 @@ Means are sums times a reciprocal: a division is rounded one way here and anothe
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxprune.numerics import ordered_sum
+from jaxprune.tree import each_by_rule
 
 View = Float[Array, "*layers spatial n_in n_out"]
 Groups = Float[Array, "*layers g_spatial g_in g_out"]
@@ -190,3 +192,48 @@ class Block:
         padded = jnp.pad(values, [(0, 0)] * len(lead) + [(0, down), (0, right)])
         tiles = padded.reshape(*lead, (n_in + down) // self.rows, self.rows, (n_out + right) // self.cols, self.cols)
         return jnp.squeeze(ordered_sum(tiles, (-3, -1)), (-3, -1))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class GranularityByRule:
+    """A granularity of its own for every leaf, by name: kernels here, tiles there, heads elsewhere.
+
+    With `ByRule` every leaf has its sparsity, with `Global` or `Budget` all groups compete as one. `Global` counts
+    groups, of whatever size; `Budget()` counts their weights, so that the sparsity is one of weights.
+
+    Attributes:
+        rules: (name pattern, granularity) pairs; the first that matches wins. A mapping is taken too. A leaf without a
+            rule is refused, and a rule whose pattern matches no leaf.
+
+    Raises:
+        ValueError: a rule that is no granularity of one leaf (`Channels` reach across leaves).
+
+    Example:
+        >>> GranularityByRule({"conv*": Kernel(), "*/attention/*": Head(8), "*": Block(4, 4)})
+    """
+
+    rules: tuple[tuple[str, Granularity], ...]
+
+    def __init__(self, rules: Mapping[str, Any] | tuple[tuple[str, Any], ...]) -> None:
+        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+        for pattern, granularity in pairs:
+            if not isinstance(granularity, Granularity) or isinstance(granularity, type):
+                raise ValueError(
+                    f"`GranularityByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
+                    "leaf, such as Block(4, 4) or Output()."
+                )
+        object.__setattr__(self, "rules", pairs)
+
+
+def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Leaf name -> its granularity: by its rule, or the same for all.
+
+    Args:
+        granularity: a `Granularity` or `GranularityByRule`.
+        names: all leaves that are pruned.
+
+    Raises:
+        ValueError: a leaf without a rule; a rule that matches none.
+    """
+    rules = granularity.rules if isinstance(granularity, GranularityByRule) else (("*", granularity),)
+    return each_by_rule("GranularityByRule", rules, names)

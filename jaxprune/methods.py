@@ -15,8 +15,8 @@ from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
 from jaxprune.criteria import Running, magnitude
-from jaxprune.distributions import Distribution, Global
-from jaxprune.granularity import Element, Granularity
+from jaxprune.distributions import Budget, ByRule, Distribution, Global
+from jaxprune.granularity import Element, Granularity, GranularityByRule, granularities
 from jaxprune.numerics import settled
 from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
@@ -28,14 +28,14 @@ class Method:
 
     Attributes:
         criterion: how much does each weight matter (`jaxprune.criteria`, or a function of your own).
-        granularity: which weights live or die together.
+        granularity: which weights live or die together; by leaf with `GranularityByRule`.
         distribution: who competes with whom, and how many win.
         select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool.
         layout: which axes of a leaf are its inputs and outputs: `FLAX`, `TORCH`, or one of your own.
     """
 
     criterion: Callable[..., Scores] = magnitude
-    granularity: Granularity | Channels = Element()
+    granularity: Granularity | GranularityByRule | Channels = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
     layout: layouts.Layout = layouts.FLAX
@@ -75,9 +75,9 @@ def compute_masks(
     if isinstance(method.granularity, Channels):
         found = _channel_masks(method, method.granularity, scores, axes, dims, sparsity, params)
     else:
-        groups = _pooled(method.granularity, scores)
-        kept = method.distribution(groups, sparsity, dims=dims)
-        views_of = {name: method.granularity.expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
+        by_leaf = granularities(method.granularity, leaves)
+        kept = method.distribution(_pooled(by_leaf, scores), sparsity, dims=dims)
+        views_of = {name: by_leaf[name].expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
         found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
 
     def mask_of(name: str, leaf: Array) -> Array:
@@ -91,7 +91,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, _pooled(method.granularity, scores)
+    return leaves, axes, _pooled(granularities(method.granularity, leaves), scores)
 
 
 def init_statistics(method: Method, params: Params) -> Any:
@@ -122,11 +122,11 @@ def update_statistics(method: Method, statistics: Any, params: Params, **evidenc
     return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
 
 
-def _pooled(granularity: Any, scores: dict[str, Array]) -> dict[str, Array]:
+def _pooled(by_leaf: dict[str, Any], scores: dict[str, Array]) -> dict[str, Array]:
     groups = {}
     for name, score in scores.items():
         try:
-            groups[name] = granularity.pool(score)
+            groups[name] = by_leaf[name].pool(score)
         except ValueError as error:
             raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
     return groups
@@ -154,6 +154,11 @@ def _channel_masks(
     dims: dict[str, tuple[int, ...]], sparsity: Sparsity | None, params: Params,
 ) -> dict[str, Array]:  # fmt: skip
     """Masks of all leaves that the channels reach, selected or not."""
+    if any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution))):
+        raise ValueError(
+            "`Budget` adds up what single groups cost; what a channel costs depends on which others are left, in the "
+            "layer before and after. Use `masks_within` with `compacted_cost`."
+        )
     shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
     for name, known in channels.couplings.channels.items():
         if shapes.get(name) != tuple(map(len, known)):
@@ -166,6 +171,10 @@ def _channel_masks(
     sizes = {layer: dims.get(layer.rpartition(":")[0], (1, group.shape[-1])) for layer, group in groups.items()}
     kept = method.distribution(groups, sparsity, dims=sizes)
     return channels.expand_leaves(kept, {name: shapes[name] for name in channels.couplings.channels})
+
+
+def _rules(distribution: Any) -> tuple[Any, ...]:
+    return tuple(rule for _, rule in distribution.rules) if isinstance(distribution, ByRule) else ()
 
 
 def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], axes: dict[str, layouts.Axes]) -> Any:

@@ -59,13 +59,13 @@ def rounded_share(n: int, share: Sparsity) -> UInt32[Array, "..."] | int:
     if isinstance(share, float | int):
         return round(n * share)
     fixed = jnp.minimum(jnp.asarray(share, jnp.float32), jnp.float32(1 - 2**-24)) * jnp.float32(2.0**32)
-    high, low = _multiply(jnp.uint32(n), jnp.maximum(fixed, 0.0).astype(jnp.uint32))
+    high, low = multiply(jnp.uint32(n), jnp.maximum(fixed, 0.0).astype(jnp.uint32))
     half = jnp.uint32(1 << 31)
     up = (low > half) | ((low == half) & (high % 2 == 1))
     return high + up.astype(jnp.uint32)
 
 
-def _multiply(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+def multiply(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """The 64-bit product of two 32-bit words, as (high, low) words."""
     mask, shift = jnp.uint32(0xFFFF), jnp.uint32(16)
     a1, a0, b1, b0 = a >> shift, a & mask, b >> shift, b & mask

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, UInt32
 
+from jaxprune import wide as words
 from jaxprune.checks import is_concrete
 
 TOP = 0xFFFFFFFF  # beyond every score's pattern, NaN's included: survives whatever k is
@@ -88,6 +89,28 @@ def top_k_masks(
     return list(_masks(tuple(scores), jnp.asarray(k, jnp.uint32), tuple(safe) if safe else None, None))
 
 
+def fitting_masks(
+    scores: Sequence[Float[Array, "..."]], costs: Sequence[int], budget: words.Wide
+) -> list[Bool[Array, "..."]]:
+    """True at the largest scores of several arrays, from the top down until the next one costs more than is left.
+
+    Of equal scores the lower index comes first; indices go on from one array to the next.
+
+    Args:
+        scores: as for `top_k_masks`.
+        costs: what one score of each array costs, > 0; of all scores together below 2**64.
+        budget: what the survivors may cost together; may be traced.
+
+    Raises:
+        ValueError: there are 2**32 scores or more.
+        TypeError: the scores are not floating, or wider than 32 bits.
+    """
+    for array in scores:
+        _check(array, 0, 0)
+    _check(scores[0], 0, sum(array.size for array in scores))
+    return list(_fitting(tuple(scores), words.wide(costs), budget))
+
+
 def _check(scores: Array, k: Any, n: int) -> None:
     if not jnp.issubdtype(scores.dtype, jnp.floating) or scores.dtype.itemsize > 4:
         raise TypeError(f"Scores are float32, bfloat16 or float16; got {scores.dtype}.")
@@ -116,9 +139,7 @@ def _masks(scores: tuple[Array, ...], k: Array, safe: tuple[Array, ...] | None, 
     patterns = [_pattern(array) for array in scores]
     if safe is not None:
         patterns = [jnp.where(s, jnp.uint32(TOP), p) for s, p in zip(safe, patterns, strict=True)]
-    # One rank for all, so that one cut serves arrays of any shape.
-    rank = max(p.ndim for p in patterns)
-    wide = [p.reshape((1,) * (rank - p.ndim) + p.shape) for p in patterns]
+    wide, rank = _of_one_rank(patterns)
     axes = tuple(range(-rank, 0)) if axes is None else axes
     over = tuple(range(-rank, 0)) if len(wide) > 1 else axes
     shape = tuple(1 if axis - rank in over else size for axis, size in enumerate(wide[0].shape))
@@ -133,6 +154,44 @@ def _masks(scores: tuple[Array, ...], k: Array, safe: tuple[Array, ...] | None, 
     last = _last_index(wide, places, threshold, k - above, jnp.any(at_least > k), shape, over)
     kept = [(p > threshold) | ((p == threshold) & (i < last)) for p, i in zip(wide, places, strict=True)]
     return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
+
+
+@jax.jit
+def _fitting(scores: tuple[Array, ...], costs: words.Wide, budget: words.Wide) -> Any:
+    wide, rank = _of_one_rank([_pattern(array) for array in scores])
+    over, shape = tuple(range(-rank, 0)), (1,) * rank
+    places = _places(wide, over)
+
+    def count(tests: Sequence[Callable[[Array], Array]], cuts: Sequence[Array]) -> Array:
+        """How many of each array pass its test, (arrays, cuts, 1, ...)."""
+        pairs = zip(tests, wide, strict=True)
+        return jnp.stack([jnp.stack(_count([test], [p], cuts, over)) for test, p in pairs])
+
+    def fit(counts: Array) -> UInt32[Array, "..."]:
+        return words.at_most(words.dot(counts, costs), budget).astype(jnp.uint32)
+
+    def reach(cuts: Sequence[Array]) -> Array:
+        return count([lambda cut, p=p: p >= cut for p in wide], cuts)
+
+    def within(cuts: Sequence[Array]) -> list[Array]:
+        equals = [lambda cut, p=p, i=i: (p == threshold) & (i < cut) for p, i in zip(wide, places, strict=True)]
+        return list(fit(above + count(equals, cuts)))
+
+    one = jnp.uint32(1)
+    threshold = _search(lambda cuts: list(one - fit(reach(cuts))), one, shape)  # too much is what reaches it
+    reached = reach([threshold + one, threshold])
+    above, equal = reached[:, :1], jnp.sum(reached[:, 1] - reached[:, 0], dtype=jnp.uint32)
+    # Unless everything fits: the threshold is 0 then. Of equals the first ones may.
+    all_fit = jnp.broadcast_to(fit(reached)[1] * jnp.uint32(TOP), shape)
+    last = lax.cond(jnp.any((equal > 1) & (all_fit == 0)), lambda: _search(within, one, shape), lambda: all_fit)
+    kept = [(p > threshold) | ((p == threshold) & (i < last)) for p, i in zip(wide, places, strict=True)]
+    return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
+
+
+def _of_one_rank(patterns: Sequence[Array]) -> tuple[list[Array], int]:
+    """One rank for all, so that one cut serves arrays of any shape."""
+    rank = max(p.ndim for p in patterns)
+    return [p.reshape((1,) * (rank - p.ndim) + p.shape) for p in patterns], rank
 
 
 def _places(wide: list[Array], axes: tuple[int, ...]) -> list[UInt32[Array, "..."]]:

@@ -16,6 +16,7 @@ from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.distributions import NM
 from jaxprune.distributions.contest import LAYER
+from jaxprune.granularity import granularities
 from jaxprune.methods import Method, group_scores, placed
 from jaxprune.ranking import top_k_mask
 from jaxprune.tracing.channels import Channels
@@ -67,7 +68,6 @@ def regrow_masks(
         Evci et al. 2020, arXiv:1911.11134, algorithm 1.
     """
     check_regrowth(method)
-    granularity: Any = method.granularity
     growing = dataclasses.replace(method, criterion=grow)
     (leaves, axes, drops), (_, _, grows) = (
         group_scores(one, params, **evidence, **({"statistics": remembered} if remembered else {}))
@@ -75,12 +75,13 @@ def regrow_masks(
     )
     tree.check_like("The masks", masks, params)
     named = tree.named_leaves(masks)
+    by_leaf = granularities(method.granularity, leaves)
     found = {}
     for name, leaf in leaves.items():
         view = layouts.to_view(named[name], axes[name])
-        alive = granularity.pool(view.astype(jnp.float32)) > 0
+        alive = by_leaf[name].pool(view.astype(jnp.float32)) > 0
         moved = _move(alive, drops[name], grows[name], fraction)
-        found[name] = layouts.from_view(granularity.expand(moved, view.shape), axes[name], leaf.shape)
+        found[name] = layouts.from_view(by_leaf[name].expand(moved, view.shape), axes[name], leaf.shape)
     return tree.map_named(lambda name, leaf: placed(found[name], leaf) if name in found else named[name], params)
 
 

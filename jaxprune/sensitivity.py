@@ -3,7 +3,7 @@
     accuracy(leaf, s) = evaluate(params with this leaf pruned to sparsity s, all others dense, nothing trained)
 
 Leaves whose accuracy falls late can be pruned far, those whose accuracy falls early should be spared: what a sparsity
-for each leaf (`ByRule`) is chosen from.
+for each leaf (`ByRule`) is chosen from, by hand or by `distribution()`.
 """
 
 import csv
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 
 from jaxprune import tables, tree
 from jaxprune.checks import check_sparsity
+from jaxprune.distributions import BySensitivity
+from jaxprune.granularity import granularities
 from jaxprune.masks import apply_masks
 from jaxprune.methods import Method, compute_masks
 from jaxprune.types import Params
@@ -38,6 +40,18 @@ class Sensitivity(tables.Table):
     sparsities: tuple[float, ...]
     accuracies: tuple[tuple[float, ...], ...]
     dense: float
+
+    def distribution(self) -> BySensitivity:
+        """A sparsity for each leaf by these accuracies: the drop is that from the dense model's, 0 where it rose.
+
+        Raises:
+            ValueError: nothing was scanned above sparsity 0, an accuracy is not finite.
+        """
+        curves = {}
+        for name, row in zip(self.names, self.accuracies, strict=True):
+            points = dict(zip(self.sparsities, row, strict=True))
+            curves[name] = [(s, max(self.dense - accuracy, 0.0)) for s, accuracy in points.items() if s > 0]
+        return BySensitivity(curves)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"dense": ..., "sparsities": [...], "accuracies": {name: [...], ...}}."""
@@ -95,7 +109,9 @@ def sensitivity(
         check_sparsity(sparsity, "sparsities")
     dense = _number(evaluate(params), "as it is")
     names = tuple(tree.selected_leaves(method.select, params))
-    accuracies = tuple(_of_leaf(evaluate, params, method, name, sparsities, evidence) for name in names)
+    by_leaf = granularities(method.granularity, names)
+    alone = {name: dataclasses.replace(method, granularity=by_leaf[name]) for name in names}
+    accuracies = tuple(_of_leaf(evaluate, params, alone[name], name, sparsities, evidence) for name in names)
     return Sensitivity(names, tuple(map(float, sparsities)), accuracies, dense)
 
 

@@ -52,6 +52,30 @@ def first_match(rules: Iterable[tuple[str, T]], name: str) -> T | None:
     return next((value for pattern, value in rules if fnmatch.fnmatchcase(name, pattern)), None)
 
 
+def each_by_rule(what: str, rules: Iterable[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:
+    """Leaf name -> value of the first rule that matches it.
+
+    Args:
+        what: whose rules they are, for the messages: "ByRule".
+        rules: (pattern, value) pairs.
+        names: of the leaves that are pruned.
+
+    Raises:
+        ValueError: a leaf without a rule; a rule whose pattern matches no leaf.
+    """
+    rules, names = list(rules), list(names)
+    for name in names:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in rules):
+            raise ValueError(
+                f"No rule of `{what}` matches {name!r}. There are: {[pattern for pattern, _ in rules]}. "
+                'Add one, such as "*", or leave the leaf out with `select`.'
+            )
+    for pattern, _ in rules:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"The rule {pattern!r} of `{what}` matches no pruned leaf. There are: {names}.")
+    return {name: next(value for pattern, value in rules if fnmatch.fnmatchcase(name, pattern)) for name in names}
+
+
 def weights(name: str, leaf: Any) -> bool:
     """The default of `select`: matrices and convolution kernels.
 

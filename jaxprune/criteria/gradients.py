@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
 from jaxprune.numerics import ordered_sum, settled
+from jaxprune.tree import each_by_rule
 from jaxprune.types import Scores
 
 
@@ -57,18 +58,19 @@ def joint_taylor(granularity: Any) -> Callable[..., Scores]:
     group score alike, and their sum is the square.
 
     Args:
-        granularity: the one that the scores are pooled by.
+        granularity: the one that the scores are pooled by, `GranularityByRule` too.
 
     References:
         Molchanov et al. 2019, arXiv:1906.10771, eq. 7.
     """
 
     def joint(params: Views, /, *, grads: Views, **_: Any) -> Scores:
+        by_leaf = each_by_rule("GranularityByRule", getattr(granularity, "rules", (("*", granularity),)), params)
         scores = {}
         for name, change in changes(params, grads).items():
-            means = granularity.pool(change)
+            means = by_leaf[name].pool(change)
             size = change.size / max(means.size, 1)
-            scores[name] = granularity.expand(size * settled(jnp.square(means)), change.shape)
+            scores[name] = by_leaf[name].expand(size * settled(jnp.square(means)), change.shape)
         return scores
 
     return joint

@@ -9,10 +9,12 @@ A distribution maps group scores to verdicts, at a sparsity:
 scanned model is pruned like the same model unrolled.
 
 A contest of n groups at sparsity s removes exactly round(n * s), half to even; of equal scores the lower index
-survives.
+survives. `Budget` counts what groups cost instead.
 """
 
+from jaxprune.distributions.budget import Budget
 from jaxprune.distributions.contest import Distribution
+from jaxprune.distributions.curves import BySensitivity
 from jaxprune.distributions.rules import ByRule
 from jaxprune.distributions.runs import NM
 from jaxprune.distributions.shares import ERK, OWL, Global, PerOutput, Uniform
@@ -20,6 +22,6 @@ from jaxprune.distributions.thresholds import SigmaThreshold, Threshold
 from jaxprune.ranking import kth_largest, top_k_mask
 
 __all__ = [
-    "ERK", "NM", "OWL", "ByRule", "Distribution", "Global", "PerOutput", "SigmaThreshold", "Threshold", "Uniform",
-    "kth_largest", "top_k_mask",
+    "ERK", "NM", "OWL", "Budget", "ByRule", "BySensitivity", "Distribution", "Global", "PerOutput", "SigmaThreshold",
+    "Threshold", "Uniform", "kth_largest", "top_k_mask",
 ]  # fmt: skip

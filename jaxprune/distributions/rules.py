@@ -7,7 +7,7 @@ from typing import Any
 from jaxprune.checks import check_sparsity
 from jaxprune.distributions.contest import Dims, Groups, Kept, required
 from jaxprune.distributions.shares import Uniform
-from jaxprune.tree import first_match
+from jaxprune.tree import each_by_rule
 from jaxprune.types import Sparsity
 
 
@@ -37,17 +37,9 @@ class ByRule:
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """The rules' contests."""
         members: dict[int, list[str]] = {}
-        for name in groups:
-            rule = first_match(((pattern, i) for i, (pattern, _) in enumerate(self.rules)), name)
-            if rule is None:
-                raise ValueError(
-                    f"No rule of `ByRule` matches {name!r}. There are: {[pattern for pattern, _ in self.rules]}. "
-                    'Add one, such as "*", or leave the leaf out with `select`.'
-                )
-            members.setdefault(rule, []).append(name)
-        for pattern, _ in self.rules:
-            if all(first_match([(pattern, True)], name) is None for name in groups):
-                raise ValueError(f"The rule {pattern!r} of `ByRule` matches no pruned leaf. There are: {list(groups)}.")
+        places = [(pattern, i) for i, (pattern, _) in enumerate(self.rules)]
+        for name, i in each_by_rule("ByRule", places, groups).items():
+            members.setdefault(i, []).append(name)
         kept: Kept = {}
         for i, names in members.items():
             distribution, share = self._rule(self.rules[i][1], sparsity)

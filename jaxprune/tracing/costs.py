@@ -177,6 +177,48 @@ def costs(sites: Sequence[Site], masks: Masks | None = None, *, params: Leaves |
     return Costs(tuple(_cost(name, uses.get(name, []), like.get(name), alive.get(name)) for name in names))
 
 
+def mac_costs(sites: Sequence[Site], params: Leaves, select: tree.Select = tree.weights) -> dict[str, float]:
+    """Multiply-adds of one call for each weight of a leaf, over all its uses: costs for `Budget`.
+
+    What `costs` counts, divided by the leaf's weights; of a leaf that some use takes a part of, that is the mean.
+
+    Args:
+        sites: of `jaxprune.trace`.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`.
+        select: the leaves that are pruned, as in `Method`.
+
+    Returns:
+        Leaf name -> multiply-adds a weight, 0 where no product or convolution uses it.
+
+    Raises:
+        ValueError: no sites, sites of another model, no such leaf.
+
+    Example:
+        >>> budget = jp.Budget(jp.mac_costs(jp.trace(apply_fn, params, x), params, method.select), limit=1e8)
+    """
+    found = {cost.name: cost for cost in costs(sites, params=params).leaves}
+    return {name: found[name].macs / max(found[name].weights, 1) for name in tree.selected_leaves(select, params)}
+
+
+def byte_costs(params: Leaves, select: tree.Select = tree.weights) -> dict[str, float]:
+    """Bytes of each weight of a leaf: costs for `Budget`.
+
+    They are those of the survivors' values; what it takes to say where they are depends on the format.
+
+    Args:
+        params: pytree of arrays or `jax.ShapeDtypeStruct`.
+        select: the leaves that are pruned, as in `Method`.
+
+    Returns:
+        Leaf name -> bytes a weight.
+
+    Raises:
+        ValueError: no such leaf.
+    """
+    leaves = tree.selected_leaves(select, params)
+    return {name: float(jnp.dtype(leaf.dtype).itemsize) for name, leaf in leaves.items()}
+
+
 def _cost(name: str, uses: list[Site], param: Any, mask: Any) -> Cost:
     shape = uses[0].leaf_shape if uses else tuple((mask if param is None else param).shape)
     dtype = uses[0].leaf_dtype if uses else getattr(param, "dtype", None)
