@@ -161,6 +161,19 @@ def test_channels_of_the_least_mean_magnitude_go(distribution):
         np.testing.assert_array_equal(masks[layer]["kernel"], np.outer(before, want))
 
 
+def test_layers_along_one_axis_are_told_apart():
+    def fn(p, x):
+        left, right = jnp.split(x @ p["a"], 2, -1)
+        return jax.nn.relu(left) @ p["b"] + jnp.tanh(right) @ p["c"]
+
+    params = {"a": normal(6, 8), "b": normal(4, 2), "c": normal(4, 2)}
+    channels = jp.Channels(jp.couplings(fn, params, normal(5, 6)))
+    assert channels.layers == {"a:1": (0, 1, 2, 3), "a:1.1": (4, 5, 6, 7)}
+    masks = jp.compute_masks(jp.Method(granularity=channels, distribution=jp.Uniform()), params, 0.5)
+    alive = np.asarray(masks["a"])[0]
+    assert alive[:4].sum() == alive[4:].sum() == 2
+
+
 def test_channels_of_another_model_are_refused():
     params, _, _ = MODELS["mlp"]()
     method = jp.Method(granularity=jp.Channels(couplings_of("gated")))
