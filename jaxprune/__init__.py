@@ -62,6 +62,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
+from jaxprune.permutation import Permuted, permute_channels, reorder
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
@@ -97,6 +98,7 @@ __all__ = [
     "Method",
     "Output",
     "PerOutput",
+    "Permuted",
     "Running",
     "SigmaThreshold",
     "Threshold",
@@ -141,10 +143,12 @@ __all__ = [
     "overlap",
     "pack_masks",
     "peak_activations",
+    "permute_channels",
     "prune",
     "random",
     "regrow",
     "regrow_masks",
+    "reorder",
     "rewind",
     "rounds",
     "save",

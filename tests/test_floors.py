@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types"],
-    1: ["tree", "layout", "checks", "numerics", "ranking", "tables"],
+    1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables"],
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks"],
     3: [
         "methods",
@@ -19,7 +19,18 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("formats", "primitives", "matmul", "tiles", "blocks", "conv", "reference")),
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
-    4: ["transforms", "loops", "oneshot", "report", "sensitivity", "compact", "targets", "storage", "sparse"],
+    4: [
+        "transforms",
+        "loops",
+        "oneshot",
+        "report",
+        "sensitivity",
+        "compact",
+        "permutation",
+        "targets",
+        "storage",
+        "sparse",
+    ],
     5: ["lab"],
     6: ["cli"],
 }
