@@ -59,10 +59,14 @@ def regroup(scores: Scores, n: int, m: int, rounds: int) -> Int[np.ndarray, " ro
     return runs.reshape(-1)
 
 
-def retained(scores: Float[np.ndarray, "*runs m columns"], n: int) -> Float[np.ndarray, "*runs"]:
-    """Sum of the n largest of m in every column, in float64."""
-    m = scores.shape[-2]
-    return np.partition(scores, m - n, axis=-2)[..., m - n :, :].sum((-2, -1), dtype=np.float64)
+def retained(run: Float[np.ndarray, "m columns"], n: int) -> float:
+    """Sum of the n largest of m in every column, in float64.
+
+    Args:
+        run: scores of its rows.
+        n: 0 < n <= m.
+    """
+    return float(np.partition(run, len(run) - n, axis=0)[len(run) - n :].sum(dtype=np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +124,7 @@ class _Pairs:
         new = np.isin(np.arange(len(runs)), changed)
         partners = {run: np.flatnonzero(~new | (np.arange(len(runs)) > run)) for run in map(int, changed)}
         partners = {run: second for run, second in partners.items() if len(second)}
-        now = np.asarray([retained(self._scores[run], self._n) for run in runs])
+        now = np.asarray(self._retained(runs))
         after = self._after(runs, partners)
         for run, second in partners.items():
             best = after[run].argmax(1)
@@ -136,12 +140,15 @@ class _Pairs:
             pair = list(divmod(int(place), len(runs)))
             if not changed[pair].any():
                 after = self._exchanged(runs[pair], int(self.best[*pair]))
-                before, now = (float(retained(self._scores[rows], self._n).sum()) for rows in (runs[pair], after))
+                before, now = (sum(self._retained(rows)) for rows in (runs[pair], after))
                 if now - before > NOISE * before:
                     runs[pair], changed[pair] = after, True
                 else:
                     self.gain[*pair] = 0
         return runs, np.flatnonzero(changed)
+
+    def _retained(self, runs: Runs) -> list[float]:
+        return [retained(self._scores[run], self._n) for run in runs]
 
     def _exchanged(self, pair: Runs, best: int) -> Runs:
         """Two runs after an exchange: what comes takes the places of what goes."""
