@@ -68,6 +68,7 @@ from jaxprune.masks import (
 )
 from jaxprune.methods import Method, compute_masks
 from jaxprune.penalties import group_lasso, growing_penalty, l1
+from jaxprune.permutation import Permuted, permute_channels, reorder
 from jaxprune.presets import Preset, presets
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
@@ -109,6 +110,7 @@ __all__ = [
     "Method",
     "Output",
     "PerOutput",
+    "Permuted",
     "Preset",
     "Round",
     "Running",
@@ -163,11 +165,13 @@ __all__ = [
     "overlap",
     "pack_masks",
     "peak_activations",
+    "permute_channels",
     "presets",
     "prune",
     "random",
     "regrow",
     "regrow_masks",
+    "reorder",
     "rewind",
     "rounds",
     "save",

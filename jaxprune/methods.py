@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Shaped
 
 from jaxprune import layout as layouts
 from jaxprune import tree
@@ -160,12 +160,7 @@ def _channel_masks(
             "layer before and after. Use `masks_within` with `compacted_cost`."
         )
     shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
-    for name, known in channels.couplings.channels.items():
-        if shapes.get(name) != tuple(map(len, known)):
-            raise ValueError(
-                f"The couplings of `Channels` are those of another model: leaf {name!r} has shape "
-                f"{tuple(map(len, known))} there and {shapes.get(name)} here. Trace them anew with `couplings`."
-            )
+    channels.couplings.check(params)
     whole = {name: layouts.from_view(score, axes[name], shapes[name]) for name, score in scores.items()}
     groups = channels.pool_leaves(whole)
     sizes = {layer: dims.get(layer.rpartition(":")[0], (1, group.shape[-1])) for layer, group in groups.items()}
@@ -207,8 +202,8 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
     return {name: settled(score) for name, score in named.items()}
 
 
-def placed(mask: Bool[Array, "..."], leaf: Any) -> Bool[Array, "..."]:
-    """The mask laid out over devices as its leaf is; under jit that is the compiler's to decide."""
+def placed(mask: Shaped[Array, "..."], leaf: Any) -> Shaped[Array, "..."]:
+    """A mask, or another array, laid out over devices as its leaf is; under jit that is the compiler's to decide."""
     if is_concrete(mask) and is_concrete(leaf) and isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding:
         return jax.device_put(mask, leaf.sharding)
     return mask

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Key
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
 from jaxprune.criteria import gradient, random
+from jaxprune.masks import pack_masks, unpack_masks
 from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
@@ -28,14 +29,14 @@ class PruneState(NamedTuple):
 
     Attributes:
         step: updates so far.
-        masks: True = alive, structure of the params.
+        masks: True = alive, structure of the params; packed on request, see `prune`.
         key: the key handed in, for criteria that draw; () if none.
         statistics: what a `Running` criterion remembers; () for any other.
         inner_state: the inner optimizer's.
     """
 
     step: Int[Array, ""]
-    masks: Masks
+    masks: Any
     key: Any
     statistics: Any
     inner_state: Any
@@ -72,6 +73,7 @@ def prune(
     sparsity: Schedule | float | None = None,
     update_when: UpdateWhen = schedules.every(100),
     key: Key[Array, ""] | None = None,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, on a model that `method` prunes as it trains.
 
@@ -85,6 +87,8 @@ def prune(
             that decide themselves.
         update_when: step -> bool. Steps are calls of `update`, from 0; inside `optax.MultiSteps` they are its updates.
         key: for criteria that draw random numbers; folded with the step.
+        packed: keep masks at one bit a weight instead of a byte; in the state they then are what `pack_masks` gives,
+            and `unpack_masks(masks, params)` brings them back. A step unpacks them, which takes it a little time.
 
     Returns:
         A transformation whose `update` needs `params`, and hands keyword arguments both to the criterion, as evidence,
@@ -95,6 +99,7 @@ def prune(
     """
     inner = optax.with_extra_args_support(inner)
     schedule = schedules.as_schedule(sparsity)
+    stored = pack_masks if packed else lambda masks: masks
 
     def init(params: Params) -> PruneState:
         if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
@@ -103,7 +108,7 @@ def prune(
         # A copy of the key: a donated state must not take the caller's with it.
         own_key = () if key is None else jnp.copy(key)
         statistics = init_statistics(method, params)
-        return PruneState(jnp.zeros((), jnp.int32), masks, own_key, statistics, inner.init(params))
+        return PruneState(jnp.zeros((), jnp.int32), stored(masks), own_key, statistics, inner.init(params))
 
     def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, PruneState]:
         if params is None:
@@ -113,12 +118,14 @@ def prune(
         statistics = update_statistics(method, state.statistics, params, **known)
         known |= {"statistics": statistics} if statistics else {}
 
-        def compute() -> Masks:
-            return compute_masks(method, params, schedule(state.step), masks=state.masks, **known)
+        def compute() -> Any:
+            before = unpack_masks(state.masks, params) if packed else state.masks
+            return stored(compute_masks(method, params, schedule(state.step), masks=before, **known))
 
-        masks = if_due(update_when(state.step), compute, state.masks)
+        kept = if_due(update_when(state.step), compute, state.masks)
+        masks = unpack_masks(kept, params) if packed else kept
         steps, inner_state = _inner(inner, updates, state, params, masks, extra)
-        new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), masks, state.key, statistics, inner_state)
+        new_state = PruneState(jnp.asarray(optax.safe_increment(state.step)), kept, state.key, statistics, inner_state)
         return jax.tree.map(land, steps, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -139,6 +139,87 @@ def test_units_are_united_as_one_by_one(batches, data):
     assert units.fixed(ids).tolist() == [bool(sets[i] & set(fixed)) for i in range(10)]
 
 
+# Alike: what may change places.
+
+
+def unlike(p, x):
+    """Two halves of one layer whose channels have the same axes."""
+    left, right = jnp.split(x @ p["a"], 2, -1)
+    return jnp.concatenate([jax.nn.relu(left), jnp.tanh(right)], -1) @ p["b"]
+
+
+# name -> (function of a (6, 8) and b (8 or 16, 2), rows of b, channels that are alike)
+ALIKE = {
+    "all of a layer": (lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], 8, [range(8)]),
+    "halves": (unlike, 8, [range(4), range(4, 8)]),
+    "counted": (lambda p, x: (x @ p["a"] * jnp.arange(8.0)[None]) @ p["b"], 8, [[i] for i in range(8)]),
+    "a constant": (
+        lambda p, x: (x @ p["a"] * np.float32([[1, 2, 1, 2, 1, 2, 3, 3]])) @ p["b"],
+        8,
+        [(0, 2, 4), (1, 3, 5), (6, 7)],
+    ),
+    "an array": (lambda p, x: (x @ p["a"] + jnp.float32([[0] * 4 + [1] * 4])) @ p["b"], 8, [range(4), range(4, 8)]),
+    "ones": (lambda p, x: (x @ p["a"] + jnp.ones((1, 8))) @ p["b"], 8, [range(8)]),
+    "there and back": (
+        lambda p, x: jnp.concatenate([x @ p["a"], (x @ p["a"])[:, ::-1]], -1) @ p["b"],
+        16,
+        [range(8)],
+    ),
+    "once and twice": (
+        lambda p, x: jnp.concatenate([x @ p["a"], (x @ p["a"])[:, :4], (x @ p["a"])[:, :4]], -1) @ p["b"],
+        16,
+        [range(4), range(4, 8)],
+    ),
+    "mirrored": (lambda p, x: (x @ p["a"] + (x @ p["a"])[:, ::-1]) @ p["b"], 8, [range(4)]),
+    "each beside itself": (
+        lambda p, x: jnp.stack([x @ p["a"], x @ p["a"]], -1).reshape(5, 16) @ p["b"],
+        16,
+        [range(8)],
+    ),
+    "some the other way round": (
+        lambda p, x: (
+            jnp.concatenate([(h := x @ p["a"])[:, :4], jnp.tanh(h[:, :4]), jnp.tanh(h[:, 4:]), h[:, 4:]], -1) @ p["b"]
+        ),
+        16,
+        [range(4), range(4, 8)],
+    ),
+    "padded": (
+        lambda p, x: jnp.pad(x @ p["a"], ((0, 0), (4, 4))) @ p["b"],
+        16,
+        [range(8), range(8, 12), range(12, 16)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_channels_alike_may_change_places(case):
+    fn, rows, want = ALIKE[case]
+    params = {"a": normal(6, 8), "b": normal(rows, 2)}
+    found = jp.couplings(fn, params, normal(5, 6))
+    kinds = [np.flatnonzero(found.alike == kind).tolist() for kind in np.unique(found.alike)]
+    assert sorted(kinds) == sorted(map(list, want))
+    shuffled_computes_the_same(fn, params, normal(5, 6))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compute_the_same_with_channels_alike_shuffled(name):
+    params, fn, shape = MODELS[name]()
+    shuffled_computes_the_same(fn, params, make_input(shape))
+
+
+def shuffled_computes_the_same(fn, params, x, seed=0):
+    """Whatever the order within each kind of channels alike, the function is the same."""
+    found, rng = jp.couplings(fn, params, x), np.random.default_rng(seed)
+    source = np.arange(found.count)
+    for kind in np.unique(found.alike):
+        of_kind = np.flatnonzero(found.alike == kind)
+        source[of_kind] = rng.permutation(of_kind)
+    layers = jp.Channels(found).layers
+    orders = {name: np.searchsorted(layer, source[list(layer)]) for name, layer in layers.items()}
+    got, want = jax.jit(lambda *both: [fn(params, x) for params in both])(params, jp.reorder(params, found, orders))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 # Masks.
 
 
@@ -159,6 +240,19 @@ def test_channels_of_the_least_mean_magnitude_go(distribution):
         np.testing.assert_array_equal(masks[layer]["bias"], want)
         before = masks[layer - 1]["bias"] if layer else jnp.ones(6, bool)
         np.testing.assert_array_equal(masks[layer]["kernel"], np.outer(before, want))
+
+
+def test_layers_along_one_axis_are_told_apart():
+    def fn(p, x):
+        left, right = jnp.split(x @ p["a"], 2, -1)
+        return jax.nn.relu(left) @ p["b"] + jnp.tanh(right) @ p["c"]
+
+    params = {"a": normal(6, 8), "b": normal(4, 2), "c": normal(4, 2)}
+    channels = jp.Channels(jp.couplings(fn, params, normal(5, 6)))
+    assert channels.layers == {"a:1": (0, 1, 2, 3), "a:1.1": (4, 5, 6, 7)}
+    masks = jp.compute_masks(jp.Method(granularity=channels, distribution=jp.Uniform()), params, 0.5)
+    alive = np.asarray(masks["a"])[0]
+    assert alive[:4].sum() == alive[4:].sum() == 2
 
 
 def test_channels_of_another_model_are_refused():

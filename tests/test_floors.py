@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types"],
-    1: ["tree", "layout", "checks", "numerics", "ranking", "tables", "wide"],
+    1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide"],
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [
         "methods",

@@ -6,6 +6,7 @@ Other granularities cut up one leaf at a time; this one pools the scores of all 
 they are, and its masks hold for every leaf, biases too, so that `jaxprune.compact` can take the channel away.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 
@@ -24,7 +25,8 @@ class Channels:
     """Whole channels: filters, neurons, heads, with all that belongs to them.
 
     A channel is worth the mean score of the selected weights that it has. Channels of one layer compete as the outputs
-    of one leaf do; the layer's name is that of its first matrix or kernel and the axis there, "conv1/kernel:3".
+    of one leaf do; the layer's name is that of its first matrix or kernel and the axis there, "conv1/kernel:3". Further
+    layers along that axis, such as the other half of outputs that are split, are "conv1/kernel:3.1" and so on.
 
     Attributes:
         couplings: of the model, from `jaxprune.couplings`.
@@ -39,10 +41,13 @@ class Channels:
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Layer -> its channels."""
         found = {}
+        along = collections.Counter()
         for group in self.couplings.layers:
             members = self.couplings.members[group[0]]
             name, axis = max(members, key=lambda member: len(self.couplings.channels[member[0]]) > 1)
-            found[f"{name}:{axis}"] = group
+            number = f".{along[name, axis]}" if along[name, axis] else ""
+            found[f"{name}:{axis}{number}"] = group
+            along[name, axis] += 1
         return found
 
     def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]]) -> dict[str, Groups]:

@@ -20,6 +20,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from jaxprune import tree
+from jaxprune.tracing.alike import Alike
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.refusals import check_consumed
@@ -40,11 +41,14 @@ class Couplings:
             are one channel, wherever they are; numbers count from 0 without gaps.
         reasons: (leaf, axis) -> why the first index that must stay there does.
         barriers: operations that could not be followed, and where they are.
+        alike: a number for each channel, equal for those that the function treats the same (`jaxprune.tracing.alike`):
+            they may change places, all their indices together.
     """
 
     channels: Mapping[str, tuple[Ids, ...]]
     reasons: Mapping[tuple[str, int], str]
     barriers: tuple[str, ...]
+    alike: Ids
 
     @property
     def count(self) -> int:
@@ -68,6 +72,23 @@ class Couplings:
         for channel, members in enumerate(self.members):
             found.setdefault(members, []).append(channel)
         return tuple(map(tuple, found.values()))
+
+    def check(self, params: Leaves) -> None:
+        """Refuses couplings of another model.
+
+        Args:
+            params: any pytree of arrays.
+
+        Raises:
+            ValueError: a leaf has another shape, or is not there.
+        """
+        shapes = {name: np.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
+        for name, known in self.channels.items():
+            if shapes.get(name) != tuple(map(len, known)):
+                raise ValueError(
+                    f"The couplings are those of another model: leaf {name!r} has shape {tuple(map(len, known))} "
+                    f"there and {shapes.get(name)} here. Trace them anew with `couplings`."
+                )
 
 
 def couplings(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> Couplings:
@@ -100,11 +121,18 @@ class Walk:
         self.axes: dict[Var, AxisUnits] = {}
         self.leaves: dict[str, AxisUnits] = {}
         self.barriers: list[str] = []
+        self._constants: list[tuple[AxisUnits, Any]] = []
+        self._steps: list[tuple[JaxprEqn, list[AxisUnits], list[AxisUnits]]] = []
         self._activations: set[Var] = set()
 
     def of(self, atom: Any) -> AxisUnits:
         """Units of the axes of an operand."""
-        return self._apart(atom) if isinstance(atom, Literal) else self.axes[atom]
+        if not isinstance(atom, Literal):
+            return self.axes[atom]
+        axes = self._apart(atom)
+        if axes:
+            self._constants.append((axes, atom.val))
+        return axes
 
     def couplings(self) -> Couplings:
         """What the units come to for the leaves."""
@@ -119,7 +147,19 @@ class Walk:
             for axis, (s, ids) in enumerate(zip(stays, axes, strict=True)):
                 if s.any():
                     reasons[name, axis] = self.units.why(int(ids[s][0]))
-        return Couplings(channels, reasons, tuple(dict.fromkeys(self.barriers)))
+        alike = np.unique(self._alike()[known], return_inverse=True)[1].reshape(-1)
+        return Couplings(channels, reasons, tuple(dict.fromkeys(self.barriers)), alike)
+
+    def _alike(self) -> Ids:
+        """Classes of units that the whole program treats the same; at roots."""
+        found = Alike(self.units)
+        for start, size in self.units.axes:
+            found.axis(np.arange(start, start + size))
+        for axes, value in self._constants:
+            found.constant(axes, value)
+        for eqn, given, results in self._steps:
+            found.step(eqn, given, results)
+        return found.classes
 
     def run(self, jaxpr: ClosedJaxpr, inputs: Sequence[AxisUnits], activations: Iterable[Var]) -> list[AxisUnits]:
         """Walks a program.
@@ -135,11 +175,14 @@ class Walk:
         self._activations.update(activations)
         self.axes |= zip(jaxpr.jaxpr.invars, inputs, strict=True)
         self.axes |= {var: self._apart(var) for var in jaxpr.jaxpr.constvars}
+        self._constants += zip(map(self.of, jaxpr.jaxpr.constvars), jaxpr.consts, strict=True)
         for eqn in jaxpr.jaxpr.eqns:
             given = [self.of(atom) for atom in eqn.invars]
             if any(self._is_activation(atom) for atom in eqn.invars):
                 self._activations.update(eqn.outvars)
-            self.axes |= zip(eqn.outvars, self._step(eqn, given), strict=True)
+            results = list(self._step(eqn, given))
+            self._steps.append((eqn, given, results))
+            self.axes |= zip(eqn.outvars, results, strict=True)
         return [self.of(atom) for atom in jaxpr.jaxpr.outvars]
 
     def _is_activation(self, atom: Any) -> bool:

@@ -137,7 +137,7 @@ def _along(parameter: str) -> Rule:
         axis = eqn.params[parameter]
         for axes in given:
             units.fix(axes[axis], f"{eqn.primitive.name} along channels")
-        return [given[min(i, len(given) - 1)] for i in range(len(eqn.outvars))]
+        return [_united(units, eqn.primitive.name, given, _shape(eqn.outvars[0]))] * len(eqn.outvars)
 
     return rule
 

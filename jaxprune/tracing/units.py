@@ -21,11 +21,15 @@ AxisUnits = tuple[Ids, ...]
 class Units:
     """A growing set of units, all of them apart at first.
 
+    Attributes:
+        axes: first unit and size of every axis that units were made for.
+
     Reference:
         Tarjan 1975, Efficiency of a good but not linear set union algorithm; here over whole axes at once.
     """
 
     def __init__(self) -> None:
+        self.axes: list[tuple[int, int]] = []
         self._parent = np.zeros(1, np.int64)
         self._why = np.ones(1, np.int32)  # of a root: which of `_reasons` keeps it, 0 for none
         self._of_leaf = np.zeros(1, bool)  # of a root: whether an axis of a leaf belongs to it
@@ -44,6 +48,7 @@ class Units:
             size: of the axis.
             of_leaf: whether it is the axis of a leaf, and not one that an operation made.
         """
+        self.axes.append((self._count, size))
         ids = np.arange(self._count, self._count + size)
         self._count += size
         while self._count > len(self._parent):
