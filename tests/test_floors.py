@@ -21,7 +21,7 @@ ROOMS = {
     ],
     4: [
         *("transforms", "splicing", "presets", "penalties", "loops", "iterative", "oneshot"),
-        *("report", "sensitivity", "compact", "targets", "storage", "sparse"),
+        *("report", "sensitivity", "compact", "permutation", "targets", "storage", "sparse"),
     ],
     5: ["lab"],
     6: ["cli"],

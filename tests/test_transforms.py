@@ -320,3 +320,32 @@ def test_a_percentage_is_no_sparsity():
 def test_a_method_that_selects_nothing_is_refused_before_training(select):
     with pytest.raises(ValueError, match="first/kernel"):
         jp.prune(optax.sgd(0.1), jp.Method(select=select), sparsity=0.5).init(make_model(0))
+
+
+# ---- memory
+
+
+def state_bytes(tx, params):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
+
+
+def test_state_is_a_byte_a_weight_or_a_bit():
+    """Beyond the inner optimizer's: the masks, and a counter."""
+    params = {"a": jnp.ones((64, 100)), "b": jnp.ones((33, 3))}
+    inner, weights = optax.adam(0.1), 6499
+    plain = state_bytes(inner, params)
+    assert state_bytes(jp.prune(inner, METHOD, sparsity=0.5), params) == plain + weights + 4
+    packed = jp.prune(inner, METHOD, sparsity=0.5, packed=True)
+    assert state_bytes(packed, params) == plain + 6400 // 8 + -(-99 // 8) + 4
+
+
+def test_packed_masks_train_like_others():
+    grads, params = gradients(), make_model(0)
+    runs = {}
+    for packed in (False, True):
+        tx = jp.prune(optax.adam(0.05), METHOD, sparsity=0.6, update_when=jp.every(2), packed=packed)
+        runs[packed] = train(tx, params, grads)
+    assert same_bits(runs[False][0], runs[True][0])
+    last = take(optax.tree.get(runs[True][1], "masks"), -1)
+    plain = take(optax.tree.get(runs[False][1], "masks"), -1)
+    jax.tree.map(np.testing.assert_array_equal, jp.unpack_masks(last, params), plain)

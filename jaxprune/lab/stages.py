@@ -94,6 +94,8 @@ def run_seed(
     held_in, validation = data.split_validation(dataset, config.data.validation, seed)
     network, keys = _network(config, seed, dataset)
     build.check(config.prune, network.params)
+    if config.prune.tolerance is not None and not len(validation[0]):
+        raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
     log = _MetricsLog(folder / "metrics.jsonl", before, seed)
     own = folder / f"seed_{seed}"
     training = shared.training(config, own)
@@ -167,8 +169,6 @@ class _SeedStages:
             return self._run("prune", phase, tx, length, params, self.folder / f"prune/round_{number}").params
 
         held_out = self.validation.labels.shape[0] > 0
-        if prune.tolerance is not None and not held_out:
-            raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
         done = jp.iterative(
             method, dense, build.levels(prune), trained, early_params=self._early(),
             evaluate=self._validate if held_out else None, tolerance=prune.tolerance,

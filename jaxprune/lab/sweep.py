@@ -46,35 +46,34 @@ def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) ->
 
 
 def table(sweeps: Sequence[dict[str, Any]]) -> str:
-    """Test errors in per cent as Markdown: a row for each combination of the first axes, a column a value of the last.
+    """Test errors in per cent as Markdown: a row for each value of the first axes, a column for each of the last.
 
     Args:
-        sweeps: results of sweeps with the same last axis.
+        sweeps: results of sweeps with the same last axis, or each with one axis, whose values are rows then.
 
     Raises:
         ValueError: their last axes differ.
     """
-    last = {(key, tuple(values)) for one in sweeps for key, values in [list(one["axes"].items())[-1]]}
+    last = {json.dumps(list(one["axes"].items())[1:][-1:]) for one in sweeps}
     if len(last) != 1:
-        raise ValueError(f"Sweeps in one table need the same last axis, these have {sorted(map(str, last))}.")
-    [(column, values)] = last
-    rows = [[*_titles(sweeps[0], column), *map(_percent, values)]]
-    rows.append(["---"] * len(rows[0]))
-    for one in sweeps:
-        cells = {json.dumps(point["values"]): point for point in one["points"]}
-        others = {key: axis for key, axis in one["axes"].items() if key != column}
+        raise ValueError(f"Sweeps in one table need the same last axis, these have {', '.join(sorted(last))}.")
+    columns = dict(json.loads(last.pop()))
+    (column, values), *_ = [*columns.items(), ("", [None])]
+    axes = [{key: axis for key, axis in one["axes"].items() if key != column} for one in sweeps]
+    titles = [*(key.rpartition(".")[2] for key in axes[0]), *(map(_word, values) if column else ["error"])]
+    rows = [titles, ["---"] * len(titles)]
+    for one, others in zip(sweeps, axes, strict=True):
+        cells = {json.dumps(point["values"], sort_keys=True): point for point in one["points"]}
         for chosen in itertools.product(*others.values()):
             row = dict(zip(others, chosen, strict=True))
-            found = [cells[json.dumps({**row, column: value})] for value in values]
-            rows.append([*map(str, chosen), *map(_error, found)])
+            found = [row | ({column: value} if column else {}) for value in values]
+            rows.append([*map(_word, chosen), *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _titles(sweep: dict[str, Any], column: str) -> list[str]:
-    return [key.rpartition(".")[2] for key in sweep["axes"] if key != column]
-
-
-def _percent(value: Any) -> str:
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(_word(inner) if key == "preset" else f"{key} {_word(inner)}" for key, inner in value.items())
     return f"{100 * value:.6g} %" if isinstance(value, float) and 0 < value < 1 else str(value)
 
 
