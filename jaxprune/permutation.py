@@ -79,8 +79,8 @@ def permute_channels(
 
     Maximises $\sum_{l} \sum_{r, j} \mathrm{top}_n \{S^l_{ij} : i \in r\}$ over the leaves $l$ that read a layer, their
     runs $r$ of m inputs and outputs $j$ (window and stacked layers among them). The score retained by all of them
-    together never falls. Channels change places only where the function treats them the same, and only with others
-    that share whole runs in every leaf that reads them.
+    together never falls. Channels change places only with those that the function treats the same, and only out of
+    runs that hold nothing else, and the same channels, in every leaf that reads them.
 
     Args:
         method: its distribution is `NM` along the inputs; its granularity leaves inputs apart.

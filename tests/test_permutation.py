@@ -79,8 +79,11 @@ def test_what_is_retained_never_falls(rows, runs, columns, values):
 
 
 def test_rounding_breaks_no_ties():
-    rows = np.tile(normal(1, 50), (12, 1))
-    assert regroup(rows, 2, 4, 100).tolist() == list(range(12))
+    """What (ab, cd) retains of a column (ac, bd) retains of another, and (ad, bc) is worse."""
+    for seed in range(20):
+        half = normal(4, 50, seed=seed) + np.array([[3], [0], [0], [3]])
+        rows = np.concatenate([half, half[[0, 2, 1, 3]]], 1)[:, np.random.default_rng(seed).permutation(100)]
+        assert regroup(rows, 1, 2, 1).tolist() == [0, 1, 2, 3]
 
 
 def test_the_order_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
