@@ -53,9 +53,8 @@ from jaxprune.distributions import (
 )
 from jaxprune.dropout import adjusted_dropout
 from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
-from jaxprune.iterative import Iterated, Round, iterative
 from jaxprune.layout import FLAX, TORCH, Axes, Layout
-from jaxprune.loops import iterate
+from jaxprune.loops import Iterated, Round, iterate, iterative
 from jaxprune.masks import (
     apply_masks,
     nonzero_masks,

@@ -20,7 +20,7 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
     4: [
-        *("transforms", "splicing", "presets", "penalties", "loops", "iterative", "oneshot"),
+        *("transforms", "splicing", "presets", "penalties", "loops", "oneshot"),
         *("report", "sensitivity", "compact", "permutation", "targets", "storage", "sparse"),
     ],
     5: ["lab"],
