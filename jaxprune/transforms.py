@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
@@ -247,7 +247,7 @@ def _inner(
     return inner.update(alive, state.inner_state, params, **extra)
 
 
-def land(update: Array, param: Array, mask: Array) -> Array:
+def land(update: Shaped[Array, "..."], param: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
     """The update where alive, minus the param where dead, in a dtype that holds both exactly."""
     exact = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(exact), -param.astype(exact))

@@ -47,6 +47,22 @@ def prune_section(folder, *words):
         (["--prune.distribution", "erk"], jp.Method(distribution=jp.ERK())),
         (["--prune.distribution", "per_output"], jp.Method(distribution=jp.PerOutput())),
         (["--prune.distribution", "{name='nm', n=2, m=4}"], jp.Method(distribution=jp.NM(2, 4))),
+        (["--prune.granularity", "kernel"], jp.Method(granularity=jp.Kernel())),
+        (["--prune.granularity", "{name='head', heads=4}"], jp.Method(granularity=jp.Head(4))),
+        (
+            ["--prune.granularity", "{name='by_rule', rules={'z*'='kernel', '*'={name='block', rows=4, cols=2}}}"],
+            jp.Method(granularity=jp.GranularityByRule((("z*", jp.Kernel()), ("*", jp.Block(4, 2))))),
+        ),
+        (["--prune.distribution", "owl"], jp.Method(distribution=jp.OWL())),
+        (["--prune.distribution", "budget"], jp.Method(distribution=jp.Budget())),
+        (
+            ["--prune", "{distribution={name='budget', costs={'conv*'=9.0, '*'=1.0}, limit=100.0, per_cost=true}}"],
+            jp.Method(distribution=jp.Budget({"conv*": 9, "*": 1}, limit=100, per_cost=True)),
+        ),
+        (
+            ["--prune.distribution", "{name='nm', n=2, m=4, along='outputs'}"],
+            jp.Method(distribution=jp.NM(2, 4, "outputs")),
+        ),
         (["--prune.select", "['layers/*']"], jp.Method(select=("layers/*",))),
         (
             ["--prune", "{distribution={name='sigma_threshold', k=1.5}}"],
@@ -86,10 +102,10 @@ def test_every_public_answer_has_a_word():
         for name, found in table.items():
             assert words.known(kind, name) is found
     classes = {one for one in vars(jp).values() if inspect.isclass(one)}
-    granularities = {one for one in classes if hasattr(one, "pool")}
+    granularities = {one for one in classes if hasattr(one, "pool")} | {jp.GranularityByRule}
     assert set(words.REGISTRY["granularity"].values()) == granularities
     distributions = {one for one in classes if list(inspect.signature(one.__call__).parameters)[-1:] == ["dims"]}
-    assert set(words.REGISTRY["distribution"].values()) == distributions
+    assert set(words.REGISTRY["distribution"].values()) == distributions - {jp.BySensitivity}  # made from a scan
 
 
 @pytest.mark.parametrize("name", jp.presets())

@@ -21,7 +21,7 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import config, data, html, publish, stages, storage_figure, store, train
+from jaxprune.lab import config, data, html, publish, run, stages, storage_figure, store, train
 from jaxprune.storage import Artifact
 from jaxprune.storage.encodings import pattern_of, smallest, stored_bytes
 from jaxprune.storage.quantize import dequantize

@@ -29,10 +29,10 @@ def preset(prune: cfg.Prune) -> jp.Preset:
 
 def method(prune: cfg.Prune) -> jp.Method:
     """The method that [prune] describes."""
-    granularity = _built("granularity", prune.granularity)
+    groups = granularity(prune.granularity)
     return jp.Method(
-        criterion=words.criterion(prune.criterion, granularity),
-        granularity=granularity,
+        criterion=words.criterion(prune.criterion, groups),
+        granularity=groups,
         distribution=distribution(prune.distribution),
         select=prune.select or jp.weights,
     )
@@ -55,6 +55,13 @@ def check(prune: cfg.Prune, params: Params) -> None:
         return jp.compute_masks(made, params, prune.sparsity, **known)
 
     jax.eval_shape(masks, params, jax.random.key(0))
+
+
+def granularity(given: cfg.Granularity) -> Any:
+    """The granularity that a table describes, with those of its rules."""
+    if given.name != "by_rule":
+        return _built("granularity", given)
+    return jp.GranularityByRule(tuple((p, granularity(r)) for p, r in (given.rules or {}).items()))
 
 
 def distribution(given: cfg.Distribution) -> Any:

@@ -40,7 +40,11 @@ def override(tree: dict[str, Any], flag: str, text: str) -> tuple[str, ...]:
 
 
 def put(tree: dict[str, Any], key: str, value: Any, said: str = "") -> tuple[str, ...]:
-    """Put a value at a dotted key, called `said` in errors; returns its path, raises ConfigError as `override` does."""
+    """Put a value at a dotted key, called `said` in errors; returns its path.
+
+    Raises:
+        ConfigError: a step of the path is no table.
+    """
     *tables, last = path = tuple(key.split("."))
     for step in tables:
         inner = tree.setdefault(step, {})

@@ -38,13 +38,17 @@ CriterionName = Annotated[str, _word("criterion")]
 
 
 class Granularity(Table):
-    """Which weights live or die together; `rows` x `cols` weights make a block, an equal share of an axis a head."""
+    """Which weights live or die together; `rows` x `cols` weights make a block, an equal share of an axis a head.
+
+    `rules`: pattern of leaf names -> granularity; the first match wins.
+    """
 
     name: Annotated[str, _word("granularity")] = "element"
     rows: Annotated[Count | None, Only(("name", "block"))] = NEEDED
     cols: Annotated[Count | None, Only(("name", "block"))] = NEEDED
     heads: Annotated[Count | None, Only(("name", "head"))] = NEEDED
     along: Annotated[Literal["outputs", "inputs"], Only(("name", "head"))] = "outputs"
+    rules: Annotated[dict[str, Annotated["Granularity", BY_NAME]] | None, Only(("name", "by_rule"))] = NEEDED
 
 
 class Distribution(Table):
@@ -66,6 +70,9 @@ class Distribution(Table):
     t: Annotated[NotNegative | None, Only(("name", "threshold"))] = NEEDED
     lam: Annotated[Fraction, Only(("name", "owl"))] = 0.08
     per_output: Annotated[bool, Only(("name", "owl"))] = False
+    costs: Annotated[dict[str, NotNegative] | None, Only(("name", "budget"))] = None
+    limit: Annotated[NotNegative | None, Only(("name", "budget"))] = None
+    per_cost: Annotated[bool, Only(("name", "budget"))] = False
     rules: Annotated[dict[str, "Rule"] | None, Only(("name", "by_rule"))] = NEEDED
 
     @pydantic.field_validator("m")
@@ -138,6 +145,7 @@ class Prune(Table):
             return value
         names = [getattr(one, "name", "") for one in (given, *(given.rules or {}).values())]
         asking = [name for name in names if name in ("uniform", "global", "erk", "owl", "per_output")]
+        asking += ["budget"] if given.name == "budget" and given.limit is None else []
         if value is None and asking:
             raise ValueError(f"missing, distribution {show(asking[0])} needs it")
         if value is not None and given.name in ("threshold", "sigma_threshold"):

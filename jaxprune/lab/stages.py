@@ -90,6 +90,9 @@ def run_seed(
         watcher: told what happens.
         before: metrics of earlier seeds, which metrics.jsonl begins with.
         shared: what runs of a sweep have in common.
+
+    Raises:
+        ConfigError: a method that does not fit, or a stop rule without held-out samples.
     """
     held_in, validation = data.split_validation(dataset, config.data.validation, seed)
     network, keys = _network(config, seed, dataset)

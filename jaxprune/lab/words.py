@@ -20,7 +20,8 @@ FACTORIES = ("joint_taylor", "momentum")
 REGISTRY: dict[str, dict[str, Any]] = {
     "criterion": {name: getattr(criteria, name) for name in criteria.__all__ if name != "Running"},
     "granularity": {
-        one.__name__.lower(): one for one in (jp.Element, jp.Block, jp.Input, jp.Output, jp.Kernel, jp.Head)
+        **{one.__name__.lower(): one for one in (jp.Element, jp.Block, jp.Input, jp.Output, jp.Kernel, jp.Head)},
+        "by_rule": jp.GranularityByRule,
     },
     "distribution": {
         "uniform": jp.Uniform,
@@ -31,6 +32,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
         "nm": jp.NM,
         "sigma_threshold": jp.SigmaThreshold,
         "threshold": jp.Threshold,
+        "budget": jp.Budget,
         "by_rule": jp.ByRule,
     },
     "schedule": {one.__name__: one for one in (jp.cubic, jp.linear, jp.cosine, jp.exponential)},
