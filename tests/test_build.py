@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,12 @@ def test_a_preset_named_in_a_config_is_the_preset(tmp_path, name):
     assert (built.how, built.schedule, built.margin, built.decay) == (
         preset.how, preset.schedule, preset.margin, preset.decay
     )  # fmt: skip
+
+
+def test_the_readme_has_a_row_for_every_preset():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name, preset in jp.presets().items():
+        assert f"| `{name}` | {preset.paper} |" in readme, f"{name}: python experiments/methods/tables.py --presets"
 
 
 def test_what_is_given_goes_before_the_preset():
