@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import quick_jit
 
 import jaxprune as jp
 from jaxprune import tree
@@ -22,16 +23,21 @@ def halved(fn, params, *args, sparsity=0.5):
     return tree.map_named(mask, params)
 
 
+def all_alive(params):
+    """Masks of True, without a program to compile for every shape."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.ones(leaf.shape, bool)), params)
+
+
 def by_magnitude(fn, params, x, sparsity):
     """Masks without the channels of the least magnitude, as many of every layer."""
     method = jp.Method(granularity=jp.Channels(jp.couplings(fn, params, x)), distribution=jp.Uniform())
-    return jax.jit(lambda params: jp.compute_masks(method, params, sparsity))(params)
+    return quick_jit(lambda params: jp.compute_masks(method, params, sparsity))(params)
 
 
 def beside_the_masked_model(fn, params, masks, x, *calls):
     """What the masked model gives, and what (function, params) pairs do; one program for all, which compiles faster."""
 
-    @jax.jit
+    @quick_jit
     def run(params, masks, others):
         return fn(jp.apply_masks(params, masks), x), [call(p, x) for (call, _), p in zip(calls, others, strict=True)]
 

@@ -13,17 +13,24 @@ class Draw:
     def __init__(self, seed=0):
         self.rng = np.random.default_rng(seed)
 
+    def noise(self, *shape):
+        return self.rng.normal(size=shape) / np.sqrt(max(np.prod(shape[:-1]), 1))
+
     def __call__(self, *shape):
-        return jnp.asarray(self.rng.normal(size=shape) / np.sqrt(max(np.prod(shape[:-1]), 1)), jnp.float32)
+        return jnp.asarray(self.noise(*shape), jnp.float32)
+
+    def near_one(self, size):
+        return jnp.asarray(1 + self.noise(size), jnp.float32)
 
     def layer(self, *shape):
         return {"kernel": self(*shape), "bias": self(shape[-1])}
 
     def affine(self, size):
-        return {"scale": 1 + self(size), "bias": self(size)}
+        return {"scale": self.near_one(size), "bias": self(size)}
 
     def norm(self, size):
-        return {"scale": 1 + self(size), "bias": self(size), "mean": self(size), "var": 1 + jnp.abs(self(size))}
+        mean_and_affine = {**self.affine(size), "mean": self(size)}
+        return {**mean_and_affine, "var": jnp.asarray(1 + np.abs(self.noise(size)), jnp.float32)}
 
 
 def wide(vector, like):
@@ -219,7 +226,7 @@ def attention_by_reshape():
 def grouped_query_attention():
     draw = Draw()
     params = {"embed": draw(7, 6), "q": draw(6, 4, 2), "k": draw(6, 2, 2), "v": draw(6, 2, 2), "o": draw(4, 2, 6)}
-    params |= {"gate": draw(6, 8), "up": draw(6, 8), "down": draw(8, 6), "norm": 1 + draw(6), "head": draw(6, 7)}
+    params |= {"gate": draw(6, 8), "up": draw(6, 8), "down": draw(8, 6), "norm": draw.near_one(6), "head": draw(6, 7)}
 
     def norm(scale, x):
         return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * wide(scale, x)

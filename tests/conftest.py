@@ -4,6 +4,7 @@ This file is imported before any test module, and must come before jax: devices 
 """
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -34,6 +35,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxprune")
+
+
+# What is imported and collected is never garbage; Python would look through it again and again.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from quick import QUICK
 
 import jaxprune as jp
 from jaxprune import tree
@@ -142,7 +143,8 @@ class StopAt(stages.Watcher):
 
 def spawn(words, cache, how="none", argument="0"):
     """`jaxprune words...` in a process of its own, perhaps with an accident; its programs come from `cache`."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

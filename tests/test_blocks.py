@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from quick import quick_jit
 from sparse_helpers import compress_one, least, make_leaf, make_x
 
 import jaxprune as jp
@@ -48,7 +49,7 @@ def test_products_and_round_trip(n_in, n_out, block, density, dtype, layout, bat
     weight = compress_one(leaf, "block", layout)
     x, y = make_x((*batch, n_in), dtype, seed), make_x((*batch, n_out), dtype, seed)
 
-    @jax.jit
+    @quick_jit
     def run(weight, x, y):
         return (
             weight.decompress(),
@@ -106,7 +107,7 @@ def test_a_leaf_without_blocks_is_right_and_says_what_it_weighs():
 def test_gradients_jvp_and_vmap_equal_dense(block, density):
     leaf, x = block_leaf(96, 64, block, density), make_x((5, 96))
     weight = compress_one(leaf, "block")
-    rows, cols = jax.jit(lambda weight: weight.coordinates())(weight)
+    rows, cols = quick_jit(lambda weight: weight.coordinates())(weight)
 
     def loss(values, x):
         return jnp.sum(jnp.sin(sparse.matmul(x, weight.with_values(values))))
@@ -114,7 +115,7 @@ def test_gradients_jvp_and_vmap_equal_dense(block, density):
     def dense_loss(leaf, x):
         return jnp.sum(jnp.sin(x @ leaf))
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def derivatives(loss, w, x):
         many = jax.vmap(loss, (0, None))(jnp.stack([w, 2 * w]), x)
         return *jax.grad(loss, (0, 1))(w, x), jax.jvp(loss, (w, x), (w, x))[1], many
@@ -133,7 +134,7 @@ def test_the_portable_product_is_plain_jax():
     weight = compress_one(leaf, "block")
     tall, wide = weight.block
 
-    @jax.jit
+    @quick_jit
     def product(values, x):
         return blocks.block_product(values, weight.index, weight.bounds, x, n_out=32, tall=tall, wide=wide)
 
@@ -156,7 +157,7 @@ def test_a_model_runs_unchanged():
     x, compressed = make_x((9, 64)), sparse.compress(params, "block")
     assert [weight.block for weight in compressed[:2]] == [(16, 16), (16, 16)]
     np.testing.assert_allclose(
-        jax.jit(sparse.apply(model))(compressed, x), jax.jit(model)(params, x), rtol=1e-4, atol=1e-3
+        quick_jit(sparse.apply(model))(compressed, x), quick_jit(model)(params, x), rtol=1e-4, atol=1e-3
     )
     assert all(map(np.array_equal, sparse.decompress(compressed), params))
 

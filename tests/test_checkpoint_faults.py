@@ -75,10 +75,9 @@ def state_of(step):
 """
 
 
-def python(code, *args, **kwargs):
-    prelude = PRELUDE.format(root=str(ROOT))
+def python(code, *args, prelude=PRELUDE, **kwargs):
     env = os.environ | {"PYTHONWARNINGS": "ignore", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", prelude + code, *map(str, args)]
+    command = [sys.executable, "-c", prelude.format(root=str(ROOT)) + code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
@@ -170,35 +169,53 @@ def test_a_save_killed_at_any_file_operation(tmp_path, work):
     assert names(folders[-20]) == ["00000300"]
 
 
-def test_killed_at_random_moments_it_goes_on_from_a_good_one(tmp_path):
-    loop = """
-folder, start = Path(sys.argv[1]), int(sys.argv[2])
-for step in range(start, start + 10_000):
-    checkpoint.save(folder, step, state_of(step), {"step": step})
-    if step == start: print("going", flush=True)
+# For every step that it reads, a child that saves from there on, until it is killed.
+SAVE_UNTIL_KILLED = """
+folder = Path(sys.argv[1])
+for line in sys.stdin:
+    start, child = int(line), os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for step in range(start, start + 10_000):
+        checkpoint.save(folder, step, state_of(step), {"step": step})
+        if step == start: print(os.getpid(), flush=True)
+    os._exit(0)
 """
+
+
+def test_killed_at_random_moments_it_goes_on_from_a_good_one(tmp_path):
     rng, last = random.Random(0), 0
+    parent = python(SAVE_UNTIL_KILLED, tmp_path, stdin=subprocess.PIPE)
     for _ in range(4):
-        child = python(loop, tmp_path, last + 1)
-        assert child.stdout.readline() == "going\n"
+        parent.stdin.write(f"{last + 1}\n")
+        parent.stdin.flush()
+        child = int(parent.stdout.readline())  # it has saved once
         time.sleep(rng.uniform(0, 0.3))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        os.kill(child, signal.SIGKILL)
+        assert parent.stdout.readline() == f"{-signal.SIGKILL}\n"
         found, rejected = restore_latest(tmp_path, state_of(0))
         assert rejected == []
         assert found.step > last
         assert_is_step(found, found.step)
         last = found.step
         assert len([name for name in names(tmp_path) if not name.startswith(".")]) <= 3
+    parent.communicate(timeout=60)
 
 
 # ---------------------------------------------------------------- manners
 
 
 def test_orbax_is_imported_when_needed_says_nothing_and_holds_nothing_up(tmp_path):
-    child = python(
-        """
+    code = """
+import sys
+import jaxprune.lab.checkpoint
+print("orbax" in sys.modules, "tensorstore" in sys.modules)
 import logging, threading
+from pathlib import Path
+import numpy as np
+import orbax.checkpoint  # which changes settings of its own when it is imported
+from jaxprune.lab import checkpoint
 def settings():
     loggers = map(logging.getLogger, ("", "absl", "asyncio"))
     return sys.unraisablehook, [(logger.disabled, logger.level, logger.filters) for logger in loggers]
@@ -206,10 +223,7 @@ before = settings()
 checkpoint.save(Path(sys.argv[1]), 1, {"w": np.ones(3)}, {})
 checkpoint.restore_latest(Path(sys.argv[1]), {"w": np.ones(3)})
 assert before == settings()
-""",
-        tmp_path,
-    )
+"""
+    child = python(code, tmp_path, prelude="", cwd=ROOT)
     out, err = child.communicate(timeout=60)
-    assert (child.returncode, out, err) == (0, "", "")
-    code = "import sys, jaxprune.lab.checkpoint; print('orbax' in sys.modules, 'tensorstore' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False False\n"
+    assert (child.returncode, out, err) == (0, "False False\n", "")

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compact_helpers import all_equal_the_masked_model, count_dead, halved, weights
+from compact_helpers import all_alive, all_equal_the_masked_model, count_dead, halved, weights
 from compact_models import MODELS, Draw, dense, make_input
+from quick import quick_jit
 from random_nets import STEPS, random_net
 
 import jaxprune as jp
@@ -20,7 +21,7 @@ INSISTS = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
 
 def kernels_alone(masks):
     """The same masks, biases and normalisations kept."""
-    return tree.map_named(lambda name, mask: mask if mask.ndim > 1 else jnp.ones_like(mask), masks)
+    return tree.map_named(lambda name, mask: mask if mask.ndim > 1 else all_alive(mask), masks)
 
 
 def at_random(params, sparsity=0.9, seed=3):
@@ -56,7 +57,7 @@ def test_masks_from_anywhere(name, of):
 def test_constants_go_into_the_next_bias():
     params, fn, shape = MODELS["folded_constants"]()
     x = make_input(shape)
-    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks = all_alive(params)
     for name, dead in (("a", [0, 5]), ("b", [1, 2, 9])):  # sigmoid(bias) goes on to a mean, sigmoid(norm) to a bias
         masks[name]["kernel"] = masks[name]["kernel"].at[:, jnp.asarray(dead)].set(False)
     small = jp.compact(fn, params, masks, x)
@@ -71,7 +72,7 @@ def test_constants_go_into_the_next_bias():
 def test_what_nobody_reads_goes_to_a_fixed_point():
     params, fn, shape = MODELS["mlp"]()
     x = make_input(shape)
-    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks = all_alive(params)
     masks[2]["kernel"] = masks[2]["kernel"].at[3:].set(False)  # seven units of the second layer are not read,
     masks[1]["kernel"] = masks[1]["kernel"].at[:4, :3].set(False)  # so four of the first are not either
     small = jp.compact(fn, params, masks, x)
@@ -96,8 +97,8 @@ def test_smaller_params_have_gradients_and_other_batches():
     small = jp.compact(fn, params, masks, x)
     more = jnp.concatenate([x, x[:, ::-1], x])
     all_equal_the_masked_model(fn, params, masks, more, (small.apply, small.params))
-    got = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(small.apply(p, more)))))(small.params)
-    want = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, more)))))(jp.apply_masks(params, masks))
+    got = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(small.apply(p, more)))))(small.params)
+    want = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, more)))))(jp.apply_masks(params, masks))
     expanded = jp.expand(got, small.removed)
     kept = jp.expand(jax.tree.map(jnp.ones_like, got), small.removed)
     jax.tree.map(lambda a, b, k: np.testing.assert_allclose(a, b * k, rtol=1e-3, atol=1e-4), expanded, want, kept)
@@ -163,7 +164,7 @@ def test_a_vector_along_another_axis_is_no_bias():
         return jnp.tanh(x @ p["b"] + jnp.expand_dims(p["shift"], 1)) @ p["c"]
 
     x = make_input((5, 6))
-    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks = all_alive(params)
     masks["a"]["kernel"] = masks["a"]["kernel"].at[:, jnp.asarray([1, 2])].set(False)
     small = jp.compact(fn, params, masks, x)
     assert small.params["b"].shape == (5, 5)
@@ -182,7 +183,7 @@ def test_what_is_removed_is_plain_data_that_a_model_is_made_of_again():
 
 def test_weights_that_are_no_arguments():
     params, fn, shape = MODELS["mlp"]()
-    x, masks = make_input(shape), jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    x, masks = make_input(shape), all_alive(params)
     with pytest.raises(ValueError, match="holds arrays of its own"):
         jp.compact(lambda _, x: fn(params, x), params, masks, x)
     with pytest.raises(ValueError, match="consumes no leaf of the params"):
@@ -191,7 +192,7 @@ def test_weights_that_are_no_arguments():
 
 def test_masks_that_leave_no_channel():
     params, fn, shape = MODELS["mlp"]()
-    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
+    masks = all_alive(params)
     masks[1] = jax.tree.map(jnp.zeros_like, masks[1])
     with pytest.raises(ValueError, match="leave no channel of axis 0 of leaf '0/bias'"):
         jp.compact(fn, params, masks, make_input(shape))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drawn import drawn, drawn_nnx
 from flax import linen, nnx
+from quick import quick_jit
 from sparse_helpers import make_x, needs_kernels, sparse_leaves
 
 from jaxprune import sparse
@@ -73,5 +74,5 @@ def test_models_run_unchanged(relaxed, model, format):
     x = make_x(X.shape)
     predict = jax.jit(sparse.apply(fn)).lower(compressed, x).compile()
     assert predict.as_text().count(TARGET) == count
-    got, want = predict(compressed, x), jax.jit(lambda tree, x: fn(sparse.decompress(tree), x))(compressed, x)
+    got, want = predict(compressed, x), quick_jit(lambda tree, x: fn(sparse.decompress(tree), x))(compressed, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

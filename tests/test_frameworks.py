@@ -191,10 +191,13 @@ def assert_promises(before, after, masks):
         assert new.ndim > 1 or np.all(mask)
 
 
-@pytest.mark.parametrize(
-    ("line", "distribution"), [(gradual, "global"), (gradual, "per_output"), (fixed, "per_output")]
-)
-@pytest.mark.parametrize("framework", LOOPS)
+# All pairs of framework, line and distribution, since each case is a training step to compile: the two lines in every
+# framework, the two distributions too; the third pair of line and distribution in one framework of either layout.
+CASES = [(name, *case) for name in LOOPS for case in ((gradual, "global"), (fixed, "per_output"))]
+CASES += [(name, gradual, "per_output") for name in ("nnx", "equinox")]
+
+
+@pytest.mark.parametrize(("framework", "line", "distribution"), CASES)
 def test_one_line_of_the_loop_changes(framework, line, distribution):
     before, after, masks = trained(framework, line, distribution)
     assert_promises(before, after, masks)

@@ -8,6 +8,7 @@ import quax
 from drawn import drawn
 from flax import linen
 from jax.extend.core import jaxprs_in_params
+from quick import quick_jit
 from sparse_helpers import compress_one, make_leaf, make_x, needs_kernels, put
 
 from jaxprune import sparse
@@ -37,9 +38,11 @@ def assert_close(got, want, rtol=1e-4):
 
 
 def assert_equals_dense(fn, weight, *rest, rtol=1e-5):
-    """The results of a function of (weight, ...), compiled, with the weight and with its leaf."""
-    both = jax.jit(lambda weight, leaf, *rest: (sparse.apply(fn)(weight, *rest), fn(leaf, *rest)))
-    assert_close(*both(weight, weight.decompress(), *rest), rtol)
+    """The results of a function of (weight, ...), compiled, with the weight and with its leaf; gives the latter."""
+    both = quick_jit(lambda weight, leaf, *rest: (sparse.apply(fn)(weight, *rest), fn(leaf, *rest)))
+    got, want = both(weight, weight.decompress(), *rest)
+    assert_close(got, want, rtol)
+    return want
 
 
 def operands(dtype="float32"):
@@ -171,7 +174,7 @@ def test_pools_of_each_format_equal_those_apart(relaxed, format, channels, dtype
     if format == "native_int8":  # an output whose scale is negative: its smallest sum is the largest number
         weight = weight.replace(scale=weight.scale.at[::2].multiply(-1))
     layer = lambda w, x, b: pool(relu(convolve(w, x) + b), (3, 2))  # noqa: E731
-    both = jax.jit(lambda *args: (quax.quaxify(layer)(*args), sparse.apply(layer)(*args)))
+    both = quick_jit(lambda *args: (quax.quaxify(layer)(*args), sparse.apply(layer)(*args)))
     want, got = map(np.float32, both(weight, x, b))
     # Apart, 16-bit sums of up to 8 are rounded before the bias is added, too.
     rtol, atol = (2.0**-7, 8 * 2.0**-8) if dtype == "bfloat16" else (1e-6, 1e-6)
@@ -186,7 +189,7 @@ def test_pools_have_derivatives_and_batches():
     def of_layer(fn, w):
         return jax.grad(loss(fn), (1, 2))(w, x, b), jax.vmap(fn, (None, 0, None))(w, jnp.stack([x, 2 * x, -x]), b)
 
-    both = jax.jit(lambda w: (of_layer(sparse.apply(layer), w), of_layer(layer, w.decompress())))
+    both = quick_jit(lambda w: (of_layer(sparse.apply(layer), w), of_layer(layer, w.decompress())))
     assert_close(*both(weight))
 
 
@@ -229,8 +232,8 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 def test_transformations_inside_equal_dense(around):
     args, fn = operands(), AROUND[around](layer)
-    assert_equals_dense(fn, *args, rtol=1e-4)
-    assert_close(sparse.apply(fn)(*args), jax.jit(fn)(args[0].decompress(), *args[1:]))
+    dense = assert_equals_dense(fn, *args, rtol=1e-4)
+    assert_close(sparse.apply(fn)(*args), dense)
 
 
 def test_transformations_outside_equal_dense():
@@ -247,7 +250,7 @@ def test_transformations_outside_equal_dense():
             jax.lax.map(lambda x: fn(w, x, b, r), many[0]),
         )
 
-    both = jax.jit(lambda w, *args: (of_layer(sparse.apply(layer), w, *args), of_layer(layer, w.decompress(), *args)))
+    both = quick_jit(lambda w, *args: (of_layer(sparse.apply(layer), w, *args), of_layer(layer, w.decompress(), *args)))
     assert_close(*both(*operands()))
 
 
@@ -255,7 +258,7 @@ def test_values_have_gradients_through_the_chain():
     weight, *args = operands()
     loss = lambda w, *args: jnp.sum(jnp.sin(layer(w, *args)))  # noqa: E731
 
-    @jax.jit
+    @quick_jit
     def gradients(weight):
         got = jax.grad(lambda values: sparse.apply(loss)(weight.with_values(values), *args))(weight.values)
         return got, jax.grad(loss)(weight.decompress(), *args), weight.coordinates()
@@ -324,9 +327,9 @@ def test_models_are_products_and_nothing_else(relaxed, model, shape, products):
     text = program.as_text()
     assert text.count(TARGET) == products
     assert text.count(" add(") == text.count(" maximum(") == text.count(" transpose(") == 0
-    np.testing.assert_allclose(program(compressed, x), jax.jit(model.apply)(params, x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(program(compressed, x), quick_jit(model.apply)(params, x), rtol=1e-4, atol=1e-4)
     unfused = quax.quaxify(model.apply)
-    np.testing.assert_allclose(jax.jit(predict)(compressed, x), jax.jit(unfused)(compressed, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(program(compressed, x), quick_jit(unfused)(compressed, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

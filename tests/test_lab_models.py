@@ -1,6 +1,7 @@
 """The models of the zoo: published sizes to the digit, layers against NumPy, one function in each of its forms."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_helpers import SMALL, TEXT, TINY
+from quick import quick_jit
 from trace_helpers import normal
 
 import jaxprune as jp
@@ -29,6 +31,13 @@ def tiny(name):
     shape = (2, *model.sample.shape)
     x = normal(*shape) if model.sample.dtype == jnp.float32 else jnp.asarray(np.arange(12).reshape(shape) * 7 % 11)
     return model, parts.random_params(model.shapes(), KEY), x
+
+
+@functools.cache
+def logits_of(name):
+    """Of the tiny model, for all who look at them: it is compiled once."""
+    model, params, x = tiny(name)
+    return np.asarray(quick_jit(model.apply)(params, x))
 
 
 def sizes(leaves):
@@ -102,10 +111,10 @@ def test_names_of_leaves_say_what_is_pruned(name):
 @pytest.mark.parametrize("name", TINY)
 def test_every_model_runs_and_uses_every_leaf(name):
     model, params, x = tiny(name)
-    logits = jax.jit(model.apply)(params, x)
+    logits = logits_of(name)
     assert logits.shape == (2, *((6, 11) if name.startswith("decoder") else (5,)))
     assert np.isfinite(logits).all()
-    assert float(jnp.std(logits)) > 1e-3
+    assert np.std(logits) > 1e-3
     jaxpr = jax.make_jaxpr(model.apply)(params, x).jaxpr
     used = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
     assert [
@@ -184,8 +193,7 @@ def by_hand_decoder(model, params, tokens):
 @pytest.mark.parametrize("name", ["decoder", "decoder with groups", "decoder with tied output"])
 def test_decoder_by_hand(name):
     model, params, tokens = tiny(name)
-    logits = jax.jit(model.apply)(params, tokens)
-    for row, text in zip(logits, np.asarray(tokens), strict=True):
+    for row, text in zip(logits_of(name), np.asarray(tokens), strict=True):
         np.testing.assert_allclose(row, by_hand_decoder(model, params, text), rtol=1e-4, atol=1e-4)
 
 
@@ -194,8 +202,8 @@ def test_stacked_layers_are_the_same_decoder():
     stacked = params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
     scanned = dataclasses.replace(model, scan=True)
     assert sizes(stacked) == sizes(scanned.shapes())
-    got = jax.jit(scanned.apply)(stacked, tokens)
-    np.testing.assert_allclose(got, jax.jit(model.apply)(params, tokens), rtol=1e-5, atol=1e-5)
+    got = quick_jit(scanned.apply)(stacked, tokens)
+    np.testing.assert_allclose(got, logits_of("decoder with groups"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [(3,), (2, 3), ()])
@@ -242,8 +250,7 @@ def by_hand_vit(model, params, image):
 @pytest.mark.parametrize("name", ["vit", "vit without token"])
 def test_vit_by_hand(name):
     model, params, images = tiny(name)
-    logits = jax.jit(model.apply)(params, images)
-    for row, image in zip(logits, np.asarray(images, np.float64), strict=True):
+    for row, image in zip(logits_of(name), np.asarray(images, np.float64), strict=True):
         np.testing.assert_allclose(row, by_hand_vit(model, params, image), rtol=1e-4, atol=1e-4)
 
 
@@ -269,8 +276,8 @@ def test_folded_equals_unfolded(name, biased):
     folded = parts.fold_batch_norms(params, model.epsilon)
     assert set(folded) == {layer for layer in params if "kernel" in params[layer]}
     assert all(sorted(layer) == ["bias", "kernel"] for layer in folded.values())
-    expected = jax.jit(model.apply)(params, images)
-    np.testing.assert_allclose(jax.jit(model.apply)(folded, images), expected, rtol=1e-4, atol=1e-4)
+    got, expected = quick_jit(lambda *both: [model.apply(one, images) for one in both])(folded, params)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_shortcuts_without_weights():

@@ -272,7 +272,7 @@ def test_eight_devices_make_the_masks_of_one(granularity, distribution, jit):
         return jp.compute_masks(method, params, jnp.float32(0.4))
 
     want = compute(params)
-    for spec in SPECS:
+    for spec in SPECS if jit else SPECS[:1]:  # outside jit every step is a program to compile for each placement
         shardings = {"a": NamedSharding(mesh, PartitionSpec(*spec)), "b": NamedSharding(mesh, PartitionSpec("x"))}
         sharded = jax.device_put(params, shardings)
         masks = jax.jit(compute)(sharded) if jit else compute(sharded)

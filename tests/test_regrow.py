@@ -41,12 +41,22 @@ def moved(alive, drop, grow, fraction):
     return kept | oracle.top_k(np.where(kept, -1, grow), leaving)
 
 
+@jax.jit
+def random_masks(params, sparsity, key):
+    return jp.compute_masks(jp.Method(jp.random, layout=LAYOUT), params, sparsity, key=key)
+
+
+@jax.jit
+def moved_by_gradient(params, masks, fraction, grads):
+    return jp.regrow_masks(METHOD, jp.gradient, params, masks, fraction, grads=grads)
+
+
 @given(seed=st.integers(0, 5), sparsity=st.sampled_from([0.3, 0.9]), fraction=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
 def test_one_step_is_the_papers(seed, sparsity, fraction):
     params, grads = draw(seed), draw(seed + 100)
-    masks = jp.compute_masks(jp.Method(jp.random, layout=LAYOUT), params, sparsity, key=jax.random.key(seed))
+    masks = random_masks(params, jnp.float32(sparsity), jax.random.key(seed))
     params = jp.apply_masks(params, masks)
-    found = jp.regrow_masks(METHOD, jp.gradient, params, masks, fraction, grads=grads)
+    found = moved_by_gradient(params, masks, jnp.float32(fraction), grads)
     for name in SHAPES:
         if name == "bias":
             assert found[name].all()
@@ -73,19 +83,35 @@ def test_living_zeros_are_alive():
 def test_blocks_move_whole():
     params, grads = draw(0), draw(1)
     method = jp.Method(granularity=jp.Block(2, 2), layout=LAYOUT)
-    masks = jp.compute_masks(method, params, 0.5)
-    found = jp.regrow_masks(method, jp.gradient, params, masks, 0.3, grads=grads)["a"]
+
+    @jax.jit
+    def before_and_after(params, grads):
+        masks = jp.compute_masks(method, params, 0.5)
+        return masks, jp.regrow_masks(method, jp.gradient, params, masks, 0.3, grads=grads)["a"]
+
+    masks, found = before_and_after(params, grads)
     tiles = np.asarray(found).reshape(6, 2, 5, 2).sum((1, 3))
     assert set(tiles.ravel().tolist()) == {0, 4}
     assert found.sum() == masks["a"].sum()
     assert (found != masks["a"]).any()
 
 
-@pytest.mark.parametrize("name", GROW)
-@pytest.mark.parametrize("inner", [lambda: optax.sgd(0.1, momentum=0.9), lambda: optax.adamw(0.05, weight_decay=0.1)])
+def momentum():
+    return optax.sgd(0.1, momentum=0.9)
+
+
+def adamw():
+    return optax.adamw(0.05, weight_decay=0.1)
+
+
+# Every way to grow, every optimizer, and both for one way: what grows does not look at the optimizer.
+@pytest.mark.parametrize(
+    ("name", "inner"), [("set", momentum), ("rigl", momentum), ("rigl", adamw), ("momentum", adamw)]
+)
 def test_training(name, inner):
     """Each leaf keeps its number, dead weights are +0, masks move when due and only then, in one trace."""
-    params, grads, traces = draw(0), draw(1, lead=(9,)), []
+    leaves, traces = ("conv", "stack", "bias"), []
+    params, grads = ({leaf: tree[leaf] for leaf in leaves} for tree in (draw(0), draw(1, lead=(9,))))
     tx = jp.regrow(
         inner(), METHOD, sparsity=0.8, key=jax.random.key(0), grow=GROW[name], update_when=jp.every(3, begin=3),
         drop_fraction=optax.cosine_decay_schedule(0.5, 9),

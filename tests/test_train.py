@@ -1,6 +1,7 @@
 """A stage of training: what NumPy says it should be, the same bits however often it is stopped, nothing fetched."""
 
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -231,12 +232,12 @@ def stop_at(step):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("draw", range(2))
 def test_stopped_anywhere_it_ends_bit_identical(tmp_path, uninterrupted, name, draw):
     rng = random.Random(f"{name} {draw}")
     given = stage(tx=OPTIMIZERS[name](), shift=1, keep=rng.choice([1, 2, 9]))
     # three steps in ascending order, or, negative, the records of three epochs
-    stops = [sorted(rng.sample(range(1, 18), 3)), [-5, -10, -17], sorted(rng.sample(range(4, 18), 3))][draw]
+    stops = [sorted(rng.sample(range(1, 18), 3)), [-5, -10, -17]][draw]
     for step in stops:
         with pytest.raises(Stopped):
             go(given, tmp_path, **stop_at(step))
@@ -245,10 +246,18 @@ def test_stopped_anywhere_it_ends_bit_identical(tmp_path, uninterrupted, name, d
     assert untimed(done.records) == untimed(uninterrupted[name].records)
 
 
+@pytest.fixture(scope="module")
+def every_checkpoint(tmp_path_factory):
+    """A pruning of which all checkpoints are there; not to be changed."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        go(stage(tx=pruning(), shift=1, keep=9), folder := tmp_path_factory.mktemp("every_checkpoint"))
+    return folder
+
+
 @pytest.mark.parametrize("kept", range(5))
-def test_taken_up_from_any_checkpoint_it_ends_bit_identical(tmp_path, uninterrupted, kept):
+def test_taken_up_from_any_checkpoint_it_ends_bit_identical(tmp_path, uninterrupted, every_checkpoint, kept):
     given = stage(tx=pruning(), shift=1, keep=9)
-    go(given, tmp_path)
+    shutil.copytree(every_checkpoint, tmp_path, dirs_exist_ok=True)
     for path in checkpoints(tmp_path)[kept:]:
         (path / "manifest.json").write_bytes(b"")  # damaged
     if not kept:
@@ -276,13 +285,13 @@ def test_a_finished_stage_takes_no_step(tmp_path):
 
 
 def blows_up_at(step):
-    """Adds infinity to the weights at a step, so that the loss of the next is not finite."""
+    """Adds infinity to the weights at a step, so that the loss of the next is not finite; one program for all steps."""
 
-    def update(updates, state, params=None):
-        bad = jnp.where(state == step, jnp.inf, 0.0)
-        return jax.tree.map(lambda u: u + bad, updates), state + 1
+    def update(updates, steps_left, params=None):
+        bad = jnp.where(steps_left == 0, jnp.inf, 0.0)
+        return jax.tree.map(lambda u: u + bad, updates), steps_left - 1
 
-    return optax.chain(optax.sgd(0.1), optax.GradientTransformation(lambda p: jnp.zeros((), jnp.int32), update))
+    return optax.chain(optax.sgd(0.1), optax.GradientTransformation(lambda p: jnp.asarray(step, jnp.int32), update))
 
 
 @pytest.mark.parametrize("step", [1, 6, 10, 13, 15])

@@ -222,14 +222,10 @@ def test_a_refused_update_moves_neither_masks_nor_weights():
 
 # ---- over eight devices
 
-MESH_SHAPES = {
-    "first": {"bias": (8,), "kernel": (16, 8)},
-    "second": {"kernel": (8, 12)},
-    "convolution": {"kernel": (3, 3, 8, 16)},
-}
+# One axis over all devices, two axes over both of the mesh, one axis over part of it.
+MESH_SHAPES = {"first": {"bias": (8,), "kernel": (16, 8)}, "convolution": {"kernel": (3, 3, 8, 16)}}
 PLACES = {
-    "first": {"bias": P("x"), "kernel": P("x", "y")},
-    "second": {"kernel": P(("x", "y"), None)},
+    "first": {"bias": P("x"), "kernel": P(("x", "y"), None)},
     "convolution": {"kernel": P(None, None, "y", "x")},
 }
 
