@@ -7,7 +7,7 @@ whatever the inner optimizer remembers. For that nothing may change the update a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jaxprune.masks import pack_masks, unpack_masks
 from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
+
+T = TypeVar("T")
 
 
 class PruneState(NamedTuple):
@@ -231,8 +233,8 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def if_due(due: Any, compute: Callable[[], Masks], masks: Masks) -> Masks:
-    """`compute()` where it is due, the masks there are where not; traced once in either case."""
+def if_due(due: Any, compute: Callable[[], T], masks: T) -> T:
+    """`compute()` where it is due, the masks there are, packed or not, where it is not; traced once in either case."""
     # Outside jit a branch of Python's: `lax.cond` would be compiled anew at every step.
     if is_concrete(due):
         return compute() if due else masks
