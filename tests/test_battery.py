@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from quick import quick_jit
 
 import jaxprune as jp
 from jaxprune import criteria
@@ -226,7 +227,7 @@ def test_training_with_a_preset(tmp_path, relaxed, name):
         carry = (optax.apply_updates(carry[0], updates), state)
         return carry, optax.tree.get(state, "masks")
 
-    scan, jitted = jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads)), jax.jit(step)
+    scan, jitted = quick_jit(lambda carry, grads: jax.lax.scan(step, carry, grads)), quick_jit(step)
     half = [jax.tree.map(lambda leaf, part=part: leaf[part], grads) for part in (slice(0, 4), slice(4, 8))]
     middle, _ = scan((params, state), half[0])
     end, masks = scan(middle, half[1])

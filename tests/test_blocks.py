@@ -134,7 +134,7 @@ def test_the_portable_product_is_plain_jax():
     weight = compress_one(leaf, "block")
     tall, wide = weight.block
 
-    @quick_jit
+    @jax.jit
     def product(values, x):
         return blocks.block_product(values, weight.index, weight.bounds, x, n_out=32, tall=tall, wide=wide)
 
