@@ -156,7 +156,7 @@ def iterative(
     if tolerance is not None and evaluate is not None:
         needed = (float(evaluate(params)) if reference is None else reference) - tolerance
     alive = masks if masks is not None else jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
-    good, rounds, last = Iterated(params, alive, ()), [], 0.0
+    good, rounds, last, chosen = Iterated(params, alive, ()), [], 0.0, _names(method, params)
     for number, level in enumerate(levels, 1):
         last = _risen(level, last)
         found = _masks(method, good.params, good.masks, level, evidence(good.params))
@@ -164,7 +164,7 @@ def iterative(
         trained = train(start, found, number)
         _check_zeros(trained, found, number)
         score = None if evaluate is None else float(evaluate(trained))
-        rounds.append(Round(number, float(sparsity_of(found, _names(method, params))), score, needed))
+        rounds.append(Round(number, float(sparsity_of(found, chosen)), score, needed))
         if rounds[-1].shortfall:
             break
         good = Iterated(trained, found, ())

@@ -41,7 +41,7 @@ def folder_of(config: cfg.Config, root: str | Path = "runs") -> Path:
 
 
 def run(
-    config: cfg.Config, folder: Path, command: str, watcher: Watcher | None = None, *, shared: "Shared | None" = None
+    config: cfg.Config, folder: Path, command: str, watcher: Watcher | None = None, *, shared: Shared | None = None
 ) -> dict[str, Any]:
     """Do all that is not done yet, and return what stands in results.json.
 

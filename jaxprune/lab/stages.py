@@ -223,7 +223,7 @@ class _SeedStages:
     def _run(
         self, name: str, phase: cfg.Phase, tx: Any, steps: int, params: Params, folder: Path | None = None
     ) -> train.TrainState:
-        per_epoch = self._per_epoch(phase)
+        per_epoch, folder = self._per_epoch(phase), folder or self.folder / name
         stage = train.Stage(
             name=name,
             tx=tx,
@@ -237,11 +237,11 @@ class _SeedStages:
         )
         self.watcher.stage(self.seed, name, steps)
         outcome = train.run_stage(
-            stage, self.network.apply, train.start(params, tx), self.samples, folder or self.folder / name,
+            stage, self.network.apply, train.start(params, tx), self.samples, folder,
             validate=self._validate, on_step=self.watcher.step, on_record=self.log.add,
         )  # fmt: skip
         for text in outcome.damaged:
-            self.watcher.note(f"Damaged checkpoint in {self.folder / name} passed over: {text}")
+            self.watcher.note(f"Damaged checkpoint in {folder} passed over: {text}")
         self.log.close_stage()
         return outcome.state
 
