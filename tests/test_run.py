@@ -28,7 +28,7 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import cli
-from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages
+from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages, store
 from jaxprune.lab.config import ConfigError
 from jaxprune.lab.run import RunError
 
@@ -160,7 +160,8 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
         return x.reshape(x.shape[0], -1) @ params["fc"]
 
     record = {"stage": "train", "seconds": 1.5}
-    done = stages.SeedRun(models.Network(params, apply), *(params,) * 4, masks, [record, {**record, "seconds": 2}], [])
+    network, records = models.Network(params, apply), [record, {**record, "seconds": 2}]
+    done = stages.SeedRun(network, *(params,) * 3, store.Stored(apply, params, masks), masks, records, [])
     result = run._seed_result(tiny(tmp_path), 0, data.load("digits"), done, tmp_path)
     stored = {leaf["name"]: (leaf["bytes"], leaf["sparse_bytes"]) for leaf in result["leaves"]}
     assert stored["conv"][0] == stored["conv"][1] == 72

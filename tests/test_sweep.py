@@ -173,7 +173,8 @@ def test_a_run_in_rounds_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
 def test_the_stop_rule_of_a_run_steps_back_and_says_so(tmp_path):
     words = ["--prune", "{how = 'iterative', sparsity = 0.998, rounds = 8, duration = '30 steps', tolerance = 0.15}"]
     results = run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
-    [lines] = results["rounds"]
+    [rounds] = results["rounds"]
+    lines = [one["text"] for one in rounds]
     assert "failed by" in lines[-1]
     assert all("failed" not in line for line in lines[:-1])
     good = len(lines) - 1

@@ -1,6 +1,8 @@
 """From the words of a config to the objects they stand for: method, schedule, optimizer."""
 
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,9 +54,12 @@ def check(prune: cfg.Prune, params: Params) -> None:
         statistics = init_statistics(made, params)
         known: dict[str, Any] = dict.fromkeys(("grads", "hessian_grads", "flow_grads", "squared_grads"), params)
         known |= {"key": key} | ({"statistics": statistics} if statistics else {})
-        return jp.compute_masks(made, params, prune.sparsity, **known)
+        sparsity = prune.levels[-1] if prune.levels else prune.sparsity
+        return jp.compute_masks(made, params, sparsity, **known)
 
     jax.eval_shape(masks, params, jax.random.key(0))
+    for patterns in prune.groups:
+        of_group(made, patterns, params)
 
 
 def granularity(given: cfg.Granularity) -> Any:
@@ -128,18 +133,49 @@ def prune_steps(prune: cfg.Prune, steps_per_epoch: int) -> int:
         raise cfg.ConfigError(
             f'prune.duration: "{prune.duration}" comes to 0 steps, at least 1 is needed to prune {prune.how}.'
         )
-    return {"one-shot": 0, "iterative": prune.rounds * length}.get(prune.how, length)
+    return {"one-shot": 0, "iterative": len(levels(prune)) * length}.get(prune.how, length)
 
 
 def levels(prune: cfg.Prune) -> list[Any]:
     """Of each round of an iterative config the sparsity, every round keeping the same share; or its distribution."""
+    if prune.levels:
+        return list(prune.levels)
     if prune.sparsity is None:
-        return [distribution(prune.distribution)] * prune.rounds
+        made = distribution(prune.distribution)
+        return [_grown(made, prune.growth**number) for number in range(prune.rounds)]
     kept = 1 - prune.sparsity
     return [1 - kept ** (number / prune.rounds) for number in range(1, prune.rounds)] + [prune.sparsity]
 
 
+def _grown(made: Any, factor: float) -> Any:
+    """A threshold times a factor."""
+    if factor == 1:
+        return made
+    key = "k" if isinstance(made, jp.SigmaThreshold) else "t"
+    return dataclasses.replace(made, **{key: getattr(made, key) * factor})
+
+
 def in_rounds(prune: cfg.Prune, made: jp.Method) -> bool:
     """Whether the rounds of an iterative config are trainings of their own, not one with a schedule of masks."""
-    apart = prune.rewind != "none" or prune.tolerance is not None
-    return prune.how == "iterative" and (apart or not words.looks_at(made.criterion) <= evidence.AT_EVERY_STEP)
+    apart = prune.rewind != "none" or prune.tolerance is not None or prune.levels or prune.groups or prune.growth != 1
+    return prune.how == "iterative" and bool(apart or not words.looks_at(made.criterion) <= evidence.AT_EVERY_STEP)
+
+
+def of_group(made: jp.Method, patterns: Sequence[str], params: Params) -> jp.Method:
+    """The method for the weights of one group of leaves alone.
+
+    Raises:
+        ValueError: a pattern that matches no leaf, or a group without a weight to prune.
+    """
+    names = tree.selected_leaves(patterns, params)
+    weights = [name for name, leaf in names.items() if tree.weights(name, leaf)]
+    if not weights:
+        raise cfg.ConfigError(f"prune.groups: no matrix or kernel matches {', '.join(patterns)}.")
+    return dataclasses.replace(made, select=lambda name, leaf: name in weights)
+
+
+def alone(tx: optax.GradientTransformation, patterns: Sequence[str], params: Params) -> optax.GradientTransformation:
+    """An optimizer for one group of leaves; the others stay as they are."""
+    names = tree.selected_leaves(patterns, params)
+    labels = tree.map_named(lambda name, _: "trained" if name in names else "still", params)
+    return optax.partition({"trained": tx, "still": optax.set_to_zero()}, labels)

@@ -79,11 +79,22 @@ class Data(Table):
 
 
 class Model(Table):
-    """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training."""
+    """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training.
+
+    `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.adjusted_dropout`.
+    """
 
     name: Literal["mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn"] = "mlp"
     widths: Annotated[tuple[Count, ...], ARRAY, Only(("name", "mlp"))] = (300, 100)
     dropout: Fraction = 0.0
+    adjust_dropout: bool = False
+
+    @pydantic.field_validator("adjust_dropout")
+    @classmethod
+    def _of_some_dropout(cls, value: bool, info: pydantic.ValidationInfo) -> bool:
+        if value and not info.data.get("dropout"):
+            raise ValueError("has no effect without dropout")
+        return value
 
 
 class Phase(Table):
@@ -105,6 +116,13 @@ class Finetune(Phase):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
 
 
+class Distill(Table):
+    """What the dense model teaches the pruned one: `share` of the loss, at a `temperature`; 0 = nothing."""
+
+    share: Fraction = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+
+
 class Sparse(Table):
     """How the pruned weights are stored when deployed."""
 
@@ -124,13 +142,15 @@ class Store(Finetune, Quantize):
     """How the model's file is written, and how the values that weights share in it are trained.
 
     `bits`: of a code, 2^bits values a leaf. `select`: glob patterns of leaves that are quantized, none = every matrix
-    and convolution kernel. `deflate`: whether bytes are deflated where that makes them fewer.
+    and convolution kernel. `deflate`: whether bytes are deflated where that makes them fewer. `compact`: whether units
+    that nothing reaches or leaves are removed first.
     """
 
     bits: Annotated[int, Field(ge=1, le=8), Only(("quantize", "codebook"))] = 4
     select: Annotated[tuple[str, ...], ARRAY, Only(("quantize", *QUANTIZED))] = ()
     encoding: Annotated[str, must(lambda name: name == "auto" or pattern_of(name), "an encoding")] = "auto"
     deflate: bool = True
+    compact: bool = False
 
     @classmethod
     def conditions(cls) -> dict[str, Only]:
@@ -156,6 +176,7 @@ class Config(Table):
     train: Phase = Phase()
     prune: Prune = Prune(sparsity=0.9)
     finetune: Finetune = Finetune()
+    distill: Distill = Distill()
     sparse: Sparse = Sparse()
     store: Store = Store()
     checkpoint: Checkpoint = Checkpoint()
@@ -244,6 +265,7 @@ def dump(config: Config) -> str:
 
 # What was so before the key had a place in the file: experiments from then keep their hash.
 _BEFORE = {"schedule": "cubic", "iterations": 1, "rewind": "none", "normalized": False, "along": "inputs", "shift": 0}
+_BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "adjust_dropout": False, "compact": False}
 
 
 def config_hash(config: Config) -> str:
@@ -253,8 +275,9 @@ def config_hash(config: Config) -> str:
     """
     tree = config.model_dump(mode="json", exclude={"name": True, "checkpoint": True, "data": {"data_dir"}})
     tree["prune"].pop("preset", None)
-    if config.store == Store():
-        del tree["store"]
+    for section in ("store", "distill"):
+        if getattr(config, section) == type(config).model_fields[section].default:
+            del tree[section]
     # Keys stand in the order of the classes, not of the file; only rules keep the file's, where it has a meaning.
     return hashlib.sha256(json.dumps(_as_before(tree)).encode()).hexdigest()[:8]
 

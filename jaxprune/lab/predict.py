@@ -5,7 +5,7 @@ print(predict(model, paths))
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from jaxprune import tree
 from jaxprune.lab import config as cfg
 from jaxprune.lab import convert, data, images
 from jaxprune.lab.bench import contest, session
@@ -87,6 +88,7 @@ def load(path: Path) -> Loaded:
     """
     with Artifact(path) as file:
         about = convert.metadata_of(file)
+        sizes = {name: record.shape for name, record in file.records.items()}
     match about:
         case {"model": {"name": "keras_resnet50"}, "labels": list(labels)}:
             return _keras_resnet50(path, labels)
@@ -101,8 +103,25 @@ def load(path: Path) -> Loaded:
     kind = str(about.get("data"))
     labels = data.LABELS.get(kind) or [str(label) for label in range(classes)]
     make = images.PREPARE.get(kind, images.photograph)
-    params = jp.load(path, like=network.params)
+    params = jp.load(path, like=_as_small(network.params, sizes))
+    try:
+        jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its tensors do not fit together in a {given.name}: {error}") from None
     return Loaded(network.apply, params, image, lambda file: make(images.read(file), image), labels)
+
+
+def _as_small(params: Any, sizes: Mapping[str, Sequence[int]]) -> Any:
+    """Shapes of a model from which units may be removed: those of the file, where they are no larger."""
+
+    def fitting(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        found = tuple(sizes.get(name, ()))
+        smaller = len(found) == len(leaf.shape) and all(
+            ours <= most for ours, most in zip(found, leaf.shape, strict=True)
+        )
+        return jax.ShapeDtypeStruct(found, leaf.dtype) if smaller else leaf
+
+    return tree.map_named(fitting, params)
 
 
 def _keras_resnet50(path: Path, labels: list[str]) -> Loaded:

@@ -18,6 +18,7 @@ from jaxprune.lab.fields import (
     Period,
     Table,
     Time,
+    must,
 )
 from jaxprune.lab.problems import show
 
@@ -34,6 +35,10 @@ def _rewind(text: str) -> str:
     return text if text in ("none", "rate", "initialisation") else str(Duration.parse(text))
 
 
+THRESHOLDS = ("threshold", "sigma_threshold")
+Group = Annotated[tuple[str, ...], ARRAY, must(len, "patterns of leaf names")]
+RISING = must(lambda levels: list(levels) == sorted(levels), "sparsities that rise from round to round")
+FACTOR = must(lambda factor: factor >= 1, "a factor of at least 1")
 CriterionName = Annotated[str, _word("criterion")]
 
 
@@ -98,8 +103,10 @@ class Prune(Table):
     = every matrix and convolution kernel. `sparsity`: fraction removed at the end. `iterations`: steps in which one
     shot is done. `duration`: of the stage, of an iterative one after each of the `rounds`. `rewind`: where a round
     begins: "none", "rate" (the learning rate begins anew), "initialisation", or weights so far into the training ("1
-    epoch").
-    `tolerance`: a round that ends this much below the dense validation accuracy ends the stage, and does not count.
+    epoch"). `levels`: sparsity of each round, in the place of `rounds` and `sparsity`. `growth`: of a threshold from
+    round to round. `groups`: patterns of leaf names; each group goes through all rounds while the other leaves stay as
+    they are. `tolerance`: a round that ends this much below the dense validation accuracy ends the stage, or the rounds
+    of its group, and does not count.
     `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see `jaxprune.splice`.
     """
 
@@ -111,9 +118,12 @@ class Prune(Table):
     distribution: Annotated[Distribution, BY_NAME] = Distribution()
     schedule: Annotated[str, _word("schedule"), Only(("how", "gradual", "splice"))] = "cubic"
     select: Annotated[tuple[str, ...], ARRAY] = ()
+    levels: Annotated[tuple[Fraction, ...], ARRAY, RISING, Only(("how", "iterative"))] = ()
     sparsity: Fraction | None = NEEDED
     iterations: Annotated[Count, Only(("how", "one-shot"))] = 1
     rounds: Annotated[Count, Only(("how", "iterative"))] = 5
+    growth: Annotated[float, FACTOR, Only(("how", "iterative"))] = 1.0
+    groups: Annotated[tuple[Group, ...], ARRAY, Only(("how", "iterative"))] = ()
     rewind: Annotated[str, AfterValidator(_rewind), Only(("how", "iterative"))] = "none"
     tolerance: Annotated[Fraction | None, Only(("how", "iterative"))] = None
     margin: Annotated[NotNegative, Only(("how", "splice"))] = 0.0
@@ -143,13 +153,29 @@ class Prune(Table):
     def _fits_distribution(cls, value: float | None, info: pydantic.ValidationInfo) -> float | None:
         if (given := info.data.get("distribution")) is None:  # refused already
             return value
+        if info.data.get("levels"):
+            if value is not None:
+                raise ValueError("has no effect beside prune.levels")
+            return value
         names = [getattr(one, "name", "") for one in (given, *(given.rules or {}).values())]
         asking = [name for name in names if name in ("uniform", "global", "erk", "owl", "per_output")]
         asking += ["budget"] if given.name == "budget" and given.limit is None else []
         if value is None and asking:
             raise ValueError(f"missing, distribution {show(asking[0])} needs it")
-        if value is not None and given.name in ("threshold", "sigma_threshold"):
+        if value is not None and given.name in THRESHOLDS:
             raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
+        return value
+
+    @pydantic.field_validator("rounds", "growth", "groups")
+    @classmethod
+    def _has_an_effect_here(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if info.field_name == "rounds" and info.data.get("levels"):
+            raise ValueError("has no effect beside prune.levels")
+        if info.field_name == "groups" and info.data.get("select"):
+            raise ValueError("has no effect beside prune.select: write the patterns into the groups")
+        name = getattr(info.data.get("distribution"), "name", "")
+        if info.field_name == "growth" and value != 1 and name not in THRESHOLDS:
+            raise ValueError(f"only for distribution {' or '.join(map(show, THRESHOLDS))}")
         return value
 
 

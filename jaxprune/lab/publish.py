@@ -68,6 +68,8 @@ def _artifact(config: cfg.Config, seeds: Sequence[dict[str, Any]]) -> dict[str, 
         "dense_bytes": seeds[0]["dense_bytes"],
         "ratio": seeds[0]["dense_bytes"] / stored["mean"],
         "accuracy": spread([seed["accuracy"] for seed in seeds]),
+        "nnz": spread([seed["nnz"] for seed in seeds]),
+        "shapes": seeds[0]["shapes"],
     }
 
 

@@ -24,7 +24,6 @@ import jax
 import numpy as np
 
 import jaxprune as jp
-from jaxprune import tree
 from jaxprune.lab import config as cfg
 from jaxprune.lab import data, files, machine, store, train
 from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed, samples_of
@@ -94,15 +93,14 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         name: train.predict(apply, params, test)
         for name, params in (("dense", done.dense), ("pruned", done.pruned), ("finetuned", done.finetuned))
     }
-    stored = jp.sparse.compress(done.finetuned, format=config.sparse.format, unsupported="dense")
-    classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), stored, test)
+    compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format)
+    classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), compressed, test)
     path, sparsity = folder / f"seed_{seed}" / "model.jaxprune", train.sparsity(done.masks)
-    accuracy = train.accuracy(train.predict(apply, dequantize(done.quantized), test), test)
+    apply_stored, values = jax.jit(done.stored.apply), dequantize(done.stored.params)
+    accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
     about = store.identity(config, seed) | {"sparsity": round(sparsity, 6), "accuracy": round(accuracy, 6)}
-    store.write(path, config.store, done.quantized, done.masks, about)
+    store.write(path, config.store, done.stored.params, done.stored.masks, about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
-    stored_leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda x: isinstance(x, jp.sparse.SparseWeight))
-    bytes_of = {tree.leaf_name(path): jp.sparse.nbytes(leaf) for path, leaf in stored_leaves}
     result = {
         "seed": seed,
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
@@ -114,7 +112,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "leaves": [{**leaf, "sparse_bytes": bytes_of[leaf["name"]]} for leaf in table["leaves"]],
         "bytes": sum(bytes_of.values()),
         "dense_bytes": table["total"]["bytes"],
-        "artifact": store.measure(path, apply, done.finetuned, test),
+        "artifact": store.measure(path, apply_stored, values, done.finetuned, test),
     }
     files.write_text(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
     return result

@@ -1,6 +1,6 @@
 """The stages of one seed: train, prune, fine-tune, quantize, each from its last checkpoint if it was begun before."""
 
-import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, data, evidence, files, models, store, train
+from jaxprune.lab import build, data, evidence, metrics, models, store, train
 from jaxprune.lab import config as cfg
 from jaxprune.storage.quantize import dequantize
 from jaxprune.storage.sharing import reshare, share_weights
@@ -56,19 +56,19 @@ class Shared:
 
 
 class SeedRun(NamedTuple):
-    """The models a seed comes to, params and masks as arrays, `quantized` as [store] says; the network's function.
+    """The models a seed comes to, params and masks as arrays; the network's function.
 
-    `rounds` has a line for every round of an iterative config, in words.
+    `stored` is what its file holds, as [store] says. `rounds` has a record for every round of an iterative config.
     """
 
     network: models.Network
     dense: Params
     pruned: Params
     finetuned: Params
-    quantized: Any
+    stored: store.Stored
     masks: Masks
     records: list[dict[str, Any]]
-    rounds: list[str]
+    rounds: list[dict[str, Any]]
 
 
 def run_seed(
@@ -99,15 +99,15 @@ def run_seed(
     build.check(config.prune, network.params)
     if config.prune.tolerance is not None and not len(validation[0]):
         raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
-    log = _MetricsLog(folder / "metrics.jsonl", before, seed)
+    log = metrics.MetricsLog(folder / "metrics.jsonl", before, seed)
     own = folder / f"seed_{seed}"
     training = shared.training(config, own)
-    stages = _SeedStages(config, seed, network, held_in, validation, own, training, keys, watcher, log)
+    stages = _SeedStages(config, seed, network, dataset, held_in, validation, own, training, keys, watcher, log)
     dense = stages.trained()
     pruned, masks = stages.pruned(dense)
     finetuned = stages.finetuned(pruned, masks)
-    quantized = stages.quantized(finetuned, masks)
-    return SeedRun(network, dense, pruned, finetuned, quantized, masks, log.records, stages.rounds)
+    stored = stages.stored(finetuned, masks)
+    return SeedRun(network, dense, pruned, finetuned, stored, masks, log.records, stages.rounds)
 
 
 def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[models.Network, dict[str, Any]]:
@@ -120,24 +120,32 @@ class _SeedStages:
     """The stages of one seed, what they have in common, and what the rounds of an iterative config came to."""
 
     def __init__(
-        self, config: cfg.Config, seed: int, network: models.Network, held_in: data.Dataset,
+        self, config: cfg.Config, seed: int, network: models.Network, dataset: data.Dataset, held_in: data.Dataset,
         validation: tuple[np.ndarray, np.ndarray], folder: Path, training: Path, keys: dict[str, Any],
-        watcher: Watcher, log: Any,
+        watcher: Watcher, log: metrics.MetricsLog,
     ):  # fmt: skip
         self.config, self.seed, self.network, self.folder, self.training = config, seed, network, folder, training
         self.keys, self.watcher, self.log = keys, watcher, log
         self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
         self.validation = samples_of(*validation, held_in.scale)
+        self.test = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
         self.apply = jax.jit(network.apply)
         self.prune_steps = build.prune_steps(config.prune, self._per_epoch(config.train))
-        self.rounds: list[str] = []
+        self.rounds: list[dict[str, Any]] = []
+        self.teacher: train.Teacher | None = None
 
     def trained(self) -> Params:
         """Dense training; the params it ends with."""
         phase = self.config.train
         steps = phase.duration.steps(self._per_epoch(phase))
         tx = build.optimizer(phase, steps)
-        return self._run("train", phase, tx, steps, self.network.params, self.training).params
+        dense, distill = (
+            self._run("train", phase, tx, steps, self.network.params, self.training).params,
+            self.config.distill,
+        )
+        if distill.share:
+            self.teacher = train.Teacher(self.network.apply, dense, distill.share, distill.temperature)
+        return dense
 
     def pruned(self, dense: Params) -> tuple[Params, Masks]:
         """Pruned params, and the masks that did it."""
@@ -163,22 +171,50 @@ class _SeedStages:
         return jp.iterate(method, dense, prune.sparsity, count=prune.iterations, evidence=evidence_of)
 
     def _in_rounds(self, dense: Params, method: jp.Method) -> tuple[Params, Masks]:
-        """Rounds that are trainings of their own; what they came to is left in `rounds`."""
-        phase, prune = self.config.train, self.config.prune
+        """Rounds that are trainings of their own, group by group; what they came to is left in `rounds`."""
+        params, masks = dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense)
+        reference = self._validate(dense)
+        for patterns in self.config.prune.groups or (None,):
+            params, masks = self._group_in_rounds(params, masks, method, patterns, reference)
+        return params, masks
+
+    def _group_in_rounds(
+        self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, reference: float | None
+    ) -> tuple[Params, Masks]:
+        phase, prune, before = self.config.train, self.config.prune, len(self.rounds)
         length = prune.duration.steps(self._per_epoch(phase))
+        if patterns is not None:
+            method = build.of_group(method, patterns, params)
 
         def trained(params: Params, masks: Masks, number: int) -> Params:
-            tx = optax.chain(build.optimizer(phase, length), jp.keep_params_sparse(masks))
-            return self._run("prune", phase, tx, length, params, self.folder / f"prune/round_{number}").params
+            tx = build.optimizer(phase, length)
+            tx = tx if patterns is None else build.alone(tx, patterns, params)
+            tx = optax.chain(tx, jp.keep_params_sparse(masks))
+            folder = self.folder / f"prune/round_{before + number}"
+            params = self._run("prune", phase, tx, length, params, folder, self._apply(masks)).params
+            self.rounds.append(self._round(params, masks, before + number))
+            return params
 
-        held_out = self.validation.labels.shape[0] > 0
         done = jp.iterative(
-            method, dense, build.levels(prune), trained, early_params=self._early(),
-            evaluate=self._validate if held_out else None, tolerance=prune.tolerance,
+            method, params, build.levels(prune), trained, early_params=self._early(), masks=masks,
+            evaluate=None if reference is None else self._validate, tolerance=prune.tolerance, reference=reference,
             evidence=partial(self._evidence, method),
         )  # fmt: skip
-        self.rounds += map(str, done.rounds)
+        for record, one in zip(self.rounds[before:], done.rounds, strict=True):
+            record |= {"group": list(patterns or ()), **one._asdict(), "text": str(one)}
         return done.params, done.masks
+
+    def _round(self, params: Params, masks: Masks, number: int) -> dict[str, Any]:
+        """What the model of a round is worth on the test data, which decide nothing, and its file."""
+        path = self.folder / "rounds" / f"{number}.jaxprune"
+        path.parent.mkdir(exist_ok=True)
+        jp.save(path, params, masks=masks, metadata=store.identity(self.config, self.seed))
+        return {
+            "accuracy": train.accuracy(train.predict(self.apply, params, self.test), self.test),
+            "removed": train.sparsity(masks),
+            "bytes": path.stat().st_size,
+            "sparse_bytes": store.sparse_bytes(params, self.config.sparse.format),
+        }
 
     def _early(self) -> Params | None:
         """Weights that rounds begin with: of the initialisation, or so far into the training that dense params had."""
@@ -199,17 +235,28 @@ class _SeedStages:
         phase = self.config.finetune
         steps = phase.duration.steps(self._per_epoch(phase))
         tx = optax.chain(build.optimizer(phase, steps), jp.keep_params_sparse(masks))
-        return self._run("finetune", phase, tx, steps, pruned).params
+        return self._run("finetune", phase, tx, steps, pruned, apply=self._apply(masks)).params
 
-    def quantized(self, finetuned: Params, masks: Masks) -> Any:
-        """Params as they are stored; the values that weights share are trained first."""
+    def stored(self, finetuned: Params, masks: Masks) -> store.Stored:
+        """The model as its file holds it; the values that weights share are trained first."""
         phase = self.config.store
-        quantized = store.quantize(phase, finetuned, masks)
+        plain = store.prepared(phase, self.network, finetuned, masks, self.samples.images)
+        quantized = store.quantize(phase, plain.params, plain.masks)
         if phase.quantize != "codebook":
-            return quantized
+            return plain._replace(params=quantized)
         steps = phase.duration.steps(self._per_epoch(phase))
-        tx = optax.chain(share_weights(quantized), build.optimizer(phase, steps), jp.keep_params_sparse(masks))
-        return reshare(quantized, self._run("quantize", phase, tx, steps, dequantize(quantized)).params)
+        tx = optax.chain(share_weights(quantized), build.optimizer(phase, steps), jp.keep_params_sparse(plain.masks))
+        apply = plain.apply if phase.compact else self._apply(masks)
+        trained = self._run("quantize", phase, tx, steps, dequantize(quantized), apply=apply)
+        return plain._replace(params=reshare(quantized, trained.params))
+
+    def _apply(self, masks: Masks) -> Any:
+        """The network's function for training, with less dropout where [model] says so and less is left."""
+        model = self.config.model
+        if not model.adjust_dropout:
+            return self.network.apply
+        rates = {name: float(rate) for name, rate in jp.adjusted_dropout(model.dropout, masks).items()}
+        return partial(self.network.apply, rates=rates)
 
     def _evidence(self, method: jp.Method, params: Params) -> dict[str, Any]:
         return evidence.of(method.criterion, self.network.apply, params, self.samples, self.keys["prune"])
@@ -221,8 +268,9 @@ class _SeedStages:
         return min(phase.batch_size, self.samples.labels.shape[0])
 
     def _run(
-        self, name: str, phase: cfg.Phase, tx: Any, steps: int, params: Params, folder: Path | None = None
-    ) -> train.TrainState:
+        self, name: str, phase: cfg.Phase, tx: Any, steps: int, params: Params, folder: Path | None = None,
+        apply: Any = None,
+    ) -> train.TrainState:  # fmt: skip
         per_epoch, folder = self._per_epoch(phase), folder or self.folder / name
         stage = train.Stage(
             name=name,
@@ -234,10 +282,11 @@ class _SeedStages:
             keep=self.config.checkpoint.keep,
             key=self.keys[name],
             shift=self.config.data.shift,
+            teacher=None if name == "train" else self.teacher,
         )
         self.watcher.stage(self.seed, name, steps)
         outcome = train.run_stage(
-            stage, self.network.apply, train.start(params, tx), self.samples, folder,
+            stage, apply or self.network.apply, train.start(params, tx), self.samples, folder,
             validate=self._validate, on_step=self.watcher.step, on_record=self.log.add,
         )  # fmt: skip
         for text in outcome.damaged:
@@ -254,26 +303,3 @@ class _SeedStages:
 def samples_of(images: np.ndarray, labels: np.ndarray, scale: float) -> train.Samples:
     """Arrays of a data set on the device."""
     return train.Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(scale))
-
-
-class _MetricsLog:
-    """metrics.jsonl: begun anew by every call, then a line for every record.
-
-    A killed run may leave lines of epochs that its checkpoint does not hold. The records that travel in the checkpoints
-    are the truth, and a stage that is taken up again hands them all over once more.
-    """
-
-    def __init__(self, path: Path, before: list[dict[str, Any]], seed: int):
-        self.path, self.seed, self.earlier_steps = path, seed, 0
-        self.records: list[dict[str, Any]] = []
-        files.write_text(path, "".join(json.dumps(record) + "\n" for record in before))
-
-    def add(self, record: dict[str, Any]) -> None:
-        """A record of this stage, with the step counted through all stages."""
-        self.records.append({"seed": self.seed, **record, "step": record["step"] + self.earlier_steps})
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.records[-1]) + "\n")
-
-    def close_stage(self) -> None:
-        """What comes now is of the next stage."""
-        self.earlier_steps = self.records[-1]["step"] if self.records else 0

@@ -1,21 +1,76 @@
 """Storing: from a fine-tuned model to its file, and what that file is worth.
 
+stored = prepared(store, network, params, masks, samples)     # without dead units, if [store] says so
 quantized = quantize(store, params, masks)      # as [store] says; shared values may then be trained further
 write(path, quantized, masks, metadata)
 measure(path, apply, params, test)              # bytes, and the accuracy of what was read back
 """
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, train
+from jaxprune.lab import data, models, train
 from jaxprune.storage.quantize import cast, to_codebooks, to_integers
-from jaxprune.types import Params
+from jaxprune.types import Masks, Params
+
+
+class Stored(NamedTuple):
+    """A model as its file holds it.
+
+    Attributes:
+        apply: (params, images, key=None) -> logits.
+        params: pytree of arrays or quantized leaves, perhaps of smaller shapes than the network's.
+        masks: of the shapes of the params.
+    """
+
+    apply: Callable[..., Any]
+    params: Any
+    masks: Masks
+
+
+def prepared(store: cfg.Store, network: models.Network, params: Params, masks: Masks, images: Any) -> Stored:
+    """The model before it is quantized: as it is, or without the units that nothing reaches or leaves.
+
+    Args:
+        store: the [store] section.
+        network: the model.
+        params: fine-tuned, dead weights at zero.
+        masks: True = alive.
+        images: samples, for their shape.
+    """
+    if not store.compact:
+        return Stored(network.apply, params, masks)
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+    small = jp.compact(network.apply, params, masks, one)
+    left = tree.map_named(lambda name, mask: _without(mask, small.removed.get(name, ())), masks)
+    return Stored(small.apply if small.insists else network.apply, small.params, left)
+
+
+def _without(mask: Any, removed: Sequence[Sequence[int]]) -> Any:
+    for axis, gone in enumerate(removed):
+        mask = np.delete(np.asarray(mask), np.asarray(gone, int), axis)
+    return jnp.asarray(mask)
+
+
+def sparse_bytes(params: Params, form: str) -> int:
+    """Bytes of all leaves in memory, weights compressed to a format."""
+    return sum(leaf_bytes(params, form)[1].values())
+
+
+def leaf_bytes(params: Params, form: str) -> tuple[Any, dict[str, int]]:
+    """Params compressed to a format where they can be, and leaf name -> bytes in memory."""
+    stored = jp.sparse.compress(params, format=form, unsupported="dense")
+    leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda x: isinstance(x, jp.sparse.SparseWeight))
+    return stored, {tree.leaf_name(path): jp.sparse.nbytes(leaf) for path, leaf in leaves}
 
 
 def quantize(store: cfg.Store, params: Any, masks: Any) -> Any:
@@ -49,7 +104,7 @@ def identity(config: cfg.Config, seed: int) -> dict[str, Any]:
         "hash": cfg.config_hash(config),
         "seed": seed,
         "data": config.data.name,
-        "model": config.model.model_dump(mode="json", exclude={"dropout"}),
+        "model": config.model.model_dump(mode="json", exclude={"dropout", "adjust_dropout"}),
         "image": list(data.IMAGES[config.data.name]),
         "classes": data.CLASSES,
         "jaxprune": importlib.metadata.version("jaxprune"),
@@ -66,18 +121,21 @@ def write(path: Path, store: cfg.Store, quantized: Any, masks: Any, metadata: di
     jp.save(path, quantized, masks=masks, encoding=store.encoding, deflate=store.deflate, metadata=metadata)
 
 
-def measure(path: Path, apply: Callable[..., Any], like: Params, test: train.Samples) -> dict[str, Any]:
-    """Bytes of a file, of its tensors as dense arrays, and the accuracy of the model that is read from it.
+def measure(path: Path, apply: Callable[..., Any], like: Params, dense: Params, test: train.Samples) -> dict[str, Any]:
+    """Bytes of a file, of the dense model, the weights left, and the accuracy of the model that is read from the file.
 
     Args:
         path: of the file.
-        apply: the network's function, jitted.
-        like: params of the network, for their structure.
+        apply: the stored model's function, jitted.
+        like: params of the stored model, for their structure.
+        dense: params before any unit was removed.
         test: samples to classify.
     """
     params = jp.load(path, like=like)
     return {
         "bytes": path.stat().st_size,
-        "dense_bytes": sum(leaf.nbytes for leaf in tree.named_leaves(params).values()),
+        "dense_bytes": sum(leaf.nbytes for leaf in tree.named_leaves(dense).values()),
+        "shapes": {name: list(leaf.shape) for name, leaf in tree.named_leaves(params).items()},
+        "nnz": sum(int(np.count_nonzero(leaf)) for name, leaf in tree.selected_leaves(tree.weights, params).items()),
         "accuracy": train.accuracy(train.predict(apply, params, test), test),
     }

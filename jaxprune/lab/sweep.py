@@ -17,7 +17,7 @@ from jaxprune.lab import config as cfg
 from jaxprune.lab import files
 from jaxprune.lab import run as lab_run
 
-KEPT = ("hash", "seeds", "accuracy", "sparsity", "seconds", "rounds")
+KEPT = ("hash", "seeds", "accuracy", "sparsity", "artifact", "seconds", "rounds")
 
 
 def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) -> dict[str, Any]:

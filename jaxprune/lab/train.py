@@ -50,6 +50,22 @@ class Samples(NamedTuple):
     scale: Float[Array, ""]
 
 
+class Teacher(NamedTuple):
+    """A dense model whose answers count for a share of the loss, see `jaxprune.distillation_loss`.
+
+    Attributes:
+        apply: (params, images) -> logits.
+        params: its weights.
+        share: of the loss, in [0, 1).
+        temperature: above 0.
+    """
+
+    apply: Callable[..., Array]
+    params: Params
+    share: float
+    temperature: float
+
+
 class Tally(NamedTuple):
     """Sums since the last report; `bad_step` is the first step whose loss was not finite, or -1."""
 
@@ -82,6 +98,7 @@ class Stage:
         keep: checkpoints kept.
         key: what the stage draws from: orders of samples, shifts of images, dropout.
         shift: by how many pixels images are moved at most.
+        teacher: whom the model learns from besides the labels.
     """
 
     name: str
@@ -93,6 +110,7 @@ class Stage:
     keep: int
     key: Key[Array, ""]
     shift: int = 0
+    teacher: Teacher | None = None
 
 
 class Outcome(NamedTuple):
@@ -142,27 +160,40 @@ def mean_loss(
     rows: Int[Array, "b"],
     key: Key[Array, ""] | None,
     shift: int = 0,
+    teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean cross-entropy in nats over some rows of the samples, and how many of them are classified right."""
+    """Mean loss over some rows of the samples, and how many of them are classified right.
+
+    The loss is the cross-entropy in nats, with a teacher mixed with the distance from its answers.
+    """
     images, labels = samples.images[rows], samples.labels[rows]
     if shift:
         assert key is not None
         images = shifted(images, jax.random.fold_in(key, _SHIFTS), shift)
-    logits = apply(params, scaled(samples, images), key)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(losses), jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+    inputs = scaled(samples, images)
+    logits = apply(params, inputs, key)
+    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    if teacher is not None:
+        soft = jp.distillation_loss(logits, teacher.apply(teacher.params, inputs), temperature=teacher.temperature)
+        loss = (1 - teacher.share) * loss + teacher.share * soft
+    return loss, jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
 
 
 def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainState]:
-    """The jitted step (state, samples, order) -> state. `state` is donated, `order` is the epoch's permutation."""
+    """The jitted step (state, samples, order, teacher's params or None) -> state; `state` is donated.
 
-    def step(state: TrainState, samples: Samples, order: Int[Array, "n"]) -> TrainState:
+    `order` is the epoch's permutation.
+    """
+
+    def step(state: TrainState, samples: Samples, order: Int[Array, "n"], teaching: Params = None) -> TrainState:
         first = state.step % stage.steps_per_epoch * stage.batch_size
         rows = jax.lax.dynamic_slice_in_dim(order, first, stage.batch_size)
         key = jax.random.fold_in(jax.random.fold_in(stage.key, 1), state.step)
 
+        teacher = stage.teacher and stage.teacher._replace(params=teaching)
+
         def loss_of(params: Params) -> tuple[Array, Array]:
-            return mean_loss(apply, params, samples, rows, key, stage.shift)
+            return mean_loss(apply, params, samples, rows, key, stage.shift, teacher)
 
         (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
@@ -230,7 +261,7 @@ def run_stage(
         found, damaged = checkpoint.restore_latest(folder, before)
     # A copy, since the first step gives its state away and `before` belongs to the caller.
     state, records = (found.state, list(found.meta["records"])) if found else (jax.tree.map(jnp.copy, before), [])
-    step_fn, began = make_step(apply, stage), time.perf_counter()
+    step_fn, began, teaching = make_step(apply, stage), time.perf_counter(), stage.teacher and stage.teacher.params
     spent = records[-1]["seconds"] if records else 0.0
     now = int(state.step)
     for record in records:
@@ -244,7 +275,7 @@ def run_stage(
     for stop in _stops(now, stage):
         order = epoch_order(stage.key, samples.labels.shape[0], jnp.int32(now // stage.steps_per_epoch))
         while now < stop:
-            state = step_fn(state, samples, order)
+            state = step_fn(state, samples, order, teaching)
             now += 1
             on_step(now)
         if now % stage.steps_per_epoch == 0 or now == stage.steps:
