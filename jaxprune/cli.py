@@ -109,12 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", help="show a finished run, or compare several", **style,
         description="Print what finished runs came to. One run: its summary, and its page written anew. Several: a "
-        "Markdown table, and with --out a page that compares them.",
+        "Markdown table, and with --out a page that compares them. --table writes the tables of results in a Markdown "
+        "file anew, where it marks them: <!-- table: overview results/NAME.json --> ... <!-- end -->.",
     )  # fmt: skip
-    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    report.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder")
+    report.add_argument("--table", metavar="FILE", type=Path, help="a Markdown file, such as experiments/README.md")
     report.add_argument("--out", metavar="FILE", type=Path, help="write the comparison as an HTML page")
     report.add_argument("--json", action="store_true", help="print the results as JSON instead")
-    report.set_defaults(do=_report)
+    report.set_defaults(do=_report, refuse=report.error)
 
     bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
     load = bring.add_parser(
@@ -172,8 +174,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab import figures, html, publish
+    from jaxprune.lab import comparison, figures, html, publish
 
+    if arguments.table:
+        print(f"{arguments.table}: {comparison.fill(arguments.table)} tables written")
+    if not arguments.runs:
+        return 0 if arguments.table else arguments.refuse("the following arguments are required: RUN, or --table FILE")
     results = [publish.read_results(folder) for folder in arguments.runs]
     if arguments.out:
         page = html.comparison_page(results, {"comparison": figures.png(figures.comparison(results))})

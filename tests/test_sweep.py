@@ -138,7 +138,11 @@ def test_the_command_does_sweeps_and_single_runs_in_turn(tmp_path, monkeypatch, 
 
     def fake(config, folder, command, watcher, *, shared=None):
         done.append((config.prune.sparsity, folder.parent, shared is not None))
-        return {"accuracy": {"finetuned": {"mean": config.prune.sparsity, "std": 0.0}}}
+        spread = {"mean": config.prune.sparsity, "std": 0.0, "values": [config.prune.sparsity]}
+        stored = {"bytes": spread, "ratio": 2.0}
+        return {
+            "accuracy": {"dense": spread, "finetuned": spread}, "sparsity": spread, "artifact": stored, "hash": "abc"
+        }  # fmt: skip
 
     monkeypatch.setattr(run, "run", fake)
     first, second = tmp_path / "a.toml", tmp_path / "b.toml"

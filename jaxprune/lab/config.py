@@ -166,10 +166,23 @@ class Checkpoint(Table):
     keep: Count = 2
 
 
+class Published(Table):
+    """What others came to: `who`, fraction `removed`, test `accuracy`, and how many times `smaller` their file was."""
+
+    who: str
+    removed: Fraction | None = None
+    accuracy: Annotated[float | None, Field(ge=0, le=1)] = None
+    smaller: Annotated[float | None, Field(gt=0)] = None
+
+
 class Config(Table):
-    """An experiment. Only `name` is required; without [prune], 90 % of the weights go in one shot."""
+    """An experiment. Only `name` is required; without [prune], 90 % of the weights go in one shot.
+
+    `title`: what it is, in a few words for tables.
+    """
 
     name: Annotated[str, must(re.compile("[A-Za-z0-9._-]+").fullmatch, "letters, digits and . _ -")]
+    title: str = ""
     seeds: Annotated[tuple[Seed, ...], ARRAY, DISTINCT] = (0,)
     data: Data = Data()
     model: Model = Model()
@@ -180,6 +193,7 @@ class Config(Table):
     sparse: Sparse = Sparse()
     store: Store = Store()
     checkpoint: Checkpoint = Checkpoint()
+    published: Annotated[tuple[Published, ...], ARRAY] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +285,10 @@ _BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "adjust_dropout": False, 
 def config_hash(config: Config) -> str:
     """Eight hex digits, equal when two experiments compute the same.
 
-    Name, data_dir and [checkpoint] do not count, nor does a preset's name beside what it stands for.
+    What only names, tells or saves does not count, nor does a preset's name beside what it stands for.
     """
-    tree = config.model_dump(mode="json", exclude={"name": True, "checkpoint": True, "data": {"data_dir"}})
+    apart = dict.fromkeys(("name", "title", "checkpoint", "published"), True)
+    tree = config.model_dump(mode="json", exclude={**apart, "data": {"data_dir"}})
     tree["prune"].pop("preset", None)
     for section in ("store", "distill"):
         if getattr(config, section) == type(config).model_fields[section].default:

@@ -20,6 +20,9 @@ _CAPTIONS = {
     "training_curve": "Accuracy over the steps of all stages, and beside it the sparsity of the pruned leaves.",
     "leaf_sparsity": "Share of every pruned leaf that was removed, with the weights left and the weights there.",
     "storage": "Bytes of the model over the sparsity of its pruned leaves, zeros at random; dots: break-even.",
+    "accuracy_over_kept": "Test accuracy over the weights kept, ours and what others published. Bars are one standard "
+    "deviation over seeds.",
+    "size_over_kept": "Bytes over the weights kept: of the model's file, and of its sparse weights in memory.",
     "comparison": "Test accuracy of every run. Bars are one standard deviation over seeds.",
 }
 
@@ -43,6 +46,7 @@ def report_page(
         _verdict(results),
         page.pairs_list(_facts(results)),
         _figures(figures),
+        _rounds_section(results),
         "<h2>Leaves</h2>",
         _leaf_table(results["leaves"]),
         _stage_section(metrics),
@@ -73,6 +77,31 @@ def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
         page.code("\n".join(result["command"] for result in results)),
     ]
     return page.page("Comparison of runs", body)
+
+
+def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
+    """Return what the points of a sweep came to as one HTML page.
+
+    Args:
+        results: of `jaxprune.lab.sweep`.
+        figures: caption key -> PNG, as for `report_page`.
+    """
+    rows = [
+        (", ".join(f"{key} {value}" for key, value in point["values"].items()), percent(point["sparsity"]["mean"], 2),
+         *(_with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
+         f"{point['artifact']['ratio']:.1f}", point["hash"])
+        for point in results["points"]
+    ]  # fmt: skip
+    body = [
+        f"<h1>{escape(results['name'])}</h1>",
+        page.lead(results["title"] or f"{len(rows)} experiments"),
+        '<p class="soft">Accuracy on test data: mean ± standard deviation over seeds. Removed: of pruned leaves.</p>',
+        page.table(("Experiment", "Removed", "Dense", "Fine-tuned", "File, times smaller", "Config"), rows),
+        _figures(figures),
+        "<h2>Run it again</h2>",
+        page.code(results["command"]),
+    ]
+    return page.page(f"{results['name']}: sweep", body)
 
 
 def summary_text(results: Record) -> str:
@@ -275,6 +304,18 @@ def _leaf_table(leaves: list[Record]) -> str:
     gone = percent(1 - nnz / weights) if weights else "-"
     total = (f"{len(leaves)} leaves", "", f"{weights:,}", f"{nnz:,}", gone, f"{dense:,}", f"{sparse:,}")
     return page.table(("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse"), rows, total)
+
+
+def _rounds_section(results: Record) -> str:
+    """Show every round of every seed, those that the stop rule took back in their own words."""
+    columns = ("Round", "Seed", "Group", "Removed of it", "Removed", "Validation", "Test", "File, bytes", "")
+    rows = [
+        (str(one["number"]), str(seed), " ".join(one["group"]) or "all", percent(one["sparsity"], 2),
+         percent(one["removed"], 2), "-" if one["score"] is None else percent(one["score"], 2),
+         percent(one["accuracy"], 2), f"{one['bytes']:,}", one["text"].partition(": failed")[2] and "taken back")
+        for seed, rounds in zip(results["seeds"], results.get("rounds", []), strict=False) for one in rounds
+    ]  # fmt: skip
+    return f"<h2>Rounds</h2>\n{page.table(columns, rows)}" if rows else ""
 
 
 def _stage_section(metrics: list[Record]) -> str:

@@ -9,17 +9,18 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, figures, files, html, train
+from jaxprune.lab import curves, data, figures, files, html, train
 from jaxprune.lab.storage_figure import storage
 from jaxprune.types import Masks, Params
 
 MODELS = ("dense", "pruned", "finetuned", "sparse")
-FIGURES = ("weight_histograms", "training_curve", "leaf_sparsity", "storage")
+FIGURES = ("weight_histograms", "training_curve", "leaf_sparsity", "storage", "accuracy_over_kept", "size_over_kept")
 
 
 def results(
-    config: cfg.Config, dataset: data.Dataset, seeds: Sequence[dict[str, Any]], command: str, times: tuple[str, str]
-) -> dict[str, Any]:
+    config: cfg.Config, dataset: data.Dataset, seeds: Sequence[dict[str, Any]], command: str, times: tuple[str, str],
+    machine: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
     """What stands in results.json: mean and standard deviation over seeds of all that was measured.
 
     Args:
@@ -28,10 +29,12 @@ def results(
         seeds: one result a seed, as in seed_N/result.json.
         command: how to do it again.
         times: when this call began and ended, ISO with time zone.
+        machine: of `jaxprune.lab.machine`.
     """
     held_out = round(len(dataset.train_labels) * config.data.validation)
     return {
         "name": config.name,
+        "title": config.title,
         "hash": cfg.config_hash(config),
         "command": command,
         "started": times[0],
@@ -55,7 +58,9 @@ def results(
         "artifact": _artifact(config, [seed["artifact"] for seed in seeds]),
         "leaves": seeds[0]["leaves"],
         "seconds": spread([seed["seconds"] for seed in seeds]),
+        "machine": {key: machine[key] for key in ("processor", "cores", "jax")},
         **({"rounds": [seed["rounds"] for seed in seeds]} if seeds[0]["rounds"] else {}),
+        **({"published": config.model_dump(mode="json")["published"]} if config.published else {}),
     }
 
 
@@ -100,6 +105,7 @@ def make_figures(
         "leaf_sparsity": figures.leaf_sparsity(summary["leaves"]),
         "storage": storage(summary["leaves"], summary["artifact"], summary["sparsity"]["mean"]),
     }
+    drawn |= curves.of_runs([summary])
     return {name: figures.png(figure) for name, figure in drawn.items()}
 
 

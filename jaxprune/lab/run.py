@@ -78,7 +78,8 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher,
         results.append(_seed_result(config, seed, dataset, done, folder))
         first = first or done
     assert first is not None
-    summary = publish.results(config, dataset, results, command, (started, _now()))
+    made_on = json.loads((folder / "machine.json").read_text())
+    summary = publish.results(config, dataset, results, command, (started, _now()), made_on)
     models = {"dense": first.dense, "pruned": first.pruned, "fine-tuned": first.finetuned}
     weights = publish.histogram_weights(models, first.masks)
     publish.write(folder, summary, publish.make_figures(summary, records, weights, config.prune.distribution.t))

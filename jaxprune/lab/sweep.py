@@ -2,7 +2,7 @@
 
     runs/NAME-HASH/                 a run for every point, as if it had been started alone
     runs/NAME-sweep/train/          dense trainings, which points that differ in what comes later have in common
-    runs/NAME-sweep/results.json    what the points came to
+    runs/NAME-sweep/results.json    what the points came to, and report.html to read it
 
 A point that is done is not done again, whichever sweep it belongs to, so that a grid may grow.
 """
@@ -17,7 +17,7 @@ from jaxprune.lab import config as cfg
 from jaxprune.lab import files
 from jaxprune.lab import run as lab_run
 
-KEPT = ("hash", "seeds", "accuracy", "sparsity", "artifact", "seconds", "rounds")
+KEPT = ("hash", "seeds", "accuracy", "sparsity", "artifact", "seconds", "rounds", "machine", "published")
 
 
 def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) ->
     Raises:
         ValueError, RuntimeError: from a run; its message names the point.
     """
+    from jaxprune.lab import curves, figures, html  # brings matplotlib
+
     folder = root / f"{sweep.name}-sweep"
     shared, points = lab_run.Shared(folder / "train"), []
     for number, point in enumerate(sweep.points, 1):
@@ -39,8 +41,16 @@ def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) ->
         watcher.note(f"[{number}/{len(sweep.points)}] {' '.join(words)}")
         done = lab_run.run(point.config, lab_run.folder_of(point.config, root), command, watcher, shared=shared)
         points.append({"values": point.values, **{key: done[key] for key in KEPT if key in done}})
-    results = {"name": sweep.name, "command": command, "axes": sweep.axes, "points": points}
+    results = {
+        "name": sweep.name,
+        "title": sweep.points[0].config.title,
+        "command": command,
+        "axes": sweep.axes,
+        "points": points,
+    }
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: figures.png(figure) for name, figure in curves.of_runs(points).items()}
+    (folder / "report.html").write_text(html.sweep_page(results, drawn))
     files.write_text(folder / "results.json", json.dumps(results, indent=1))
     return results
 

@@ -1,0 +1,146 @@
+"""Tables of results, ours beside those of others, and the Markdown file that they stand in.
+
+    <!-- table: overview results/quickstart.json results/s1_mnist_mlp.json -->
+    (here stands what `fill` writes; everything outside such marks is left as it is)
+    <!-- end -->
+
+`overview` has a row for every experiment, `levels` one for every round of one experiment, `grid` the test errors of
+sweeps: see `jaxprune.lab.sweep.table`. Paths are relative to the file.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprune.lab import curves, files, html, sweep
+
+Record = dict[str, Any]
+_MARKED = re.compile(r"(<!-- table: (\w+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(path: Path) -> int:
+    """Write every marked table of a Markdown file anew; returns how many there are.
+
+    Raises:
+        ValueError: no table is marked, an unknown kind, or results that cannot be read.
+        OSError: the file cannot be read or written.
+    """
+    text, count = _MARKED.subn(lambda found: _filled(path.parent, *found.groups()), path.read_text("utf-8"))
+    if not count:
+        raise ValueError(f"{path} marks no table: expected <!-- table: overview results/NAME.json --> ... <!-- end -->")
+    files.write_text(path, text)
+    return count
+
+
+def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
+    kinds: dict[str, Callable[[Sequence[Record]], str]] = {"overview": overview, "levels": levels, "grid": sweep.table}
+    if kind not in kinds:
+        raise ValueError(f"A table is one of {', '.join(kinds)}; {kind!r} arrived.")
+    return f"{begin}{kinds[kind]([read(folder / name) for name in names.split()])}\n{end}"
+
+
+def read(path: Path) -> Record:
+    """Results of a run or a sweep.
+
+    Raises:
+        ValueError: no JSON, or no results.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not {"command", "name"} <= found.keys():
+        raise ValueError(f"{path} holds no results of `jaxprune run`.")
+    return found
+
+
+def overview(results: Sequence[Record]) -> str:
+    """A row for every experiment, of a sweep for every point: what it is, how it is done again, what it came to.
+
+    Accuracies are in per cent, mean and standard deviation over seeds. A published figure stands in the row of its
+    experiment whose share of weights kept is nearest.
+    """
+    head = ("experiment", "command", "minutes", "machine", "seeds", "removed", "dense", "pruned", "file", "published")
+    rows = [row for result in results for row in _overview_rows(result)]
+    return _markdown(head, rows)
+
+
+def _overview_rows(result: Record) -> list[tuple[str, ...]]:
+    points = result.get("points", [result])
+    published = _nearest([point["sparsity"]["mean"] for point in points], points[0].get("published", []))
+    rows = []
+    for point, theirs in zip(points, published, strict=True):
+        stored = point.get("artifact")
+        what = (result.get("title") or result["name"], f"`{result['command']}`") if not rows else ("", "")
+        rows.append((
+            *what, _minutes(point), _machine(point), str(len(point["seeds"])),
+            html.percent(point["sparsity"]["mean"], 2),
+            *(_spread(point["accuracy"][name]["values"]) for name in ("dense", "finetuned")),
+            f"{stored['ratio']:.3g}x smaller, {_spread(stored['accuracy']['values'])}" if stored else "-",
+            "; ".join(map(_published, theirs)) or "-",
+        ))  # fmt: skip
+    return rows
+
+
+def levels(results: Sequence[Record]) -> str:
+    """A row for every round, or for every point of a sweep: accuracy and file at each share of weights kept."""
+    [result] = results
+    points = result.get("points", [result])
+    names = [", ".join(_word(value) for value in point.get("values", {}).values()) or "ours" for point in points]
+    found = [curves.levels(point) for point in points]
+    published = _nearest([level.removed for level in found[0]], points[0].get("published", []))
+    head = ["kept", "removed", *(cell for name in names for cell in (name, "file, times smaller")), "published"]
+    rows = []
+    for place, theirs in enumerate(published):
+        kept = 1 - found[0][place].removed
+        cells = []
+        for point, ours in zip(points, found, strict=True):
+            dense = point["artifact"]["dense_bytes"]
+            cells += [_spread(ours[place].accuracy), f"{dense / float(np.mean(ours[place].file)):.3g}"]
+        rows.append((f"{kept:.5g}", html.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
+    return _markdown(head, rows)
+
+
+def _nearest(removed: Sequence[float], published: Sequence[Record]) -> list[list[Record]]:
+    """Published figures by the level that is nearest, in the logarithm of the share kept; those without one first."""
+    found: list[list[Record]] = [[] for _ in removed]
+    for one in published:
+        share = one.get("removed")
+        distances = [0.0 if share is None else abs(math.log((1 - share) / (1 - level))) for level in removed]
+        found[int(np.argmin(distances))].append(one)
+    return found
+
+
+def _published(one: Record) -> str:
+    said = [f"{100 * one['accuracy']:.2f}"] if one.get("accuracy") is not None else []
+    said += [f"at {html.percent(one['removed'], 2)} removed"] if one.get("removed") is not None else []
+    said += [f"file {one['smaller']:g}x smaller"] if one.get("smaller") is not None else []
+    return f"{' '.join(said)} ({one['who']})" if said else one["who"]
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {100 * float(np.std(values, ddof=1)):.2f}" if len(values) > 1 else ""
+    return f"{100 * float(np.mean(values)):.2f}{deviation}"
+
+
+def _minutes(point: Record) -> str:
+    return f"{sum(point['seconds']['values']) / 60:.2g}"
+
+
+def _machine(point: Record) -> str:
+    machine = point.get("machine")
+    return f"{machine['processor']}, {machine['cores']} cores, jax {machine['jax']}" if machine else "-"
+
+
+def _word(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
