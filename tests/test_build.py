@@ -332,3 +332,28 @@ def test_what_does_not_fit_the_model_is_refused_before_training(prune, says):
         build.check(cfg.Prune(**prune), params)
     build.check(cfg.Prune(sparsity=0.5, criterion="taylor"), params)
     build.check(cfg.Prune(sparsity=0.5, criterion="random"), params)
+
+
+def test_levels_of_rounds():
+    """As they are given, each keeping the same share, or a threshold that grows."""
+    thirds = cfg.Prune(how="iterative", levels=(0.1, 0.3))
+    assert (build.levels(thirds), build.prune_steps(thirds, 10)) == ([0.1, 0.3], 200)
+    sigma = {"name": "sigma_threshold", "k": 0.5}
+    grown = cfg.Prune.model_validate({"how": "iterative", "distribution": sigma, "growth": 2.0, "rounds": 3})
+    assert build.levels(grown) == [jp.SigmaThreshold(0.5), jp.SigmaThreshold(1.0), jp.SigmaThreshold(2.0)]
+    assert build.in_rounds(grown, build.method(grown))
+    assert build.in_rounds(thirds, build.method(thirds))
+
+
+def test_a_group_is_pruned_and_trained_alone():
+    params = {"a": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": {"kernel": jnp.ones((4, 4))}}
+    method = build.of_group(jp.Method(), ("a/*",), params)
+    masks = jp.compute_masks(method, params, 0.5)
+    assert [int(mask.sum()) for mask in jax.tree.leaves(masks)] == [4, 8, 16]
+    tx = build.alone(optax.sgd(1.0), ("a/*",), params)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [float(leaf.mean()) for leaf in jax.tree.leaves(updates)] == [-1, -1, 0]
+    with pytest.raises(cfg.ConfigError, match=r"prune.groups: no matrix or kernel matches a/bias"):
+        build.of_group(jp.Method(), ("a/bias",), params)
+    with pytest.raises(ValueError, match="matches no leaf"):
+        build.of_group(jp.Method(), ("c/*",), params)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune.lab import config as lab
-from jaxprune.lab.config import ConfigError, Distribution, Duration, Granularity, config_hash, dump, load
+from jaxprune.lab.config import ConfigError, Distribution, Duration, Granularity, Published, config_hash, dump, load
 
 FULL = """
 name = "quickstart"
@@ -59,6 +59,11 @@ GOOD = [
     ("model.widths = []", "model.widths", ()),
     ("model.name = 'lenet_5'", "model.name", "lenet_5"),
     ("prune = {how = 'iterative', sparsity = 0.5, rounds = 2}", "prune.rounds", 2),
+    ("prune = {how = 'iterative', levels = [0.5, 0.9]}", "prune.sparsity", None),
+    ("prune = {how = 'iterative', sparsity = 0.5, groups = [['a*'], ['b*']]}", "prune.groups", (("a*",), ("b*",))),
+    ("model = {dropout = 0.5, adjust_dropout = true}", "model.adjust_dropout", True),
+    ("distill.share = 0.5", "distill.temperature", 4.0),
+    ("published = [{who = 'A', removed = 0.5}]", "published", (Published(who="A", removed=0.5),)),
     ("prune = {sparsity = 0.5, granularity = 'input'}", "prune.granularity", Granularity(name="input")),
     ("prune = {sparsity = 0.5, distribution = 'erk'}", "prune.distribution", Distribution(name="erk")),
     ("prune.distribution = {name = 'nm', n = 2, m = 4}", "prune.distribution.m", 4),
@@ -105,6 +110,28 @@ BAD = [
     ("prune = {sparsity = 0.5, rounds = 3}", 'prune.rounds: only for how = "iterative", here how = "one-shot"'),
     ("prune = {sparsity = 0.5, duration = '1 step'}", 'or "regrow" or "splice", here how = "one-shot"'),
     ("prune = {sparsity = 0.5, update_every = '1 step'}", 'prune.update_every: only for how = "gradual"'),
+    ("prune = {sparsity = 0.5, levels = [0.5]}", 'prune.levels: only for how = "iterative", here how = "one-shot"'),
+    ("prune = {how = 'iterative', levels = [0.9, 0.5]}", "prune.levels: expected sparsities that rise from round"),
+    (
+        "prune = {how = 'iterative', levels = [0.5], sparsity = 0.9}",
+        "prune.sparsity: has no effect beside prune.levels",
+    ),
+    ("prune = {how = 'iterative', levels = [0.5], rounds = 9}", "prune.rounds: has no effect beside prune.levels"),
+    ("prune = {how = 'iterative', sparsity = 0.5, groups = [[]]}", "prune.groups.0: expected patterns of leaf names"),
+    (
+        "prune = {how = 'iterative', sparsity = 0.5, select = ['a'], groups = [['a']]}",
+        "prune.groups: has no effect beside prune.select",
+    ),
+    (
+        "prune = {how = 'iterative', sparsity = 0.5, growth = 1.5}",
+        'prune.growth: only for distribution "threshold" or "sigma_threshold"',
+    ),
+    (
+        "prune = {how = 'iterative', distribution = {name = 'threshold', t = 0.1}, growth = 0.5}",
+        "prune.growth: expected a factor of at least 1",
+    ),
+    ("model.adjust_dropout = true", "model.adjust_dropout: has no effect without dropout"),
+    ("distill.share = 1", "distill.share: expected a fraction in [0, 1), arrived 1"),
     ("prune.sparsity = 90", "prune.sparsity: expected a fraction in [0, 1), arrived 90, did you mean 0.9?"),
     ("prune.sparsity = 1", "prune.sparsity: expected a fraction in [0, 1), arrived 1"),
     ("prune.how = 'gradual'", 'prune.sparsity: missing, distribution "global" needs it'),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
+from flax import nnx
 
 from jaxprune import tree
 from jaxprune.lab import models
@@ -177,3 +178,24 @@ def test_gradients_under_jit_and_strict_promotion(name):
     grads = gradients(network.params, jnp.ones((2, *SMALL)), KEY)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, network.params)
+
+
+@pytest.mark.parametrize("side", [4, 7])
+def test_the_derivative_of_max_pooling_is_that_of_the_pooling_it_replaces(side):
+    x = jax.random.normal(jax.random.key(0), (3, side, side + 1, 2))
+    y, pull = jax.vjp(small.max_pool, x)
+    expected, pull_back = jax.vjp(lambda x: nnx.max_pool(x, (2, 2), (2, 2)), x)
+    np.testing.assert_array_equal(y, expected)
+    g = jax.random.normal(jax.random.key(1), y.shape)
+    np.testing.assert_array_equal(*pull(g), *pull_back(g))
+
+
+@pytest.mark.parametrize(("name", "leaf"), [("lenet_5", "fc1/kernel"), ("lenet_300_100", "layers/1/kernel")])
+def test_rates_stand_for_the_dropout_of_their_leaf(name, leaf):
+    model = Model(name=name, dropout=0.9)
+    network = models.build(model, (28, 28, 1), 10, jax.random.key(0))
+    x, key = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1)), jax.random.key(2)
+    none = dict.fromkeys(("fc1/kernel", "layers/0/kernel", "layers/1/kernel"), 0.0)
+    np.testing.assert_array_equal(network.apply(network.params, x, key, none), network.apply(network.params, x))
+    some = network.apply(network.params, x, key, none | {leaf: 0.5})
+    assert not np.allclose(some, network.apply(network.params, x))

@@ -1,5 +1,6 @@
 """Sweeps, and runs whose rounds are trainings of their own: grids, tables, what is shared, where a stop rule stops."""
 
+import itertools
 import json
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from lab_helpers import StopAt, Stopped, arrays_of, checkpoints, compiled_once, tiny, write_config
 
-from jaxprune import cli
-from jaxprune.lab import config, run, sweep
+import jaxprune as jp
+from jaxprune import cli, storage
+from jaxprune.lab import config, convert, data, predict, run, stages, sweep
+from jaxprune.lab.bench import of_run
 
 pytestmark = pytest.mark.usefixtures("relaxed")
 SMALL = """
@@ -190,3 +193,108 @@ def test_a_stop_rule_needs_samples_to_judge_by(tmp_path):
     words = ["--prune", "{how = 'iterative', sparsity = 0.9, tolerance = 0.1}", "--data.validation", "0"]
     with pytest.raises(config.ConfigError, match=r"prune.tolerance: needs held-out samples"):
         run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
+
+
+def test_rounds_at_given_levels_leave_a_record_and_a_file_each(tmp_path):
+    words = ["--prune", "{how = 'iterative', levels = [0.25, 0.5, 0.75], duration = '6 steps'}"]
+    results = run.run(tiny(tmp_path, *words, "--title", "three"), tmp_path / "run", "a command")
+    [rounds] = results["rounds"]
+    assert [round(one["removed"], 3) for one in rounds] == [0.25, 0.5, 0.75]
+    assert sorted(one["bytes"] for one in rounds) == [one["bytes"] for one in rounds][::-1]
+    assert rounds[-1]["sparse_bytes"] == results["sparse"]["bytes"] < rounds[0]["sparse_bytes"]
+    assert (results["title"], set(results["machine"])) == ("three", {"processor", "cores", "jax"})
+    for number, one in enumerate(rounds, 1):
+        model = predict.load(tmp_path / "run" / "seed_0" / "rounds" / f"{number}.jaxprune")
+        assert sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1) == round(
+            (1 - one["removed"]) * sum(leaf.size for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
+        )
+    figures = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
+    assert {"accuracy_over_kept", "size_over_kept"} <= figures
+    assert "<h2>Rounds</h2>" in (tmp_path / "run" / "report.html").read_text()
+    network = of_run.of_run(tmp_path / "run")
+    made = of_run.rounds_of(tmp_path / "run", network.params)
+    assert [round(sparsity, 3) for sparsity in made] == [0.25, 0.5, 0.75]
+    for read, number in zip(made.values(), (1, 2, 3), strict=True):
+        path = tmp_path / "run" / "seed_0" / "rounds" / f"{number}.jaxprune"
+        jax.tree.map(np.testing.assert_array_equal, read(), jp.load(path, like=network.params))
+
+
+def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_path):
+    """Thresholds grow until the group's training no longer recovers, and each group has its own rounds."""
+    sigma = "distribution = {name = 'sigma_threshold', k = 0.5}, growth = 2.0, rounds = 9, tolerance = 0.1"
+    words = [
+        "--prune",
+        f"{{how = 'iterative', {sigma}, duration = '9 steps', groups = [['layers/1/*'], ['layers/0/*']]}}",
+    ]
+    results = run.run(tiny(tmp_path, *words, "--finetune.duration", "0 steps"), tmp_path / "run", "a command")
+    [rounds] = results["rounds"]
+    assert [next(one) for _, one in itertools.groupby(one["group"][0] for one in rounds)] == [
+        "layers/1/*",
+        "layers/0/*",
+    ]
+    groups = [[one for one in rounds if one["group"] == [name]] for name in ("layers/1/*", "layers/0/*")]
+    for group in groups:
+        assert [one["number"] for one in group] == list(range(1, len(group) + 1))
+        assert "failed by" in group[-1]["text"] or len(group) == 9
+    own = tmp_path / "run" / "seed_0"
+    files = [jp.load(own / "rounds" / f"{number}.jaxprune") for number in (1, len(groups[0]) + 1)]
+    dense = arrays_of(checkpoints(own / "train")[-1])
+    first = [leaf["kernel"] for leaf in (files[0]["layers"][0], files[0]["layers"][1])]
+    assert any(np.array_equal(first[0], leaf) for leaf in dense.values())
+    assert not any(np.array_equal(first[1], leaf) for leaf in dense.values())
+    good = next(one for one in groups[0][::-1] if "failed" not in one["text"])
+    kept = jp.load(own / "rounds" / f"{good['number']}.jaxprune")["layers"][1]["kernel"]
+    np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
+
+
+def test_less_dropout_where_less_is_left(tmp_path, monkeypatch):
+    """Training after pruning uses the rates of the masks, training before it the model's."""
+    seen = []
+    real = stages.train.run_stage
+
+    def run_stage(stage, apply, *args, **kwargs):
+        seen.append((stage.name, getattr(apply, "keywords", {}).get("rates")))
+        return real(stage, apply, *args, **kwargs)
+
+    monkeypatch.setattr(stages.train, "run_stage", run_stage)
+    words = ["--prune", "{how = 'iterative', levels = [0.75], duration = '3 steps'}", "--finetune.duration", "3 steps"]
+    dropout = ["--model.dropout", "0.4", "--model.adjust_dropout", "true", "--prune.distribution", "uniform"]
+    run.run(tiny(tmp_path, *words, *dropout), tmp_path / "run", "a command")
+    assert [name for name, _ in seen] == ["train", "prune", "finetune"]
+    assert seen[0][1] is None
+    for _, rates in seen[1:]:
+        np.testing.assert_allclose(rates["layers/0/kernel"], 0.4 * 0.5, rtol=1e-3)
+
+
+def test_units_that_are_dead_go_before_the_file_is_written(tmp_path):
+    words = [
+        "--prune.sparsity",
+        "0.97",
+        "--store.compact",
+        "true",
+        "--store.quantize",
+        "codebook",
+        "--store.duration",
+        "4 steps",
+    ]
+    results = run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
+    stored = results["artifact"]
+    assert stored["shapes"]["layers/0/kernel"][1] == stored["shapes"]["layers/1/kernel"][0] < 16
+    assert stored["dense_bytes"] == results["sparse"]["dense_bytes"]
+    model = predict.load(tmp_path / "run" / "seed_0" / "model.jaxprune")
+    dataset = data.load("digits")
+    samples = stages.samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
+    classes = stages.train.predict(jax.jit(model.apply), model.params, samples)
+    assert stages.train.accuracy(classes, samples) == stored["accuracy"]["mean"]
+
+
+def test_a_compacted_file_of_another_model_is_refused(tmp_path):
+    words = ["--store.compact", "true", "--prune.sparsity", "0.97"]
+    run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
+    with storage.Artifact(tmp_path / "run" / "seed_0" / "model.jaxprune") as file:
+        about = convert.metadata_of(file)
+    params = jp.load(tmp_path / "run" / "seed_0" / "model.jaxprune")
+    params["layers"][0]["kernel"] = params["layers"][0]["kernel"][:, :-1]
+    jp.save(tmp_path / "odd.jaxprune", params, metadata=about)
+    with pytest.raises(ValueError, match=r"odd.jaxprune: its tensors do not fit together in a mlp"):
+        predict.load(tmp_path / "odd.jaxprune")

@@ -377,3 +377,35 @@ def test_one_compile_a_stage_also_when_taken_up(tmp_path, monkeypatch, name):
         go(given, tmp_path, **stop_at(11))
     go(given, tmp_path)
     assert [step._cache_size() for step in made] == [1, 1]
+
+
+def test_the_loss_with_a_teacher_is_the_papers():
+    """(1 - a) cross-entropy + a T^2 KL(teacher || student), softened by T, in NumPy."""
+    data, share, temperature = samples(), 0.7, 3.0
+    teacher = jax.tree.map(lambda leaf: leaf * 2 + 0.1, PARAMS)
+    given = train.Teacher(plain, teacher, share, temperature)
+    loss, _ = train.mean_loss(plain, PARAMS, data, jnp.arange(N), None, teacher=given)
+
+    def log_softmax(z):
+        return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+    x = np.asarray(data.images, np.float64).reshape(N, -1) / 16
+    ours, theirs = (x @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"]) for p in (PARAMS, teacher))
+    hard = -log_softmax(ours)[np.arange(N), np.asarray(data.labels)].mean()
+    p, q = log_softmax(theirs / temperature), log_softmax(ours / temperature)
+    soft = temperature**2 * (np.exp(p) * (p - q)).sum(1).mean()
+    np.testing.assert_allclose(loss, (1 - share) * hard + share * soft, rtol=1e-5)
+
+
+def test_a_teacher_teaches_and_is_left_as_it_is(tmp_path):
+    teacher = jax.tree.map(
+        lambda leaf: jnp.asarray(np.random.default_rng(5).normal(size=leaf.shape), leaf.dtype), PARAMS
+    )
+    before = jax.tree.map(np.asarray, teacher)
+    taught = stage(teacher=train.Teacher(plain, teacher, 0.99, 1.0), steps=60, save_every=60)
+    params = go(taught, tmp_path / "a", plain).state.params
+    alone = go(stage(steps=60, save_every=60), tmp_path / "b", plain).state.params
+    x = train.scaled(samples(), samples().images)
+    far = [float(jp.distillation_loss(plain(p, x), plain(teacher, x))) for p in (params, alone)]
+    assert far[0] < 0.5 * far[1]
+    jax.tree.map(np.testing.assert_array_equal, teacher, before)

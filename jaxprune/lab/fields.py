@@ -85,6 +85,10 @@ class Table(pydantic.BaseModel):
         """Key -> on what its effect depends."""
         return {key: note for key, field in cls.model_fields.items() for note in field.metadata if type(note) is Only}
 
+    def idle(self) -> set[str]:
+        """Keys without effect for other reasons than `conditions`."""
+        return set()
+
     @pydantic.field_validator("*")  # runs for what was given and for NEEDED, not for other defaults
     @classmethod
     def _has_an_effect(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
@@ -98,4 +102,5 @@ class Table(pydantic.BaseModel):
     @pydantic.model_serializer(mode="wrap")
     def _resolved(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         idle = {key for key, (on, *values) in self.conditions().items() if getattr(self, on) not in values}
+        idle |= self.idle()
         return {key: value for key, value in handler(self).items() if value is not None and key not in idle}

@@ -135,6 +135,10 @@ class Prune(Table):
         100, "steps"
     )
 
+    def idle(self) -> set[str]:
+        """Levels are as many as they are."""
+        return {"rounds"} if self.levels else set()
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_preset(cls, given: Any) -> Any:

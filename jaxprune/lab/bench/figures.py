@@ -33,6 +33,9 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     made = {"speedup": speedup(layers)} if len(_contestants(layers)) and layers else {}
     if models:
         made["models"] = whole_models(models)
+    over_sparsity = [row for row in models if isinstance(row["sparsity"], float)]
+    if len({row["sparsity"] for row in over_sparsity}) > 2:
+        made["latency"] = latency(over_sparsity)
     return made | {"roofline": roofline(rows)}
 
 
@@ -94,6 +97,37 @@ def _write_crossings(axes: Axes, crossings: Sequence[tuple[float, str]]) -> None
         }
         text["bbox"] = {"facecolor": _LOSS, "edgecolor": "none", "pad": 0.5}
         axes.annotate(f"{100 * (1 - left):.0f} %", (left, 0), xycoords=axes.get_xaxis_transform(), **text)
+
+
+def latency(rows: Sequence[Row]) -> Figure:
+    """Milliseconds over sparsity: a panel for each model and batch, a line for dense and each contestant.
+
+    Args:
+        rows: of `bench model`, with sparsities that are numbers.
+    """
+    cases = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    figure = Figure(figsize=(1.2 + 4.0 * len(cases), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, (model, batch) in zip(panels, cases, strict=True):
+        for place, name in enumerate(names):
+            points = sorted(
+                (row["sparsity"], row["median_ms"])
+                for row in rows
+                if (row["model"], row["batch"], row["contestant"]) == (model, batch, name)
+            )
+            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+            axes.plot(*np.array(points).reshape(-1, 2).T * [[100], [1]], markersize=4.5, label=name, **style)
+        axes.set_title(f"{model}, batch {batch}", fontsize=10, color=_INK, parse_math=False)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g} %"))
+        _tidy(axes)
+    figure.supxlabel("sparsity of the pruned leaves", fontsize=10, color=_INK)
+    figure.supylabel("milliseconds, median (log scale)", fontsize=10, color=_INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
 
 
 def whole_models(rows: Sequence[Row]) -> Figure:

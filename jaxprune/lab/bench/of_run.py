@@ -1,5 +1,7 @@
-"""The model a finished run came to, read back from its folder: `jaxprune bench model --run FOLDER`."""
+"""The models a finished run came to, read back from its folder: `jaxprune bench model --run FOLDER`."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,23 @@ def of_run(folder: Path) -> Network:
     if found is None:
         raise ValueError(f"{folder} has no checkpoint of its fine-tuning any more. Run its command again.")
     return network._replace(params=jax.tree.map(jnp.asarray, found.state.params))
+
+
+def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
+    """Of a run in rounds: sparsity of the pruned leaves -> what reads the params that the first seed had there.
+
+    Rounds that a stop rule took back are among them; a run without rounds has none.
+
+    Args:
+        folder: of `jaxprune run`, finished.
+        like: params of the network, for their structure.
+    """
+    results = json.loads((folder / "results.json").read_text())
+    files = folder / f"seed_{results['seeds'][0]}" / "rounds"
+    return {
+        round(one["removed"], 6): lambda number=number: jp.load(files / f"{number}.jaxprune", like=like)
+        for number, one in enumerate(results.get("rounds", [[]])[0], 1)
+    }
 
 
 def _template(config: cfg.Config, params: Any) -> Any:

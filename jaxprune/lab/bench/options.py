@@ -25,7 +25,8 @@ SciPy and PyTorch run beside them where they are installed. Nothing else should 
 """
 MODEL = """\
 Time a network end to end, dense and with its leaves in each sparse format. Weights are random; zeros are at random
-positions, as many as --sparsity or --profile say, or those of a finished run of `jaxprune run`.
+positions, as many as --sparsity or --profile say, or those of a finished run of `jaxprune run`, after each of its
+rounds if it has any.
 
   jaxprune bench model resnet50 --batch 1 16 --profile experiments/benchmarks/profiles/resnet50.csv:pruned_83
   jaxprune bench model tf_tutorial_cnn --batch 64 --sparsity 0.95 --tune
@@ -76,7 +77,7 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
     model.add_argument(
         "--profile", metavar="FILE:COLUMN", nargs="+", default=[], help="non-zeros per layer, from a csv"
     )
-    model.add_argument("--run", metavar="FOLDER", type=Path, help="the fine-tuned model of a finished run")
+    model.add_argument("--run", metavar="FOLDER", type=Path, help="the model of a finished run, or of its rounds")
     model.add_argument("--tune", action="store_true", help="also the plan that jaxprune.sparse.tune finds here")
     model.add_argument("--cache", metavar="FOLDER", type=Path, help="where tune keeps its timings")
     model.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")

@@ -111,10 +111,11 @@ def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
 def _cases(plan: Whole) -> tuple[Network, Callable[[], Iterator[_Case]], int]:
     """The network, its sparse versions one at a time, and how many."""
     if plan.run is not None:
-        from jaxprune.lab.bench.of_run import of_run  # brings flax's and Orbax's readers
+        from jaxprune.lab.bench.of_run import of_run, rounds_of  # brings flax's and Orbax's readers
 
-        network = of_run(plan.run)
-        return network, lambda: iter([_Case(f"run {plan.run.name}", network.params)]), 1  # pyright: ignore
+        network, name = of_run(plan.run), f"run {plan.run.name}"
+        made = rounds_of(plan.run, network.params) or {name: lambda: network.params}
+        return network, lambda: (_Case(label, read()) for label, read in made.items()), len(made)
     profiles = {place: sparsify.read_profile(place) for place in plan.profiles}
     init, zeros = jax.random.split(jax.random.key(plan.seed))
     network = networks.build(plan.name, init, plan.side)
