@@ -127,12 +127,6 @@ def test_a_preset_named_in_a_config_is_the_preset(tmp_path, name):
     )  # fmt: skip
 
 
-def test_the_readme_has_a_row_for_every_preset():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for name, preset in jp.presets().items():
-        assert f"| `{name}` | {preset.paper} |" in readme, f"{name}: python experiments/methods/tables.py --presets"
-
-
 def test_what_is_given_goes_before_the_preset():
     given = {"preset": "rigl", "how": "gradual", "sparsity": 0.5, "distribution": "uniform"}
     section = cfg.Prune.model_validate(given)

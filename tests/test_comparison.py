@@ -106,7 +106,7 @@ def test_a_file_is_filled_where_it_says_so(tmp_path, capsys):
     ("text", "says"),
     [
         ("nothing", "marks no table"),
-        ("<!-- table: odd a.json -->\n<!-- end -->", "A table is one of overview, levels, grid; 'odd' arrived"),
+        ("<!-- table: odd a.json -->\n<!-- end -->", "A table is one of overview, levels, grid, latency, presets; 'odd' arrived"),
         ("<!-- table: overview no.json -->\n<!-- end -->", "no.json cannot be read"),
         ("<!-- table: overview bad.json -->\n<!-- end -->", "bad.json holds no results"),
     ],
@@ -121,12 +121,14 @@ def test_a_file_that_cannot_be_filled_stays_as_it_is(tmp_path, text, says):
     assert path.read_text() == text
 
 
-def test_the_tables_of_experiments_are_those_of_the_results(tmp_path):
-    """What is committed was written by `jaxprune report --table experiments/README.md`."""
-    text = (EXPERIMENTS / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md"])
+def test_the_tables_that_are_committed_are_those_of_the_committed_results(tmp_path, name):
+    """`jaxprune report --table FILE` wrote them."""
+    text = (EXPERIMENTS.parent / name).read_text()
+    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
     (tmp_path / "results").symlink_to(EXPERIMENTS / "results")
     (tmp_path / "README.md").write_text(text)
-    comparison.fill(tmp_path / "README.md")
+    assert comparison.fill(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == text
 
 
@@ -152,3 +154,16 @@ def test_points_of_one_level_each_are_one_curve():
     points = [result(sparsity=stat(s, s), values={"prune.sparsity": s}) for s in (0.98, 0.9, 0.95)]
     [ours] = curves.of_runs(points)["accuracy_over_kept"].axes[0].containers
     np.testing.assert_allclose(ours.lines[0].get_xydata()[:, 0], [10, 5, 2])
+
+
+def test_latencies_are_rows_by_batch_and_sparsity():
+    def row(contestant, batch, sparsity, ms, ratio=1.0, refused=""):
+        return {"contestant": contestant, "batch": batch, "sparsity": sparsity, "median_ms": ms, "ratio": ratio,
+                "refused": refused}  # fmt: skip
+
+    measured = [row("dense", 64, 0.9, 8.0), row("native", 64, 0.9, 4.0, 2.0), row("bcoo", 64, 0.9, 0, refused="no"),
+                row("dense", 1, 0.9, 0.5), row("native", 1, 0.9, 0.25, 2.0)]  # fmt: skip
+    assert cells(comparison.latency(measured)) == [
+        ["batch", "removed", "dense, ms", "native, ms", "bcoo, ms"], ["---"] * 5,
+        ["1", "90 %", "0.5", "0.25 (2.00x)", "-"], ["64", "90 %", "8", "4 (2.00x)", "-"],
+    ]  # fmt: skip

@@ -5,7 +5,8 @@
     <!-- end -->
 
 `overview` has a row for every experiment, `levels` one for every round of one experiment, `grid` the test errors of
-sweeps: see `jaxprune.lab.sweep.table`. Paths are relative to the file.
+sweeps (`jaxprune.lab.sweep.table`), `latency` the times that `jaxprune bench` wrote, `presets` every preset with one
+measured row. Paths are relative to the file.
 """
 
 import json
@@ -17,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.lab import curves, files, html, sweep
+import jaxprune as jp
+from jaxprune.lab import curves, files, html, sweep, words
+from jaxprune.lab.bench import rows
 
 Record = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table: (\w+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,10 +41,18 @@ def fill(path: Path) -> int:
 
 
 def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
-    kinds: dict[str, Callable[[Sequence[Record]], str]] = {"overview": overview, "levels": levels, "grid": sweep.table}
+    kinds: dict[str, Callable[[Sequence[Record]], str]] = {
+        "overview": overview,
+        "levels": levels,
+        "grid": sweep.table,
+        "latency": latency,
+        "presets": presets,
+    }
     if kind not in kinds:
         raise ValueError(f"A table is one of {', '.join(kinds)}; {kind!r} arrived.")
-    return f"{begin}{kinds[kind]([read(folder / name) for name in names.split()])}\n{end}"
+    paths = [folder / name for name in names.split()]
+    found = [row for path in paths for row in rows.read(path)] if kind == "latency" else [read(path) for path in paths]
+    return f"{begin}{kinds[kind](found)}\n{end}"
 
 
 def read(path: Path) -> Record:
@@ -66,25 +77,24 @@ def overview(results: Sequence[Record]) -> str:
     experiment whose share of weights kept is nearest.
     """
     head = ("experiment", "command", "minutes", "machine", "seeds", "removed", "dense", "pruned", "file", "published")
-    rows = [row for result in results for row in _overview_rows(result)]
-    return _markdown(head, rows)
+    return _markdown(head, [row for result in results for row in _overview_rows(result)])
 
 
 def _overview_rows(result: Record) -> list[tuple[str, ...]]:
     points = result.get("points", [result])
     published = _nearest([point["sparsity"]["mean"] for point in points], points[0].get("published", []))
-    rows = []
+    lines = []
     for point, theirs in zip(points, published, strict=True):
         stored = point.get("artifact")
-        what = (result.get("title") or result["name"], f"`{result['command']}`") if not rows else ("", "")
-        rows.append((
+        what = (result.get("title") or result["name"], f"`{result['command']}`") if not lines else ("", "")
+        lines.append((
             *what, _minutes(point), _machine(point), str(len(point["seeds"])),
             html.percent(point["sparsity"]["mean"], 2),
             *(_spread(point["accuracy"][name]["values"]) for name in ("dense", "finetuned")),
             f"{stored['ratio']:.3g}x smaller, {_spread(stored['accuracy']['values'])}" if stored else "-",
             "; ".join(map(_published, theirs)) or "-",
         ))  # fmt: skip
-    return rows
+    return lines
 
 
 def levels(results: Sequence[Record]) -> str:
@@ -95,15 +105,62 @@ def levels(results: Sequence[Record]) -> str:
     found = [curves.levels(point) for point in points]
     published = _nearest([level.removed for level in found[0]], points[0].get("published", []))
     head = ["kept", "removed", *(cell for name in names for cell in (name, "file, times smaller")), "published"]
-    rows = []
+    lines = []
     for place, theirs in enumerate(published):
         kept = 1 - found[0][place].removed
         cells = []
         for point, ours in zip(points, found, strict=True):
             dense = point["artifact"]["dense_bytes"]
             cells += [_spread(ours[place].accuracy), f"{dense / float(np.mean(ours[place].file)):.3g}"]
-        rows.append((f"{kept:.5g}", html.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
-    return _markdown(head, rows)
+        lines.append((f"{kept:.5g}", html.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
+    return _markdown(head, lines)
+
+
+def latency(measured: Sequence[Record]) -> str:
+    """A row for every sparsity and batch: milliseconds of dense and of each contestant, and times faster than dense.
+
+    Args:
+        measured: rows of `jaxprune bench model`.
+    """
+    names = list(dict.fromkeys(row["contestant"] for row in measured))
+    cases: dict[tuple[int, Any], dict[str, Record]] = {}
+    for row in measured:
+        cases.setdefault((row["batch"], row["sparsity"]), {})[row["contestant"]] = row
+    lines = [
+        (str(batch), _removed(sparsity), *(_milliseconds(found.get(name)) for name in names))
+        for (batch, sparsity), found in sorted(cases.items(), key=lambda case: (case[0][0], str(case[0][1])))
+    ]
+    return _markdown(("batch", "removed", *(f"{name}, ms" for name in names)), lines)
+
+
+def _removed(sparsity: Any) -> str:
+    return html.percent(sparsity, 0) if isinstance(sparsity, float) else str(sparsity)
+
+
+def _milliseconds(row: Record | None) -> str:
+    if row is None or row["refused"]:
+        return "-"
+    faster = "" if row["contestant"] == "dense" else f" ({row['ratio']:.2f}x)"
+    return f"{row['median_ms']:.3g}{faster}"
+
+
+def presets(sweeps: Sequence[Record]) -> str:
+    """A row for every preset: paper, composition, and the test error of one point, at 95 % where there is one.
+
+    Args:
+        sweeps: results whose points name their preset.
+    """
+    errors = {}
+    for point in (point for one in sweeps for point in one["points"]):
+        values = point["values"].get("prune", {key[6:]: value for key, value in point["values"].items()})
+        if values.get("sparsity", 0.95) in (0.95, 0.5):
+            error = 100 * (1 - point["accuracy"]["finetuned"]["mean"])
+            errors[values["preset"]] = f"{100 * point['sparsity']['mean']:.3g} %: {error:.2f} %"
+    lines = [
+        (f"`{name}`", preset.paper, words.composition(preset), errors.get(name, "not measured"))
+        for name, preset in jp.presets().items()
+    ]
+    return _markdown(("preset", "paper", "composition", "MNIST, removed: error"), lines)
 
 
 def _nearest(removed: Sequence[float], published: Sequence[Record]) -> list[list[Record]]:

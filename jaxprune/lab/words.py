@@ -94,6 +94,21 @@ def words_of(preset: jp.Preset) -> dict[str, Any]:
     return words | ({"grow": _criterion_word(preset.grow)} if preset.grow else {})
 
 
+def composition(preset: jp.Preset) -> str:
+    """The answers of a preset that are not the usual ones, as in "magnitude, erk, regrow by gradient"."""
+    table = words_of(preset)
+    share = table["distribution"]
+    parts = [table["criterion"], table["granularity"]["name"], share["name"]]
+    parts[2] = f"nm({share['n']}, {share['m']})" if share["name"] == "nm" else parts[2]
+    when = {
+        "one-shot": "one-shot" if preset.iterations == 1 else f"one-shot in {preset.iterations} steps",
+        "gradual": table["schedule"],
+        "iterative": f"rounds, rewind {table['rewind']}",
+        "regrow": f"regrow by {table.get('grow')}",
+    }
+    return ", ".join(part for part in (*parts, when.get(preset.how, preset.how)) if part != "element")
+
+
 def _criterion_word(found: Any) -> str:
     for name, one in REGISTRY["criterion"].items():
         if one is found:
