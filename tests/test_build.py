@@ -4,7 +4,6 @@ import importlib
 import inspect
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp

@@ -12,7 +12,10 @@ from jax._src.array import ArrayImpl
 from lab_helpers import Stopped, arrays_of, bits, checkpoints, compiled_once
 
 import jaxprune as jp
-from jaxprune.lab import checkpoint, train
+from jaxprune import tree
+from jaxprune.lab import checkpoint, models, train
+from jaxprune.lab.config import Model
+from jaxprune.lab.models import parts
 
 pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes: decay ** count
 
@@ -409,3 +412,53 @@ def test_a_teacher_teaches_and_is_left_as_it_is(tmp_path):
     far = [float(jp.distillation_loss(plain(p, x), plain(teacher, x))) for p in (params, alone)]
     assert far[0] < 0.5 * far[1]
     jax.tree.map(np.testing.assert_array_equal, teacher, before)
+
+
+# ---------------------------------------------------------------- batch norm
+
+
+def normed(params, x):
+    return parts.affine(params["fc"], parts.batch_norm(params["bn"], x.reshape(x.shape[0], -1), 1e-5))
+
+
+NORMED = {
+    "bn": {"scale": jnp.full(9, 1.5), "bias": jnp.full(9, 0.1), "mean": jnp.full(9, 0.3), "var": jnp.full(9, 2.0)},
+    "fc": PARAMS,
+}
+
+
+def test_batch_norms_in_training_use_the_batch_and_their_statistics_follow():
+    x = train.scaled(samples(), samples().images)
+    logits, seen = parts.observed(normed)(NORMED, x)
+    flat = np.asarray(x, np.float64).reshape(N, -1)
+    mean, var = flat.mean(0), flat.var(0)
+    np.testing.assert_allclose(seen["bn/mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(seen["bn/var"], var, rtol=1e-5)
+    hidden = (flat - mean) / np.sqrt(var + 1e-5) * 1.5 + 0.1
+    np.testing.assert_allclose(logits, hidden @ np.asarray(PARAMS["kernel"], np.float64), rtol=1e-4, atol=1e-4)
+    followed = parts.followed(NORMED, seen, momentum=0.75)
+    np.testing.assert_allclose(followed["bn"]["var"], 0.75 * 2 + 0.25 * var, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, followed["fc"], NORMED["fc"])
+
+
+def test_a_stage_with_batch_norms_ends_at_the_statistics_of_its_batches(tmp_path):
+    """Each step moves them by a tenth; what is pruned stays zero, and validation uses them."""
+    masks = jp.compute_masks(jp.Method(select=["fc/kernel"]), NORMED, 0.5)
+    tx = optax.chain(optax.adam(0.05), jp.keep_params_sparse(masks))
+    start = jp.apply_masks(NORMED, masks)
+    whole = stage(tx=tx, batch_size=N, steps_per_epoch=1, steps=3, save_every=1)
+    state = go(whole, tmp_path / "a", lambda params, x, key=None: parts.observed(normed)(params, x), start).state
+    mean = np.asarray(train.scaled(samples(), samples().images), np.float64).reshape(N, -1).mean(0)
+    np.testing.assert_allclose(state.params["bn"]["mean"], 0.9**3 * 0.3 + (1 - 0.9**3) * mean, rtol=1e-4)
+    assert not np.any(np.asarray(state.params["fc"]["kernel"])[~np.asarray(masks["fc"]["kernel"])])
+    assert np.any(state.params["bn"]["scale"] != 1.5)
+
+
+def test_larger_networks_begin_as_they_should():
+    network = models.build(Model(name="resnet20"), (32, 32, 3), 10, jax.random.key(0))
+    leaves = tree.named_leaves(network.params)
+    assert sum(leaf.size for leaf in leaves.values()) == 269_722 + 2 * 688  # the paper's 0.27 M, and statistics
+    assert {float(leaf[0]) for name, leaf in leaves.items() if name.endswith(("scale", "var"))} == {1.0}
+    assert {float(leaf[0]) for name, leaf in leaves.items() if name.endswith(("bias", "mean"))} == {0.0}
+    assert network.observe is not None
+    assert models.shapes(Model(name="cifar_vgg19"), (32, 32, 3), 10).observe is None

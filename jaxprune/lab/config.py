@@ -84,7 +84,10 @@ class Model(Table):
     `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.adjusted_dropout`.
     """
 
-    name: Literal["mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn"] = "mlp"
+    name: Literal[
+        "mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn",
+        "resnet20", "resnet32", "resnet56", "resnet50", "cifar_vgg16", "cifar_vgg19", "vgg16", "vgg19", "mobilenet_v1",
+    ] = "mlp"  # fmt: skip
     widths: Annotated[tuple[Count, ...], ARRAY, Only(("name", "mlp"))] = (300, 100)
     dropout: Fraction = 0.0
     adjust_dropout: bool = False

@@ -16,9 +16,8 @@ import numpy as np
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import convert, data, images
+from jaxprune.lab import convert, data, images, models
 from jaxprune.lab.bench import contest, session
-from jaxprune.lab.models import small
 from jaxprune.sparse import timing
 from jaxprune.storage import Artifact
 from jaxprune.tables import columns
@@ -99,7 +98,7 @@ def load(path: Path) -> Loaded:
                 f"{path} does not say which model it is: its metadata have no model, image and classes. Files of "
                 "`jaxprune run`, and of `jaxprune convert` from a run's checkpoint, do."
             )
-    network = small.shapes(given, image, classes)
+    network = models.shapes(given, image, classes)
     kind = str(about.get("data"))
     labels = data.LABELS.get(kind) or [str(label) for label in range(classes)]
     make = images.PREPARE.get(kind, images.photograph)

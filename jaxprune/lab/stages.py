@@ -250,10 +250,12 @@ class _SeedStages:
         trained = self._run("quantize", phase, tx, steps, dequantize(quantized), apply=apply)
         return plain._replace(params=reshare(quantized, trained.params))
 
-    def _apply(self, masks: Masks) -> Any:
-        """The network's function for training, with less dropout where [model] says so and less is left."""
-        model = self.config.model
-        if not model.adjust_dropout:
+    def _apply(self, masks: Masks | None = None) -> Any:
+        """The network's function for training: batch norms look at the batch; where less is left, less is dropped."""
+        model, observe = self.config.model, self.network.observe
+        if observe is not None:
+            return lambda params, images, key=None: observe(params, images)
+        if masks is None or not model.adjust_dropout:
             return self.network.apply
         rates = {name: float(rate) for name, rate in jp.adjusted_dropout(model.dropout, masks).items()}
         return partial(self.network.apply, rates=rates)
@@ -286,7 +288,7 @@ class _SeedStages:
         )
         self.watcher.stage(self.seed, name, steps)
         outcome = train.run_stage(
-            stage, apply or self.network.apply, train.start(params, tx), self.samples, folder,
+            stage, apply or self._apply(), train.start(params, tx), self.samples, folder,
             validate=self._validate, on_step=self.watcher.step, on_record=self.log.add,
         )  # fmt: skip
         for text in outcome.damaged:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import checkpoint
+from jaxprune.lab.models.parts import followed
 from jaxprune.types import Masks, Params
 
 CHUNK = 1000  # images evaluated at once
@@ -136,7 +137,7 @@ def _no_tally() -> Tally:
 def _look(apply: Callable[..., Array], state: TrainState, samples: Samples) -> Tally:
     """The tally of a stage that takes no step: what the model makes of the first samples."""
     rows = jnp.arange(min(CHUNK, samples.labels.shape[0]))
-    loss, correct = mean_loss(jax.jit(apply), state.params, samples, rows, None)
+    loss, (correct, _) = mean_loss(jax.jit(apply), state.params, samples, rows, None)
     return state.tally._replace(loss=loss * rows.size, correct=correct, seen=jnp.int32(rows.size))
 
 
@@ -161,22 +162,24 @@ def mean_loss(
     key: Key[Array, ""] | None,
     shift: int = 0,
     teacher: Teacher | None = None,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean loss over some rows of the samples, and how many of them are classified right.
+) -> tuple[Float[Array, ""], tuple[Int[Array, ""], dict[str, Array]]]:
+    """Mean loss over some rows of the samples; how many of them are classified right, and statistics of the batch.
 
-    The loss is the cross-entropy in nats, with a teacher mixed with the distance from its answers.
+    The loss is the cross-entropy in nats, with a teacher mixed with the distance from its answers. `apply` gives
+    logits, or logits and statistics.
     """
     images, labels = samples.images[rows], samples.labels[rows]
     if shift:
         assert key is not None
         images = shifted(images, jax.random.fold_in(key, _SHIFTS), shift)
     inputs = scaled(samples, images)
-    logits = apply(params, inputs, key)
+    given: Any = apply(params, inputs, key)
+    logits, seen = given if isinstance(given, tuple) else (given, {})
     loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     if teacher is not None:
         soft = jp.distillation_loss(logits, teacher.apply(teacher.params, inputs), temperature=teacher.temperature)
         loss = (1 - teacher.share) * loss + teacher.share * soft
-    return loss, jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+    return loss, (jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32), seen)
 
 
 def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainState]:
@@ -192,12 +195,12 @@ def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainS
 
         teacher = stage.teacher and stage.teacher._replace(params=teaching)
 
-        def loss_of(params: Params) -> tuple[Array, Array]:
+        def loss_of(params: Params) -> tuple[Array, Any]:
             return mean_loss(apply, params, samples, rows, key, stage.shift, teacher)
 
-        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, (correct, seen)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = followed(optax.apply_updates(state.params, updates), seen)
         bad = (state.tally.bad_step < 0) & ~jnp.isfinite(loss)
         tally = Tally(
             state.tally.loss + loss * stage.batch_size,

@@ -2,14 +2,17 @@
 
 | module | holds |
 |---|---|
-| `small` | MLP, LeNets and the CNN of the TensorFlow tutorial, which the experiments train |
+| `small` | MLP, LeNets and the CNN of the TensorFlow tutorial |
+| `trainable` | what experiments train, by the name in a config |
 | `vgg`, `resnet`, `mobilenet` | convolutional networks |
 | `vit`, `decoder` | transformers for images and for text |
 | `parts` | layers that they share, and random weights |
-| `zoo` | all of them by name |
+| `registry` | configurations by name |
+| `zoo` | all of them with random weights |
 | `pretrained` | published weights of ResNet-50, and images for it |
 """
 
-from jaxprune.lab.models.small import MLP, ConvNet, Network, build, parameter_count
+from jaxprune.lab.models.small import MLP, ConvNet, Network, parameter_count
+from jaxprune.lab.models.trainable import build, shapes
 
-__all__ = ["MLP", "ConvNet", "Network", "build", "parameter_count"]
+__all__ = ["MLP", "ConvNet", "Network", "build", "parameter_count", "shapes"]

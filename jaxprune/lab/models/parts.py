@@ -9,8 +9,8 @@ runs under `jax_numpy_rank_promotion="raise"`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Key
 
 from jaxprune import tree
 from jaxprune.types import Params
+
+_SEEN = "seen in this batch"
 
 Layer: TypeAlias = Mapping[str, Array]
 Layers: TypeAlias = Mapping[str, Layer]
@@ -66,13 +68,44 @@ def affine(layer: Layer, x: Float[Array, "*rows n_in"]) -> Float[Array, "*rows n
 
 
 def batch_norm(layer: Layer, x: Float[Array, "*rows c"], epsilon: float) -> Float[Array, "*rows c"]:
-    """Batch normalisation at inference, by the statistics of training.
+    """Batch normalisation at inference, by the statistics of training; see `observed` for training itself.
 
     References:
         Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    centred = x - _along_last(layer["mean"], x)
-    return _biased(layer, centred * _along_last(lax.rsqrt(layer["var"] + epsilon), x) * _along_last(layer["scale"], x))
+    statistics, seen = layer, cast(dict[str, Array] | None, layer.get(_SEEN))
+    if seen is not None:
+        axes = tuple(range(x.ndim - 1))
+        statistics = {"mean": jnp.mean(x, axes), "var": jnp.var(x, axes)}
+        seen.update(statistics)
+    centred = x - _along_last(statistics["mean"], x)
+    scale = _along_last(lax.rsqrt(statistics["var"] + epsilon), x) * _along_last(layer["scale"], x)
+    return _biased(layer, centred * scale)
+
+
+def observed(apply: Callable[[Layers, Array], Array]) -> Callable[[Layers, Array], tuple[Array, dict[str, Array]]]:
+    """A model as it is trained: (params, images) -> logits, and the statistics of this batch by the names of leaves.
+
+    Batch norms use these in the place of those in the params, which are to follow them: see `followed`.
+
+    Args:
+        apply: of a model whose batch norms are layers of their own.
+    """
+
+    def observing(params: Layers, x: Array) -> tuple[Array, dict[str, Array]]:
+        seen: dict[str, dict[str, Array]] = {name: {} for name, layer in params.items() if "var" in layer}
+        given = {name: {**layer, _SEEN: seen[name]} if name in seen else layer for name, layer in params.items()}
+        logits = apply(given, x)  # pyright: ignore[reportArgumentType]
+        return logits, {f"{name}/{kind}": value for name, found in seen.items() for kind, value in found.items()}
+
+    return observing
+
+
+def followed(params: Params, seen: Mapping[str, Array], momentum: float = 0.9) -> Params:
+    """Params whose statistics have gone a step towards those of a batch: momentum old + (1 - momentum) new."""
+    return tree.map_named(
+        lambda name, leaf: momentum * leaf + (1 - momentum) * seen[name] if name in seen else leaf, params
+    )
 
 
 def layer_norm(layer: Layer, x: Float[Array, "*rows c"], epsilon: float) -> Float[Array, "*rows c"]:
@@ -234,6 +267,23 @@ def random_params(shapes: Shapes, key: Key[Array, ""]) -> Params:
         return jnp.asarray(centre + spread * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     return tree.map_named(draw, shapes)
+
+
+def initial_params(shapes: Shapes, key: Key[Array, ""]) -> Params:
+    """Weights to begin training with: kernels as in `random_params`, biases and means 0, scales and variances 1.
+
+    Args:
+        shapes: see `random_params`.
+        key: draws the kernels.
+    """
+    drawn = random_params(shapes, key)
+    ends = {"scale": 1.0, "var": 1.0, "bias": 0.0, "mean": 0.0}
+
+    def begun(name: str, leaf: Array) -> Array:
+        kind = name.rsplit("/", 1)[-1]
+        return jnp.full_like(leaf, ends[kind]) if kind in ends else leaf
+
+    return tree.map_named(begun, drawn)
 
 
 def _distribution(kind: str, shape: tuple[int, ...]) -> tuple[np.float32, np.float32]:

@@ -29,10 +29,12 @@ class Network(NamedTuple):
         params: pytree of arrays, or of `jax.ShapeDtypeStruct`, leaf names such as "layers/0/kernel".
         apply: (params, images (batch, h, w, c), key=None, rates=None) -> logits (batch, classes); a key switches
             dropout on, `rates` has other rates than the model's, by the leaf that dropout comes after.
+        observe: (params, images) -> logits and statistics of the batch, of a network with batch norms.
     """
 
     params: Any
     apply: Callable[..., Float[Array, "batch classes"]]
+    observe: Callable[[Any, Array], tuple[Array, dict[str, Array]]] | None = None
 
 
 @jax.custom_jvp

@@ -1,0 +1,58 @@
+"""Every network that an experiment can train, by the name in its [model]: the small ones, and larger ones for images.
+
+network = build(config.model, (32, 32, 3), classes=10, key=key)
+network.apply(network.params, images)                   # logits, batch norms by the statistics of training
+network.observe(network.params, images)                 # logits and statistics of this batch: in training
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Key
+
+from jaxprune.lab.config import Model
+from jaxprune.lab.models import small
+from jaxprune.lab.models.parts import initial_params, observed
+from jaxprune.lab.models.registry import MODELS
+from jaxprune.lab.models.small import Network
+
+
+def build(model: Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> Network:
+    """The configured network for images of one shape, initialised with `key`.
+
+    Args:
+        model: the [model] section.
+        image: (h, w, c).
+        classes: number of logits.
+        key: draws the initial weights; equal keys give equal weights.
+
+    Raises:
+        ValueError: the images are too small for the network.
+    """
+    if model.name not in MODELS:
+        return small.build(model, image, classes, key)
+    network = shapes(model, image, classes)
+    return network._replace(params=initial_params(network.params, key))
+
+
+def shapes(model: Model, image: tuple[int, int, int], classes: int) -> Network:
+    """The configured network with the shapes of its params: nothing is computed.
+
+    Args:
+        model: see `build`.
+        image: see `build`.
+        classes: see `build`.
+
+    Raises:
+        ValueError: see `build`.
+    """
+    if model.name not in MODELS:
+        return small.shapes(model, image, classes)
+    chosen: Any = dataclasses.replace(MODELS[model.name], image=image, classes=classes)  # pyright: ignore
+    params = chosen.shapes()
+
+    def apply(params: Any, images: Array, key: Any = None, rates: Any = None) -> Array:
+        return chosen.apply(params, images)
+
+    normed = any("var" in layer for layer in params.values())
+    return Network(params, apply, observed(chosen.apply) if normed else None)
