@@ -46,6 +46,15 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """Programs compile faster and run slower: for modules that test what is computed, not how it is rounded."""
+    from quick import quickly
+
+    with quickly():
+        yield
+
+
 @pytest.fixture
 def relaxed():
     """JAX as users have it, for libraries that promote dtypes or ranks themselves."""

@@ -16,6 +16,8 @@ import jaxprune as jp
 from jaxprune import Budget
 from jaxprune.distributions import budget as budgets
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 # Leaf name -> groups (*layers, spatial, in, out), and the sizes (*spatial, in, out) of its leaf: a group has 1, 4 and
 # (tiles at the far edges) 15 / 6 weights.
 SHAPES = {"conv": (4, 5, 6), "stack": (3, 1, 4, 2), "edge": (1, 3, 2)}

@@ -12,6 +12,8 @@ import jaxprune as jp
 from jaxprune import BySensitivity
 from jaxprune.sensitivity import Sensitivity
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"conv": (4, 8, 6), "stack": (3, 1, 8, 4), "wide": (1, 8, 2)}
 SIZES = np.array([192, 96, 16])
 GRID = np.linspace(0, 1, 20_001)

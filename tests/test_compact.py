@@ -16,6 +16,8 @@ from random_nets import STEPS, random_net
 import jaxprune as jp
 from jaxprune import tree
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 INSISTS = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
 
 

@@ -23,6 +23,8 @@ from jaxprune.lab import costs as lab_costs
 from jaxprune.lab.models import zoo
 from jaxprune.tracing.costs import Cost, Costs
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PROFILE = "experiments/benchmarks/profiles/resnet50.csv"
 shapes_for_arrays = pytest.mark.usefixtures("unchecked")
 

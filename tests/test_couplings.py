@@ -14,6 +14,8 @@ from trace_helpers import normal
 import jaxprune as jp
 from jaxprune.tracing.units import Units
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def couplings_of(name):
     params, fn, shape = MODELS[name]()

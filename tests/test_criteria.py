@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import jaxprune as jp
 from jaxprune import random, taylor
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"a": (1, 4, 3), "b": (2, 1, 2, 2), "c": (9, 5, 7)}
 OUTPUTS = {"a": (3,), "b": (2, 2), "c": (7,)}
 INPUTS = {"a": (4,), "b": (2, 2), "c": (5,)}

@@ -11,6 +11,8 @@ import pytest
 import jaxprune as jp
 from jaxprune import distillation
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 both = jax.jit(jax.value_and_grad(lambda z, other, t: jp.distillation_loss(z, other, temperature=t), (0, 1)))
 
 

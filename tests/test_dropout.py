@@ -7,6 +7,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"dense": {"kernel": (6, 5), "bias": (5,)}, "conv": {"kernel": (3, 3, 2, 4)}, "stack": {"kernel": (2, 4, 3)}}
 
 

@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxprune as jp
 from jaxprune import Block, Budget, ByRule, Element, Global, GranularityByRule, Head, Kernel, Output
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"attention": (8, 16), "conv": (3, 3, 4, 8), "dense": (16, 24), "stack": (2, 8, 8)}
 PARAMS = {
     name: jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)

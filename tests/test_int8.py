@@ -12,6 +12,8 @@ from jax import lax
 
 from jaxprune.storage.simulated import MOST_TERMS, int8
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def integers(x_shape, w_shape, over):
     """Activations that are integers, some beyond the range, and those in it; weights that are integers times a power of

@@ -12,6 +12,8 @@ from jaxprune.masks import apply_masks
 from jaxprune.storage.quantize import dequantize, to_integers
 from jaxprune.storage.simulated import MOST_TERMS, calibrate, int8
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def mlp(params, x):
     return jax.nn.relu(x @ params["a"] + jnp.expand_dims(params["bias"], 0)) @ params["b"]

@@ -21,6 +21,8 @@ from jaxprune.lab.models.resnet import CifarResNet, ResNet50
 from jaxprune.lab.models.vgg import VGG
 from jaxprune.lab.models.vit import ViT
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 KEY = jax.random.key(0)
 STATISTICS = ("/mean", "/var")
 

@@ -52,7 +52,7 @@ def dense():
         return _train(EARLY, jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), EARLY))
 
 
-pytestmark = pytest.mark.usefixtures("relaxed")
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")
 LEVELS = [0.25, 0.5, 2 / 3, 0.75, 11 / 12]  # 12 of 36 weights matter: 2/3 can go
 
 

@@ -12,6 +12,8 @@ from jaxprune.lab import models
 from jaxprune.lab.config import ConfigError, Model
 from jaxprune.lab.models import small
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 KEY = jax.random.key(0)
 GREY, COLOUR, SMALL, DIGIT = (28, 28, 1), (32, 32, 3), (16, 16, 1), (8, 8, 1)
 CONVS = ["conv1/bias", "conv1/kernel", "conv2/bias", "conv2/kernel", "fc1/bias", "fc1/kernel", "fc2/bias", "fc2/kernel"]

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import Block, Element, Head, Input, Kernel, Output
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"bias": (6,), "conv": (2, 2, 3, 4), "kernel": (4, 6), "stack": (2, 4, 2)}
 AXES = {
     "conv": jp.Axes(spatial=(0, 1), inputs=(2,), outputs=(3,)),

@@ -15,6 +15,8 @@ import jaxprune as jp
 from jaxprune import regrouping, tree
 from jaxprune.regrouping import regroup
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def kept(rows, n, m):
     """Sum over runs and columns of the n largest of m; rows (rows, columns)."""

@@ -16,6 +16,8 @@ import jaxprune as jp
 from jaxprune import cli
 from jaxprune.lab import data, data_files, images, predict
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 DATA = Path(os.environ.get("JAXPRUNE_DATA", "nowhere"))
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 from jaxprune.lab.models import parts, pretrained
 from jaxprune.lab.models.resnet import ResNet50
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 DATA = Path(os.environ.get("JAXPRUNE_DATA", "nowhere"))
 MODEL = ResNet50((2, 1), width=4, classes=5, stride_first=True, epsilon=1e-3, image=(16, 16, 3))
 # Layers of MODEL by Keras's names -> by ours.

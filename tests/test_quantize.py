@@ -15,6 +15,8 @@ from jaxprune.layout import FLAX, TORCH, Axes
 from jaxprune.storage.codebooks import k_means, nearest
 from jaxprune.storage.quantize import Affine, Codebook, cast, dequantize, to_codebooks, to_integers
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 EVERY = "*"
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 WAYS = [

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"a": (12, 10), "conv": (3, 3, 4, 6), "stack": (2, 6, 8), "bias": (10,)}
 LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 METHOD = jp.Method(distribution=jp.ERK(), layout=LAYOUT)

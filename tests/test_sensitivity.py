@@ -13,6 +13,8 @@ import jaxprune as jp
 from jaxprune.lab import cost_figures, figures
 from jaxprune.sensitivity import Sensitivity
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RNG = np.random.default_rng(0)
 PARAMS = {
     "first": {"kernel": jnp.asarray(RNG.normal(size=(6, 8)), jnp.float32), "bias": jnp.ones(8)},

@@ -12,6 +12,8 @@ from jaxprune.storage.quantize import Codebook, dequantize, to_codebooks, to_int
 from jaxprune.storage.sharing import reshare, share_weights
 from jaxprune.tree import named_leaves
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SHAPES = {"conv": (3, 3, 1, 6), "fc": (96, 32), "out": (32, 4)}
 OPTIMIZERS = {
     "adam": lambda: optax.adam(3e-3),

@@ -14,6 +14,8 @@ from trace_helpers import kinds, like, normal
 import jaxprune as jp
 from jaxprune.layout import Axes
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 N, IN, OUT, ROWS = 5, 6, 8, 11
 
 

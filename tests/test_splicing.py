@@ -10,6 +10,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 METHOD = jp.Method(distribution=jp.Uniform())
 WEIGHTS = np.array([[0.1, -0.5], [0.9, 0.2], [-0.3, 0.7]], np.float32)
 

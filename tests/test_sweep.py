@@ -13,7 +13,7 @@ from jaxprune import cli, storage
 from jaxprune.lab import config, convert, data, predict, run, stages, sweep
 from jaxprune.lab.bench import of_run
 
-pytestmark = pytest.mark.usefixtures("relaxed")
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")
 SMALL = """
 name = "grid"
 model.widths = [16]

@@ -7,6 +7,8 @@ from compact_models import MODELS, make_input
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def model(name="flattened"):
     params, fn, shape = MODELS[name]()

@@ -19,6 +19,8 @@ from jaxprune.layout import Axes
 from jaxprune.tracing import paths
 from jaxprune.tracing import sites as kinds
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 N, IN, OUT = 5, 7, 4
 
 
