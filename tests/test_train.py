@@ -414,6 +414,19 @@ def test_a_teacher_teaches_and_is_left_as_it_is(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, teacher, before)
 
 
+def test_mirrored_images_are_every_other_one_and_keep_their_rows(tmp_path):
+    images = jax.random.randint(jax.random.key(0), (400, 3, 4, 2), 0, 256).astype(jnp.uint8)
+    found = np.asarray(train.mirrored(images, jax.random.key(1)))
+    turned = np.asarray([np.array_equal(a, b[:, ::-1]) for a, b in zip(found, np.asarray(images), strict=True)])
+    same = np.asarray([np.array_equal(a, b) for a, b in zip(found, np.asarray(images), strict=True)])
+    assert np.all(turned ^ same)
+    assert 150 < turned.sum() < 250
+    odd = samples()
+    odd = odd._replace(images=odd.images * jnp.arange(3, dtype=jnp.uint8).reshape(1, 1, 3, 1))
+    plainly, turned = (go(stage(flip=flip, steps=2), tmp_path / str(flip), plain, data=odd) for flip in (False, True))
+    assert bits(plainly.state.params) != bits(turned.state.params)
+
+
 # ---------------------------------------------------------------- batch norm
 
 

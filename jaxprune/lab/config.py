@@ -68,14 +68,15 @@ __all__ = [
 class Data(Table):
     """Where samples come from. `data_dir` "": TFDS's default.
 
-    `validation`: fraction of the training data held out. `shift`: in training, images are moved at random by up to so
-    many pixels up or down and sideways.
+    `validation`: fraction of the training data held out. In training, images are moved at random by up to `shift`
+    pixels up or down and sideways, and with `flip` every other one is mirrored.
     """
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
     data_dir: str = ""
     validation: Fraction = 0.1
     shift: Annotated[int, Field(ge=0, le=8)] = 0
+    flip: bool = False
 
 
 class Model(Table):
@@ -282,7 +283,7 @@ def dump(config: Config) -> str:
 
 # What was so before the key had a place in the file: experiments from then keep their hash.
 _BEFORE = {"schedule": "cubic", "iterations": 1, "rewind": "none", "normalized": False, "along": "inputs", "shift": 0}
-_BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "adjust_dropout": False, "compact": False}
+_BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "adjust_dropout": False, "compact": False, "flip": False}
 
 
 def config_hash(config: Config) -> str:

@@ -284,6 +284,7 @@ class _SeedStages:
             keep=self.config.checkpoint.keep,
             key=self.keys[name],
             shift=self.config.data.shift,
+            flip=self.config.data.flip,
             teacher=None if name == "train" else self.teacher,
         )
         self.watcher.stage(self.seed, name, steps)

@@ -30,7 +30,7 @@ from jaxprune.lab.models.parts import followed
 from jaxprune.types import Masks, Params
 
 CHUNK = 1000  # images evaluated at once
-_SHIFTS = 2**31  # folded into a step's key; networks fold in the numbers of their layers
+_SHIFTS, _FLIPS = 2**31, 2**31 + 1  # folded into a step's key; networks fold in the numbers of their layers
 
 
 class TrainingError(RuntimeError):
@@ -99,6 +99,7 @@ class Stage:
         keep: checkpoints kept.
         key: what the stage draws from: orders of samples, shifts of images, dropout.
         shift: by how many pixels images are moved at most.
+        flip: whether half of the images are mirrored.
         teacher: whom the model learns from besides the labels.
     """
 
@@ -111,6 +112,7 @@ class Stage:
     keep: int
     key: Key[Array, ""]
     shift: int = 0
+    flip: bool = False
     teacher: Teacher | None = None
 
 
@@ -154,6 +156,12 @@ def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> 
     return cut(padded, corners)
 
 
+def mirrored(images: UInt8[Array, "b h w c"], key: Key[Array, ""]) -> UInt8[Array, "b h w c"]:
+    """Each image as it is or mirrored sideways, with equal chance."""
+    chosen = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(chosen, images[:, :, ::-1], images)
+
+
 def mean_loss(
     apply: Callable[..., Array],
     params: Params,
@@ -161,6 +169,7 @@ def mean_loss(
     rows: Int[Array, "b"],
     key: Key[Array, ""] | None,
     shift: int = 0,
+    flip: bool = False,
     teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], tuple[Int[Array, ""], dict[str, Array]]]:
     """Mean loss over some rows of the samples; how many of them are classified right, and statistics of the batch.
@@ -172,6 +181,9 @@ def mean_loss(
     if shift:
         assert key is not None
         images = shifted(images, jax.random.fold_in(key, _SHIFTS), shift)
+    if flip:
+        assert key is not None
+        images = mirrored(images, jax.random.fold_in(key, _FLIPS))
     inputs = scaled(samples, images)
     given: Any = apply(params, inputs, key)
     logits, seen = given if isinstance(given, tuple) else (given, {})
@@ -196,7 +208,7 @@ def make_step(apply: Callable[..., Array], stage: Stage) -> Callable[..., TrainS
         teacher = stage.teacher and stage.teacher._replace(params=teaching)
 
         def loss_of(params: Params) -> tuple[Array, Any]:
-            return mean_loss(apply, params, samples, rows, key, stage.shift, teacher)
+            return mean_loss(apply, params, samples, rows, key, stage.shift, stage.flip, teacher)
 
         (loss, (correct, seen)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
