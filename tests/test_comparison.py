@@ -56,13 +56,14 @@ def test_points_of_a_sweep_are_rows_and_published_figures_stand_where_they_are_n
 
 
 def test_rounds_are_rows_with_the_spread_over_seeds():
+    """The last is what the run ended with."""
     rounds = [[one(0.5), one(0.75, accuracy=0.97)], [one(0.5), one(0.75, accuracy=0.99)]]
     theirs = [{"who": "S2", "removed": 0.75, "accuracy": 0.9}]
     text = comparison.levels([result(rounds=rounds, published=theirs)])
     assert cells(text)[0] == ["kept", "removed", "ours", "file, times smaller", "published"]
     assert cells(text)[2:] == [
         ["0.5", "50.00 %", "99.00 ± 0.00", "2", "-"],
-        ["0.25", "75.00 %", "98.00 ± 1.41", "4", "90.00 at 75.00 % removed (S2)"],
+        ["0.25", "75.00 %", "97.20 ± 0.28", "12.3", "90.00 at 75.00 % removed (S2)"],
     ]
 
 
@@ -142,12 +143,12 @@ def test_curves_hold_what_they_were_given():
     assert set(drawn) == {"accuracy_over_kept", "size_over_kept"}
     [axes] = drawn["accuracy_over_kept"].axes
     [ours] = axes.containers
-    np.testing.assert_allclose(ours.lines[0].get_xydata(), [(50, 99), (25, 98), (10, 99)])
+    np.testing.assert_allclose(ours.lines[0].get_xydata(), [(50, 99), (25, 98), (10, 97.2)])
     np.testing.assert_allclose(
         next(line for line in axes.lines if line.get_label() == "S2").get_xydata(), [(80, 90), (50, 90), (10, 90)]
     )
     file, sparse = (line for line in drawn["size_over_kept"].axes[0].lines if not line.get_label().startswith("_"))
-    np.testing.assert_allclose(file.get_ydata(), [500, 250, 100])
+    np.testing.assert_allclose(file.get_ydata(), [500, 250, 81])
     assert list(sparse.get_ydata()) == [5, 5, 5]
     for figure in drawn.values():
         assert figures.png(figure).startswith(b"\x89PNG")

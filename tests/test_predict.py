@@ -14,7 +14,10 @@ from PIL import Image
 
 import jaxprune as jp
 from jaxprune import cli
-from jaxprune.lab import data, data_files, images, predict
+from jaxprune.lab import convert, data, data_files, images, predict
+from jaxprune.storage import Artifact
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -175,3 +178,19 @@ def test_resnet50_from_kerass_shards_in_eight_bits(tmp_path):
         for answer, sample in zip(answers, samples, strict=True)
     ]
     assert sum(right) >= 17
+
+
+@pytest.mark.parametrize("name", ["quickstart", "lenet_300_100"])
+def test_the_models_that_come_with_the_experiments_answer(name, capsys):
+    """They are those of the committed results, and take a digit that was drawn by hand."""
+    path = EXPERIMENTS / "models" / f"{name}.jaxprune"
+    results = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
+    with Artifact(path) as file:
+        about = convert.metadata_of(file)
+    points = results.get("points", [results])
+    [found] = [point for point in points if point["hash"] == about["hash"]]
+    assert found["artifact"]["bytes"]["values"][0] == path.stat().st_size
+    assert found["artifact"]["accuracy"]["values"][0] == pytest.approx(about["accuracy"])
+    assert predict.answers(predict.load(path), [EXPERIMENTS / "models" / "three.png"])[0].label == "3"
+    assert cli.main(["inspect", str(path)]) == 0
+    assert f"name: {name}" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxprune.lab.figures import _INK, _percent_axis, _tidy
 
@@ -31,19 +31,21 @@ class Point(NamedTuple):
 def levels(result: dict[str, Any]) -> list[Point]:
     """The levels of a result: of its rounds, where every seed has the same ones; else the level that it ended with.
 
+    The last one is as it was after fine-tuning, the others as they were after their round.
+
     Args:
         result: a run's results, or a point of a sweep's.
     """
-    rounds = result.get("rounds") or []
+    rounds, accuracy = result.get("rounds") or [], result["accuracy"]["finetuned"]["values"]
+    files = result["artifact"]["bytes"]["values"] if "artifact" in result else []
     alike = len({tuple(round(one["removed"], 6) for one in seed) for seed in rounds}) == 1
     if alike and not any(one["group"] for one in rounds[0]):
-        together = zip(*rounds, strict=True)
-        return [
+        found = [
             Point(ones[0]["removed"], *([one[key] for one in ones] for key in ("accuracy", "bytes", "sparse_bytes")))
-            for ones in together
+            for ones in zip(*rounds, strict=True)
         ]
-    files = result["artifact"]["bytes"]["values"] if "artifact" in result else []
-    return [Point(result["sparsity"]["mean"], result["accuracy"]["finetuned"]["values"], files, [])]
+        return [*found[:-1], found[-1]._replace(accuracy=accuracy, file=files)]
+    return [Point(result["sparsity"]["mean"], accuracy, files, [])]
 
 
 def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
@@ -58,7 +60,8 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     if not found or max(len(points) for _, points in found) < 3:
         return {}
     published = next((result["published"] for result in results if result.get("published")), [])
-    figures = {"accuracy_over_kept": accuracy_over_kept(found, published)}
+    dense = float(np.mean([result["accuracy"]["dense"]["mean"] for result in results]))
+    figures = {"accuracy_over_kept": accuracy_over_kept(found, dense, published)}
     if all(point.sparse for _, points in found for point in points):
         figures["size_over_kept"] = size_over_kept(found, results[0]["artifact"]["dense_bytes"])
     return figures
@@ -70,16 +73,18 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def accuracy_over_kept(
-    curves: Sequence[tuple[str, Sequence[Point]]], published: Sequence[dict[str, Any]] = ()
+    curves: Sequence[tuple[str, Sequence[Point]]], dense: float, published: Sequence[dict[str, Any]] = ()
 ) -> Figure:
     """Test accuracy over the share of weights kept, on a log axis; what others published beside it.
 
     Args:
         curves: name and points of each.
+        dense: accuracy of the dense model.
         published: "who", "removed", "accuracy" of each point; several of one name are joined.
     """
-    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.subplots()
+    axes.axhline(100 * dense, color=_INK, linewidth=1.1, label="ours, dense")
     for (name, points), colour in zip(curves, COLOURS, strict=False):
         kept = [100 * (1 - point.removed) for point in points]
         means = [100 * float(np.mean(point.accuracy)) for point in points]
@@ -94,7 +99,7 @@ def accuracy_over_kept(
     _kept_axis(axes)
     axes.set_ylabel("test accuracy", color=_INK)
     _percent_axis(axes.yaxis)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
@@ -105,7 +110,7 @@ def size_over_kept(curves: Sequence[tuple[str, Sequence[Point]]], dense_bytes: i
         curves: name and points of each.
         dense_bytes: of the dense model.
     """
-    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense_bytes, color=_INK, linewidth=1.1)
     axes.annotate("dense", (1, dense_bytes), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_INK)
@@ -120,13 +125,14 @@ def size_over_kept(curves: Sequence[tuple[str, Sequence[Point]]], dense_bytes: i
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:,.6g} kB"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("bytes (log scale)", color=_INK)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
 def _kept_axis(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.invert_xaxis()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g} %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("weights kept in the pruned leaves (log scale, fewer to the right)", color=_INK)
