@@ -12,6 +12,8 @@ from jaxprune.lab.data_files import SHAPES
 from jaxprune.lab.models import parts, zoo
 from jaxprune.lab.models.resnet import ResNet50
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def small_resnet():

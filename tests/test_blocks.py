@@ -16,7 +16,7 @@ import jaxprune as jp
 from jaxprune import sparse
 from jaxprune.sparse import blocks
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick")]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}  # the latter: x, values and the result are rounded
 SHAPES = sparse.BlockWeight.shapes
 

@@ -12,7 +12,7 @@ from framework_models import MODELS, Case, drawn, equinox_case, image, linen_cas
 
 import jaxprune as jp
 
-pytestmark = pytest.mark.usefixtures("relaxed")
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")
 
 
 # Layers that the models have not.

@@ -22,7 +22,7 @@ ORDERS = {
 }
 TARGET = 'custom_call_target="jaxprune_product"'
 
-pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels, pytest.mark.usefixtures("quick")]
 
 
 def to_numpy(array):

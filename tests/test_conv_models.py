@@ -17,7 +17,7 @@ from jaxprune.layout import TORCH
 X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 TARGET = 'custom_call_target="jaxprune_product"'
 
-pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels, pytest.mark.usefixtures("quick")]
 
 
 def linen_model():

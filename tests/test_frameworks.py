@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 
 import jaxprune as jp
 
-pytestmark = pytest.mark.usefixtures("relaxed")  # frameworks and optax promote dtypes themselves
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # frameworks and optax promote dtypes themselves
 
 N_IN, WIDTH, N_OUT = 8, 12, 4
 WEIGHTS = N_IN * WIDTH + WIDTH * N_OUT

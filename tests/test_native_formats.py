@@ -21,7 +21,7 @@ from jaxprune.granularity import Block
 NATIVE = ["native", "native_row", "native_block", "native_int8"]
 each_native = pytest.mark.parametrize("format", NATIVE)
 
-pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels, pytest.mark.usefixtures("quick")]
 
 
 def to_numpy(array):

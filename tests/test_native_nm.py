@@ -13,7 +13,7 @@ from test_native_formats import assert_product, floats, product_as, to_numpy
 import jaxprune as jp
 from jaxprune import sparse
 
-pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels]
+pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels, pytest.mark.usefixtures("quick")]
 
 
 def nm_leaf(n_in, n_out, n, m, dtype="float32", dead=0.0, seed=0):

@@ -32,7 +32,7 @@ from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages
 from jaxprune.lab.config import ConfigError
 from jaxprune.lab.run import RunError
 
-pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes
 
 
 @pytest.fixture(scope="module", autouse=True)

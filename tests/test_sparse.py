@@ -30,7 +30,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.6e-2, "float16": 2e-3}
 DOT = jax.lax.dot_general
 FLOAT64 = ("bcoo", "bcsr", "block")  # the native kernels have float32 sums
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick")]
 
 
 def in_out(leaf, layout):

@@ -16,7 +16,7 @@ from sparse_helpers import FORMATS, compress_all, compress_one, each_format, mak
 from jaxprune import sparse
 from jaxprune.layout import FLAX, TORCH
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick")]
 
 
 USES = {

@@ -13,6 +13,8 @@ from jaxprune.layout import FLAX, TORCH
 from jaxprune.sparse import FORMATS
 from jaxprune.storage import tensors
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RNG = np.random.default_rng(0)
 
 

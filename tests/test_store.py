@@ -22,11 +22,12 @@ from lab_helpers import (
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config, data, html, publish, run, stages, storage_figure, store, train
+from jaxprune.lab.samples import samples_of
 from jaxprune.storage import Artifact
 from jaxprune.storage.encodings import pattern_of, smallest, stored_bytes
 from jaxprune.storage.quantize import dequantize
 
-pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes
 
 STORED = (
     TINY
@@ -91,7 +92,7 @@ def test_training_the_shared_values_helps(stored):
     like = jax.tree.map(jnp.asarray, tree.map_named(lambda name, _: before[name], network.params))
     alive = tree.map_named(lambda name, _: jnp.asarray(masks[name]), network.params)
     start = store.quantize(config.load(stored[0] / "config.toml").store, like, alive)
-    samples = stages.samples_of(digits.train_images, digits.train_labels, digits.scale)
+    samples = samples_of(digits.train_images, digits.train_labels, digits.scale)
     loss = train.mean_loss(network.apply, dequantize(start), samples, jnp.arange(1437), None)[0]
     assert losses["quantize"] < float(loss)
 

@@ -12,6 +12,7 @@ import jaxprune as jp
 from jaxprune import cli, storage
 from jaxprune.lab import config, convert, data, predict, run, stages, sweep
 from jaxprune.lab.bench import of_run
+from jaxprune.lab.samples import samples_of
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")
 SMALL = """
@@ -283,7 +284,7 @@ def test_units_that_are_dead_go_before_the_file_is_written(tmp_path):
     assert stored["dense_bytes"] == results["sparse"]["dense_bytes"]
     model = predict.load(tmp_path / "run" / "seed_0" / "model.jaxprune")
     dataset = data.load("digits")
-    samples = stages.samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
+    samples = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
     classes = stages.train.predict(jax.jit(model.apply), model.params, samples)
     assert stages.train.accuracy(classes, samples) == stored["accuracy"]["mean"]
 

@@ -14,10 +14,11 @@ from lab_helpers import Stopped, arrays_of, bits, checkpoints, compiled_once
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import checkpoint, models, train
+from jaxprune.lab import samples as lab_samples
 from jaxprune.lab.config import Model
 from jaxprune.lab.models import parts
 
-pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes: decay ** count
+pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes: decay ** count
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ def samples(n=N, seed=1):
     labels = rng.integers(0, CLASSES, n).astype(np.int32)
     images = rng.integers(0, 8, (n, SIDE, SIDE, 1)).astype(np.uint8)
     images[np.arange(n), 0, labels % SIDE] += 8
-    return train.Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(16))
+    return lab_samples.Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(16))
 
 
 def stage(**changes):
@@ -113,7 +114,7 @@ def test_a_stage_is_the_loop_it_stands_for(tmp_path):
 @pytest.mark.parametrize("most", [1, 2])
 def test_images_are_moved_by_all_ways_alike(most):
     images = np.random.default_rng(0).integers(1, 256, (2000, SIDE, SIDE, 2)).astype(np.uint8)
-    moved = train.shifted(jnp.asarray(images), jax.random.key(0), most)
+    moved = lab_samples.shifted(jnp.asarray(images), jax.random.key(0), most)
     assert (moved.shape, moved.dtype) == (images.shape, jnp.uint8)
     padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     side = 2 * most + 1
@@ -179,7 +180,7 @@ def test_records_tell_validation_and_sparsity(tmp_path):
 
 def test_predictions_come_in_chunks_and_are_those_of_the_whole(monkeypatch):
     data = samples()
-    whole = np.argmax(np.asarray(apply(PARAMS, train.scaled(data, data.images))), -1)
+    whole = np.argmax(np.asarray(apply(PARAMS, lab_samples.scaled(data, data.images))), -1)
     for chunk in (1, 7, N, 100):
         monkeypatch.setattr(train, "CHUNK", chunk)
         assert np.array_equal(train.predict(apply, PARAMS, data), whole)
@@ -408,7 +409,7 @@ def test_a_teacher_teaches_and_is_left_as_it_is(tmp_path):
     taught = stage(teacher=train.Teacher(plain, teacher, 0.99, 1.0), steps=60, save_every=60)
     params = go(taught, tmp_path / "a", plain).state.params
     alone = go(stage(steps=60, save_every=60), tmp_path / "b", plain).state.params
-    x = train.scaled(samples(), samples().images)
+    x = lab_samples.scaled(samples(), samples().images)
     far = [float(jp.distillation_loss(plain(p, x), plain(teacher, x))) for p in (params, alone)]
     assert far[0] < 0.5 * far[1]
     jax.tree.map(np.testing.assert_array_equal, teacher, before)
@@ -416,7 +417,7 @@ def test_a_teacher_teaches_and_is_left_as_it_is(tmp_path):
 
 def test_mirrored_images_are_every_other_one_and_keep_their_rows(tmp_path):
     images = jax.random.randint(jax.random.key(0), (400, 3, 4, 2), 0, 256).astype(jnp.uint8)
-    found = np.asarray(train.mirrored(images, jax.random.key(1)))
+    found = np.asarray(lab_samples.mirrored(images, jax.random.key(1)))
     turned = np.asarray([np.array_equal(a, b[:, ::-1]) for a, b in zip(found, np.asarray(images), strict=True)])
     same = np.asarray([np.array_equal(a, b) for a, b in zip(found, np.asarray(images), strict=True)])
     assert np.all(turned ^ same)
@@ -441,7 +442,7 @@ NORMED = {
 
 
 def test_batch_norms_in_training_use_the_batch_and_their_statistics_follow():
-    x = train.scaled(samples(), samples().images)
+    x = lab_samples.scaled(samples(), samples().images)
     logits, seen = parts.observed(normed)(NORMED, x)
     flat = np.asarray(x, np.float64).reshape(N, -1)
     mean, var = flat.mean(0), flat.var(0)
@@ -461,7 +462,7 @@ def test_a_stage_with_batch_norms_ends_at_the_statistics_of_its_batches(tmp_path
     start = jp.apply_masks(NORMED, masks)
     whole = stage(tx=tx, batch_size=N, steps_per_epoch=1, steps=3, save_every=1)
     state = go(whole, tmp_path / "a", lambda params, x, key=None: parts.observed(normed)(params, x), start).state
-    mean = np.asarray(train.scaled(samples(), samples().images), np.float64).reshape(N, -1).mean(0)
+    mean = np.asarray(lab_samples.scaled(samples(), samples().images), np.float64).reshape(N, -1).mean(0)
     np.testing.assert_allclose(state.params["bn"]["mean"], 0.9**3 * 0.3 + (1 - 0.9**3) * mean, rtol=1e-4)
     assert not np.any(np.asarray(state.params["fc"]["kernel"])[~np.asarray(masks["fc"]["kernel"])])
     assert np.any(state.params["bn"]["scale"] != 1.5)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 import jaxprune as jp
 from jaxprune.lab import train, words
 from jaxprune.lab.config import ConfigError
+from jaxprune.lab.samples import Samples
 from jaxprune.types import Params
 
 SAMPLES = 2048  # of the training data
@@ -37,7 +38,7 @@ def check(name: str, found: Any, how: str) -> None:
 
 
 def of(
-    found: Any, apply: Callable[..., Array], params: Params, samples: train.Samples, key: Key[Array, ""]
+    found: Any, apply: Callable[..., Array], params: Params, samples: Samples, key: Key[Array, ""]
 ) -> dict[str, Any]:
     """The evidence that a criterion looks at, by keyword; pure.
 
@@ -57,7 +58,7 @@ def of(
     return {name: makers[name](loss, apply, params, samples, rows) for name in words.looks_at(found)}
 
 
-def _flow(loss: Any, apply: Any, params: Params, samples: train.Samples, rows: Any) -> Params:
+def _flow(loss: Any, apply: Any, params: Params, samples: Samples, rows: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, *samples.images.shape[1:]), "float32")
     return jp.evidence.flow_grads(apply, params, image)
 

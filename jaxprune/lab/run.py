@@ -26,7 +26,8 @@ import numpy as np
 import jaxprune as jp
 from jaxprune.lab import config as cfg
 from jaxprune.lab import data, files, machine, store, train
-from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed, samples_of
+from jaxprune.lab.samples import samples_of
+from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.storage.quantize import dequantize
 
 

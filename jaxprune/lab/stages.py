@@ -13,6 +13,7 @@ import optax
 import jaxprune as jp
 from jaxprune.lab import build, data, evidence, metrics, models, store, train
 from jaxprune.lab import config as cfg
+from jaxprune.lab.samples import samples_of
 from jaxprune.storage.quantize import dequantize
 from jaxprune.storage.sharing import reshare, share_weights
 from jaxprune.types import Masks, Params
@@ -301,8 +302,3 @@ class _SeedStages:
         if not self.validation.labels.shape[0]:
             return None
         return train.accuracy(train.predict(self.apply, params, self.validation), self.validation)
-
-
-def samples_of(images: np.ndarray, labels: np.ndarray, scale: float) -> train.Samples:
-    """Arrays of a data set on the device."""
-    return train.Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(scale))

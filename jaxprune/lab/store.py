@@ -19,6 +19,7 @@ import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config as cfg
 from jaxprune.lab import data, models, train
+from jaxprune.lab.samples import Samples
 from jaxprune.storage.quantize import cast, to_codebooks, to_integers
 from jaxprune.types import Masks, Params
 
@@ -121,7 +122,7 @@ def write(path: Path, store: cfg.Store, quantized: Any, masks: Any, metadata: di
     jp.save(path, quantized, masks=masks, encoding=store.encoding, deflate=store.deflate, metadata=metadata)
 
 
-def measure(path: Path, apply: Callable[..., Any], like: Params, dense: Params, test: train.Samples) -> dict[str, Any]:
+def measure(path: Path, apply: Callable[..., Any], like: Params, dense: Params, test: Samples) -> dict[str, Any]:
     """Bytes of a file, of the dense model, the weights left, and the accuracy of the model that is read from the file.
 
     Args:

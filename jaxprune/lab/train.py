@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import checkpoint
 from jaxprune.lab.models.parts import followed
+from jaxprune.lab.samples import Samples, mirrored, scaled, shifted
 from jaxprune.types import Masks, Params
 
 CHUNK = 1000  # images evaluated at once
@@ -35,20 +36,6 @@ _SHIFTS, _FLIPS = 2**31, 2**31 + 1  # folded into a step's key; networks fold in
 
 class TrainingError(RuntimeError):
     """Training cannot go on; says at which step, and what can be done."""
-
-
-class Samples(NamedTuple):
-    """Images and labels on the device.
-
-    Attributes:
-        images: uint8, (n, h, w, c).
-        labels: int32, (n,).
-        scale: what pixels are divided by to come into [0, 1].
-    """
-
-    images: UInt8[Array, "n h w c"]
-    labels: Int[Array, "n"]
-    scale: Float[Array, ""]
 
 
 class Teacher(NamedTuple):
@@ -141,25 +128,6 @@ def _look(apply: Callable[..., Array], state: TrainState, samples: Samples) -> T
     rows = jnp.arange(min(CHUNK, samples.labels.shape[0]))
     loss, (correct, _) = mean_loss(jax.jit(apply), state.params, samples, rows, None)
     return state.tally._replace(loss=loss * rows.size, correct=correct, seen=jnp.int32(rows.size))
-
-
-def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Pixels as float32 in [0, 1]."""
-    return images.astype(jnp.float32) / samples.scale
-
-
-def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> UInt8[Array, "b h w c"]:
-    """Each image moved up or down and sideways, by -most to most pixels with equal chance; what comes in is 0."""
-    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
-    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
-    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:]))
-    return cut(padded, corners)
-
-
-def mirrored(images: UInt8[Array, "b h w c"], key: Key[Array, ""]) -> UInt8[Array, "b h w c"]:
-    """Each image as it is or mirrored sideways, with equal chance."""
-    chosen = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-    return jnp.where(chosen, images[:, :, ::-1], images)
 
 
 def mean_loss(

@@ -1,0 +1,46 @@
+"""Samples: images and labels on the device, and what is done to images in training."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+
+class Samples(NamedTuple):
+    """Images and labels on the device.
+
+    Attributes:
+        images: uint8, (n, h, w, c).
+        labels: int32, (n,).
+        scale: what pixels are divided by to come into [0, 1].
+    """
+
+    images: UInt8[Array, "n h w c"]
+    labels: Int[Array, "n"]
+    scale: Float[Array, ""]
+
+
+def samples_of(images: np.ndarray, labels: np.ndarray, scale: float) -> Samples:
+    """Arrays of a data set on the device."""
+    return Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(scale))
+
+
+def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pixels as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / samples.scale
+
+
+def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> UInt8[Array, "b h w c"]:
+    """Each image moved up or down and sideways, by -most to most pixels with equal chance; what comes in is 0."""
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
+    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:]))
+    return cut(padded, corners)
+
+
+def mirrored(images: UInt8[Array, "b h w c"], key: Key[Array, ""]) -> UInt8[Array, "b h w c"]:
+    """Each image as it is or mirrored sideways, with equal chance."""
+    chosen = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(chosen, images[:, :, ::-1], images)
