@@ -12,7 +12,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_helpers import tiny
+from lab_helpers import tiny, write_config
 
 import jaxprune as jp
 from jaxprune.lab import build, words
@@ -350,3 +350,13 @@ def test_a_group_is_pruned_and_trained_alone():
         build.of_group(jp.Method(), ("a/bias",), params)
     with pytest.raises(ValueError, match="matches no leaf"):
         build.of_group(jp.Method(), ("c/*",), params)
+
+
+def test_the_prune_stage_trains_as_the_dense_stage_but_for_its_learning_rate(tmp_path):
+    text = "name = 'x'\ntrain.weight_decay = 1e-4\nprune = {how = 'iterative', sparsity = 0.5, learning_rate = 0.25}"
+    config = cfg.load(write_config(tmp_path, text))
+    assert build.pruning_phase(config) == cfg.Phase(weight_decay=1e-4, learning_rate=0.25)
+    plain = cfg.load(write_config(tmp_path, text.replace(", learning_rate = 0.25", "")))
+    assert build.pruning_phase(plain) is plain.train
+    assert cfg.config_hash(plain) != cfg.config_hash(config)
+    assert cfg.training_hash(plain) == cfg.training_hash(config)

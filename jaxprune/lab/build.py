@@ -108,6 +108,12 @@ def _decayed(params: Params) -> Any:
     return tree.map_named(tree.weights, params)
 
 
+def pruning_phase(config: cfg.Config) -> cfg.Phase:
+    """How the prune stage trains: as [train] does, at a learning rate of its own if it has one."""
+    rate = config.prune.learning_rate
+    return config.train if rate is None else config.train.model_copy(update={"learning_rate": rate})
+
+
 def pruning_optimizer(
     inner: optax.GradientTransformation, prune: cfg.Prune, steps_per_epoch: int, key: Any
 ) -> optax.GradientTransformation:

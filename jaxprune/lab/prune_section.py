@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, Discriminator, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from jaxprune.lab import words
 from jaxprune.lab.fields import (
@@ -106,7 +106,7 @@ class Prune(Table):
     epoch"). `levels`: sparsity of each round, in the place of `rounds` and `sparsity`. `growth`: of a threshold from
     round to round. `groups`: patterns of leaf names; each group goes through all rounds while the other leaves stay as
     they are. `tolerance`: a round that ends this much below the dense validation accuracy ends the stage, or the rounds
-    of its group, and does not count.
+    of its group, and does not count. `learning_rate`: of the stage, whose optimizer is [train]'s but for that.
     `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see `jaxprune.splice`.
     """
 
@@ -131,6 +131,9 @@ class Prune(Table):
     duration: Annotated[Time, Only(("how", "gradual", "iterative", "alternating", "regrow", "splice"))] = Duration(
         10, "epochs"
     )
+    learning_rate: Annotated[
+        float | None, Field(gt=0), Only(("how", "gradual", "iterative", "alternating", "regrow", "splice"))
+    ] = None
     update_every: Annotated[Period, Only(("how", "gradual", "alternating", "regrow", "splice"))] = Duration(
         100, "steps"
     )

@@ -150,7 +150,7 @@ class _SeedStages:
 
     def pruned(self, dense: Params) -> tuple[Params, Masks]:
         """Pruned params, and the masks that did it."""
-        phase, prune = self.config.train, self.config.prune
+        phase, prune = build.pruning_phase(self.config), self.config.prune
         steps, method = self.prune_steps, build.method(prune)
         if build.in_rounds(prune, method):
             return self._in_rounds(dense, method)
@@ -182,7 +182,7 @@ class _SeedStages:
     def _group_in_rounds(
         self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, reference: float | None
     ) -> tuple[Params, Masks]:
-        phase, prune, before = self.config.train, self.config.prune, len(self.rounds)
+        phase, prune, before = build.pruning_phase(self.config), self.config.prune, len(self.rounds)
         length = prune.duration.steps(self._per_epoch(phase))
         if patterns is not None:
             method = build.of_group(method, patterns, params)
