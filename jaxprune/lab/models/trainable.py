@@ -18,17 +18,7 @@ from jaxprune.lab.models.small import Network
 
 
 def build(model: Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> Network:
-    """The configured network for images of one shape, initialised with `key`.
-
-    Args:
-        model: the [model] section.
-        image: (h, w, c).
-        classes: number of logits.
-        key: draws the initial weights; equal keys give equal weights.
-
-    Raises:
-        ValueError: the images are too small for the network.
-    """
+    """A network of `small`, or a larger one with batch norms at their beginning; see `small.build`."""
     if model.name not in MODELS:
         return small.build(model, image, classes, key)
     network = shapes(model, image, classes)
@@ -36,16 +26,7 @@ def build(model: Model, image: tuple[int, int, int], classes: int, key: Key[Arra
 
 
 def shapes(model: Model, image: tuple[int, int, int], classes: int) -> Network:
-    """The configured network with the shapes of its params: nothing is computed.
-
-    Args:
-        model: see `build`.
-        image: see `build`.
-        classes: see `build`.
-
-    Raises:
-        ValueError: see `build`.
-    """
+    """The same with the shapes of its params: nothing is computed."""
     if model.name not in MODELS:
         return small.shapes(model, image, classes)
     chosen: Any = dataclasses.replace(MODELS[model.name], image=image, classes=classes)  # pyright: ignore
