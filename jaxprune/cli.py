@@ -174,13 +174,13 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab import comparison, figures, html, publish
+    from jaxprune.lab import comparison, figures, files, html, publish
 
     if arguments.table:
         print(f"{arguments.table}: {comparison.fill(arguments.table)} tables written")
     if not arguments.runs:
         return 0 if arguments.table else arguments.refuse("the following arguments are required: RUN, or --table FILE")
-    results = [publish.read_results(folder) for folder in arguments.runs]
+    results = [files.read_results(folder) for folder in arguments.runs]
     if arguments.out:
         page = html.comparison_page(results, {"comparison": figures.png(figures.comparison(results))})
         arguments.out.write_text(page)

@@ -202,6 +202,11 @@ MNIST = Path(os.environ.get("JAXPRUNE_DATA", "nowhere")) / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason="JAXPRUNE_DATA names no folder with mnist/ in it")
 
 
+def sizes(mnist, train):
+    assert mnist.train_images.shape == (train, 28, 28, 1)
+    assert mnist.test_images.shape == (10_000, 28, 28, 1)
+
+
 @needs_mnist
 def test_real_mnist(tmp_path):
     """The whole test set, and the first 2,000 images of the other."""
@@ -212,8 +217,7 @@ def test_real_mnist(tmp_path):
     files = write_idx(tmp_path / "files", {"train": tuple(part[:2000] for part in train), "test": test})
     import_folder("mnist", files, tmp_path)
     mnist = load("mnist", tmp_path)
-    assert mnist.train_images.shape == (2_000, 28, 28, 1)
-    assert mnist.test_images.shape == (10_000, 28, 28, 1)
+    sizes(mnist, 2_000)
     assert np.bincount(mnist.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     # the order of the set that TFDS itself publishes
     assert mnist.test_labels[:8].tolist() == [2, 0, 4, 8, 7, 6, 0, 6]
@@ -225,8 +229,7 @@ def test_real_mnist(tmp_path):
 def test_all_of_real_mnist(tmp_path):
     import_folder("mnist", MNIST, tmp_path)
     mnist = load("mnist", tmp_path)
-    assert mnist.train_images.shape == (60_000, 28, 28, 1)
-    assert mnist.test_images.shape == (10_000, 28, 28, 1)
+    sizes(mnist, 60_000)
     assert np.bincount(mnist.train_labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     # the order of the set that TFDS itself publishes
     assert mnist.train_labels[:8].tolist() == [4, 1, 0, 7, 8, 1, 2, 7]

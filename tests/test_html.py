@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxprune.lab import html
+from jaxprune.lab import html, wording
 
 PNG = base64.b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -176,7 +176,7 @@ def test_larger_is_called_larger():
     ("dense", "sparse", "end"), [(8, 8, "8 bytes sparse"), (0, 0, "0 bytes sparse"), (9, 3, "3.00 times smaller")]
 )
 def test_sizes(dense, sparse, end):
-    assert html.size_text(dense, sparse).endswith(end)
+    assert wording.size_text(dense, sparse).endswith(end)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_sizes(dense, sparse, end):
      (1 - 1e-12, "99.9999999999 %"), (0.9999, "99.99 %"), (1.878, "187.8 %")],
 )  # fmt: skip
 def test_a_percentage_never_rounds_to_all_or_nothing(share, text):
-    assert html.percent(share) == text
+    assert wording.percent(share) == text
 
 
 def test_everything_from_outside_is_escaped():

@@ -28,7 +28,7 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import cli
-from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages, store
+from jaxprune.lab import checkpoint, data, machine, models, publish, run, stages, store, wording
 from jaxprune.lab.config import ConfigError
 from jaxprune.lab.run import RunError
 
@@ -338,8 +338,8 @@ def test_another_machine_is_noted(tmp_path):
 
 
 def test_spread_is_that_of_a_sample():
-    assert publish.spread([1.0]) == {"mean": 1.0, "std": 0.0, "values": [1.0]}
-    assert publish.spread([1.0, 3.0])["std"] == pytest.approx(np.sqrt(2))
+    assert wording.spread([1.0]) == {"mean": 1.0, "std": 0.0, "values": [1.0]}
+    assert wording.spread([1.0, 3.0])["std"] == pytest.approx(np.sqrt(2))
 
 
 def test_histograms_show_the_pruned_leaves():

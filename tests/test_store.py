@@ -21,7 +21,7 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import config, data, html, publish, run, stages, storage_figure, store, train
+from jaxprune.lab import config, data, html, run, stages, storage_figure, store, train, wording
 from jaxprune.lab.samples import samples_of
 from jaxprune.storage import Artifact
 from jaxprune.storage.encodings import pattern_of, smallest, stored_bytes
@@ -246,7 +246,7 @@ def test_break_even():
 @pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.95])
 def test_the_figure_marks_the_runs_own_file(sparsity):
     leaves = [leaf((64, 16), sparsity), leaf((16,), 0)]
-    found = {"quantize": "int8", "bytes": publish.spread([900])}
+    found = {"quantize": "int8", "bytes": wording.spread([900])}
     figure = storage_figure.storage(leaves, found, sparsity)
     left, right = figure.axes
     stars = [[line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*"] for axes in (left, right)]

@@ -178,14 +178,19 @@ def test_a_run_in_rounds_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     assert any(leaf.any() for leaf in early.values())
 
 
+def failed(record):
+    return record["score"] < record["needed"]
+
+
 def test_the_stop_rule_of_a_run_steps_back_and_says_so(tmp_path):
     words = ["--prune", "{how = 'iterative', sparsity = 0.998, rounds = 8, duration = '30 steps', tolerance = 0.15}"]
     results = run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
     [rounds] = results["rounds"]
-    lines = [one["text"] for one in rounds]
-    assert "failed by" in lines[-1]
-    assert all("failed" not in line for line in lines[:-1])
-    good = len(lines) - 1
+    assert [failed(one) for one in rounds] == [False] * (len(rounds) - 1) + [True]
+    missing = 100 * (rounds[-1]["needed"] - rounds[-1]["score"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("failed by") == page.count(f"failed by {missing:.2f} points") == 1
+    good = len(rounds) - 1
     assert 1 <= good < 8
     np.testing.assert_allclose(results["sparsity"]["mean"], 1 - 0.002 ** (good / 8), atol=1e-3)
 
@@ -236,14 +241,14 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     groups = [[one for one in rounds if one["group"] == [name]] for name in ("layers/1/*", "layers/0/*")]
     for group in groups:
         assert [one["number"] for one in group] == list(range(1, len(group) + 1))
-        assert "failed by" in group[-1]["text"] or len(group) == 9
+        assert failed(group[-1]) or len(group) == 9
     own = tmp_path / "run" / "seed_0"
     files = [jp.load(own / "rounds" / f"{number}.jaxprune") for number in (1, len(groups[0]) + 1)]
     dense = arrays_of(checkpoints(own / "train")[-1])
     first = [leaf["kernel"] for leaf in (files[0]["layers"][0], files[0]["layers"][1])]
     assert any(np.array_equal(first[0], leaf) for leaf in dense.values())
     assert not any(np.array_equal(first[1], leaf) for leaf in dense.values())
-    good = next(one for one in groups[0][::-1] if "failed" not in one["text"])
+    good = next(one for one in groups[0][::-1] if not failed(one))
     kept = jp.load(own / "rounds" / f"{good['number']}.jaxprune")["layers"][1]["kernel"]
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.lab import curves, files, html, sweep, words
+from jaxprune import tables
+from jaxprune.lab import curves, files, sweep, wording, words
 from jaxprune.lab.bench import rows
 
 Record = dict[str, Any]
@@ -89,9 +90,9 @@ def _overview_rows(result: Record) -> list[tuple[str, ...]]:
         what = (result.get("title") or result["name"], f"`{result['command']}`") if not lines else ("", "")
         lines.append((
             *what, _minutes(point), _machine(point), str(len(point["seeds"])),
-            html.percent(point["sparsity"]["mean"], 2),
-            *(_spread(point["accuracy"][name]["values"]) for name in ("dense", "finetuned")),
-            f"{stored['ratio']:.3g}x smaller, {_spread(stored['accuracy']['values'])}" if stored else "-",
+            wording.percent(point["sparsity"]["mean"], 2),
+            *(wording.points(point["accuracy"][name]) for name in ("dense", "finetuned")),
+            f"{stored['ratio']:.3g}x smaller, {wording.points(stored['accuracy'])}" if stored else "-",
             "; ".join(map(_published, theirs)) or "-",
         ))  # fmt: skip
     return lines
@@ -101,7 +102,7 @@ def levels(results: Sequence[Record]) -> str:
     """A row for every round, or for every point of a sweep: accuracy and file at each share of weights kept."""
     [result] = results
     points = result.get("points", [result])
-    names = [", ".join(_word(value) for value in point.get("values", {}).values()) or "ours" for point in points]
+    names = [curves.point_name(point) or "ours" for point in points]
     found = [curves.levels(point) for point in points]
     published = _nearest([level.removed for level in found[0]], points[0].get("published", []))
     head = ["kept", "removed", *(cell for name in names for cell in (name, "file, times smaller")), "published"]
@@ -111,8 +112,11 @@ def levels(results: Sequence[Record]) -> str:
         cells = []
         for point, ours in zip(points, found, strict=True):
             dense = point["artifact"]["dense_bytes"]
-            cells += [_spread(ours[place].accuracy), f"{dense / float(np.mean(ours[place].file)):.3g}"]
-        lines.append((f"{kept:.5g}", html.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
+            cells += [
+                wording.points(wording.spread(ours[place].accuracy)),
+                f"{dense / float(np.mean(ours[place].file)):.3g}",
+            ]
+        lines.append((f"{kept:.5g}", wording.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
     return _markdown(head, lines)
 
 
@@ -134,7 +138,7 @@ def latency(measured: Sequence[Record]) -> str:
 
 
 def _removed(sparsity: Any) -> str:
-    return html.percent(sparsity, 0) if isinstance(sparsity, float) else str(sparsity)
+    return wording.percent(sparsity, 0) if isinstance(sparsity, float) else str(sparsity)
 
 
 def _milliseconds(row: Record | None) -> str:
@@ -175,14 +179,9 @@ def _nearest(removed: Sequence[float], published: Sequence[Record]) -> list[list
 
 def _published(one: Record) -> str:
     said = [f"{100 * one['accuracy']:.2f}"] if one.get("accuracy") is not None else []
-    said += [f"at {html.percent(one['removed'], 2)} removed"] if one.get("removed") is not None else []
+    said += [f"at {wording.percent(one['removed'], 2)} removed"] if one.get("removed") is not None else []
     said += [f"file {one['smaller']:g}x smaller"] if one.get("smaller") is not None else []
     return f"{' '.join(said)} ({one['who']})" if said else one["who"]
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {100 * float(np.std(values, ddof=1)):.2f}" if len(values) > 1 else ""
-    return f"{100 * float(np.mean(values)):.2f}{deviation}"
 
 
 def _minutes(point: Record) -> str:
@@ -194,10 +193,6 @@ def _machine(point: Record) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, jax {machine['jax']}" if machine else "-"
 
 
-def _word(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return tables.markdown(head, cells, words=len(head))

@@ -1,6 +1,6 @@
 """Curves over the weights kept: what accuracy and bytes come to as rounds, or the points of a sweep, remove more.
 
-curves(results)         [Curve("ours", kept, accuracy, ...), ...]      of rounds, of points, of a run alone
+levels(result)          [Point(removed, accuracy, file, sparse), ...]      of rounds, or of a run alone
 of_runs(results)        the figures that they fill, by name
 """
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from jaxprune.lab import words
 from jaxprune.lab.figures import _INK, _percent_axis, _tidy
 
 # Okabe and Ito's colours, as in the other figures.
@@ -54,9 +55,9 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     Args:
         results: of one run, or the points of a sweep, each a curve or one dot of the curve of its own.
     """
-    found = [(_name(result), levels(result)) for result in results]
+    found = [(point_name(result), levels(result)) for result in results]
     if all(len(points) == 1 for _, points in found):
-        found = [("ours", sorted(points[0] for _, points in found))]
+        found = [("ours", sorted((points[0] for _, points in found), key=lambda point: point.removed))]
     if not found or max(len(points) for _, points in found) < 3:
         return {}
     published = next((result["published"] for result in results if result.get("published")), [])
@@ -67,9 +68,9 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     return figures
 
 
-def _name(result: dict[str, Any]) -> str:
-    values = result.get("values", {})
-    return ", ".join(" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values.values())
+def point_name(result: dict[str, Any]) -> str:
+    """What tells a point of a sweep from the others; "" of a run alone."""
+    return ", ".join(map(words.text, result.get("values", {}).values()))
 
 
 def accuracy_over_kept(

@@ -1,7 +1,9 @@
-"""Small files that are whole or not there."""
+"""Small files that are whole or not there, and the results of a run."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -14,3 +16,18 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a finished run.
+
+    Raises:
+        ValueError: the folder is no finished run.
+    """
+    try:
+        return json.loads((folder / "results.json").read_text())
+    except FileNotFoundError:
+        state = "is not finished, run its command again" if (folder / "config.toml").exists() else "is no run folder"
+        raise ValueError(f"{folder} {state}: it has no results.json.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'results.json'} is damaged: {error}. Delete it and run again.") from None

@@ -11,7 +11,9 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from jaxprune.lab import page
+from jaxprune import tables
+from jaxprune.lab import page, words
+from jaxprune.lab.wording import factor, percent, points, size_text, with_deviation
 
 Record = dict[str, Any]  # one JSON object
 _STAGES = {"dense": "Dense", "pruned": "Pruned", "finetuned": "Fine-tuned", "sparse": "Sparse"}
@@ -87,8 +89,8 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
         figures: caption key -> PNG, as for `report_page`.
     """
     rows = [
-        (", ".join(f"{key} {value}" for key, value in point["values"].items()), percent(point["sparsity"]["mean"], 2),
-         *(_with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
+        (words.text(point["values"]), percent(point["sparsity"]["mean"], 2),
+         *(with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
          f"{point['artifact']['ratio']:.1f}", point["hash"])
         for point in results["points"]
     ]  # fmt: skip
@@ -106,7 +108,7 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
 
 def summary_text(results: Record) -> str:
     """Return the outcome of one run as an aligned plain-text table for a terminal."""
-    rows = [(_STAGES[stage], _with_deviation(accuracy)) for stage, accuracy in _accuracies(results)]
+    rows = [(_STAGES[stage], with_deviation(accuracy)) for stage, accuracy in _accuracies(results)]
     rows += [*_facts(results), ("Sparse = masked", agreement_text(results)[1])]
     lines = [f"{name:<15}  {value}" for name, value in rows]
     return "\n".join([f"{results['name']} {results['hash']}: {headline(results)}", "", *lines])
@@ -115,8 +117,7 @@ def summary_text(results: Record) -> str:
 def summary_markdown(results: list[Record]) -> str:
     """Return several runs as a Markdown table, one row each, ready for a README."""
     rows = [[_markdown_cell(cell) for cell in row] for row in _run_rows(results)]
-    rule = ["---"] + ["---:"] * (len(_RUN_COLUMNS) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(_RUN_COLUMNS), rule, *rows]) + "\n"
+    return tables.markdown(_RUN_COLUMNS, rows, words=1) + "\n"
 
 
 def headline(results: Record) -> str:
@@ -127,7 +128,7 @@ def headline(results: Record) -> str:
     known = [f"{percent(accuracy[s]['mean'])} {_STAGES[s].lower()}" for s in ("dense", last) if s in accuracy]
     text = f"{removed} of the weights in the pruned leaves removed; accuracy {', '.join(known) or 'not measured'}"
     stored = results.get("artifact")
-    return f"{text}; the file is {_factor(stored['dense_bytes'], stored['bytes']['mean'])}." if stored else f"{text}."
+    return f"{text}; the file is {factor(stored['dense_bytes'], stored['bytes']['mean'])}." if stored else f"{text}."
 
 
 def comparison_headline(results: list[Record]) -> str:
@@ -165,24 +166,6 @@ def agreement_text(results: Record) -> tuple[bool, str]:
     return False, f"no, the class differs for {'; '.join(differing)}."
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage, with more digits where fewer would claim all or nothing falsely.
-
-    >>> percent(0.9), percent(0.99996), percent(1.0)
-    ('90.0 %', '99.996 %', '100.0 %')
-    """
-    for places in range(digits, 9):
-        text = f"{100 * share:.{places}f}"
-        if share in (0.0, 1.0) or float(text) not in (0.0, 100.0):
-            return f"{text} %"
-    return f"{100 * share!r} %"
-
-
-def _with_deviation(stat: Record) -> str:
-    text = percent(stat["mean"], 2)
-    return f"{text[:-2]} ± {100 * stat['std']:.2f} %" if len(stat["values"]) > 1 else text
-
-
 def _accuracies(results: Record) -> list[tuple[str, Record]]:
     # a run without fine-tuning has no such entry
     return [(stage, found) for stage in _STAGES if (found := results["accuracy"].get(stage))]
@@ -200,8 +183,8 @@ def _facts(results: Record) -> list[tuple[str, str]]:
     each = " for each seed" if len(results["seeds"]) > 1 else ""
     stored = [("File", _file_text(results["artifact"]))] if "artifact" in results else []  # older runs have none
     return [
-        ("Sparsity", f"{_with_deviation(results['sparsity'])} of the pruned leaves"),
-        ("Overall", f"{_with_deviation(results['overall_sparsity'])} of all parameters"),
+        ("Sparsity", f"{with_deviation(results['sparsity'])} of the pruned leaves"),
+        ("Overall", f"{with_deviation(results['overall_sparsity'])} of all parameters"),
         ("Stored", f"{sparse['format']}, {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
         *stored,
         ("Time", f"{seconds:,.1f} s{each}"),
@@ -210,19 +193,8 @@ def _facts(results: Record) -> list[tuple[str, str]]:
 
 def _file_text(stored: Record) -> str:
     how = "weights as they are" if stored["quantize"] == "none" else stored["quantize"]
-    size = f"{stored['bytes']['mean']:,.0f} bytes, {_factor(stored['dense_bytes'], stored['bytes']['mean'])} than dense"
-    return f"{how}, {size}; accuracy {_with_deviation(stored['accuracy'])}"
-
-
-def size_text(dense: int, sparse: int) -> str:
-    """Say how many bytes became how many, and call larger what is larger."""
-    factor = f": {_factor(dense, sparse)}" if 0 < dense != sparse > 0 else ""
-    return f"{dense:,} bytes dense, {sparse:,} bytes sparse{factor}"
-
-
-def _factor(dense: float, stored: float) -> str:
-    ratio = dense / stored
-    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times LARGER"
+    size = f"{stored['bytes']['mean']:,.0f} bytes, {factor(stored['dense_bytes'], stored['bytes']['mean'])} than dense"
+    return f"{how}, {size}; accuracy {with_deviation(stored['accuracy'])}"
 
 
 def _change(results: Record, accuracy: Record | None) -> str:
@@ -242,9 +214,7 @@ def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
     rows = []
     for result in results:
         accuracy, sparse, seeds = result["accuracy"], result["sparse"], str(len(result["seeds"]))
-        cells = [
-            _with_deviation(accuracy[stage]).removesuffix(" %") if accuracy.get(stage) else "-" for stage in _STAGES
-        ]
+        cells = [points(accuracy[stage]) if accuracy.get(stage) else "-" for stage in _STAGES]
         agrees = "yes" if agreement_text(result)[0] else "NO" if sparse["agreement"]["values"] else "not compared"
         share = percent(sparse["bytes"] / sparse["dense_bytes"]) if sparse["dense_bytes"] else "-"
         start = (result["name"], result["dataset"]["name"], percent(result["sparsity"]["mean"]))
@@ -254,7 +224,7 @@ def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
 
 
 def _file_cells(stored: Record | None) -> tuple[str, str]:
-    return (_with_deviation(stored["accuracy"]).removesuffix(" %"), f"{stored['ratio']:.1f}") if stored else ("-", "-")
+    return (points(stored["accuracy"]), f"{stored['ratio']:.1f}") if stored else ("-", "-")
 
 
 def _markdown_cell(text: str) -> str:
@@ -269,7 +239,7 @@ def _cards(results: Record) -> str:
         _card(stage, _STAGES[stage], accuracy, _change(results, accuracy)) for stage, accuracy in _accuracies(results)
     ]
     if stored := results.get("artifact"):
-        title = f"File, {_factor(stored['dense_bytes'], stored['bytes']['mean'])}"
+        title = f"File, {factor(stored['dense_bytes'], stored['bytes']['mean'])}"
         cards.append(_card("artifact", title, stored["accuracy"], _change(results, stored["accuracy"])))
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -307,15 +277,23 @@ def _leaf_table(leaves: list[Record]) -> str:
 
 
 def _rounds_section(results: Record) -> str:
-    """Show every round of every seed, those that the stop rule took back in their own words."""
+    """Show every round of every seed, of those that the stop rule took back by how much they failed."""
     columns = ("Round", "Seed", "Group", "Removed of it", "Removed", "Validation", "Test", "File, bytes", "")
     rows = [
         (str(one["number"]), str(seed), " ".join(one["group"]) or "all", percent(one["sparsity"], 2),
          percent(one["removed"], 2), "-" if one["score"] is None else percent(one["score"], 2),
-         percent(one["accuracy"], 2), f"{one['bytes']:,}", one["text"].partition(": failed")[2] and "taken back")
+         percent(one["accuracy"], 2), f"{one['bytes']:,}",
+         _taken_back(one))
         for seed, rounds in zip(results["seeds"], results.get("rounds", []), strict=False) for one in rounds
     ]  # fmt: skip
     return f"<h2>Rounds</h2>\n{page.table(columns, rows)}" if rows else ""
+
+
+def _taken_back(one: Record) -> str:
+    needed, score = one["needed"], one["score"]
+    if needed is None or score >= needed:
+        return ""
+    return f"taken back: {percent(needed, 2)} needed, failed by {100 * (needed - score):.2f} points"
 
 
 def _stage_section(metrics: list[Record]) -> str:

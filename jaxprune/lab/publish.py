@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import curves, data, figures, files, html, train
+from jaxprune.lab import curves, data, figures, files, html, train, wording
 from jaxprune.lab.storage_figure import storage
 from jaxprune.types import Masks, Params
 
@@ -46,9 +46,9 @@ def results(
             "validation": held_out,
             "test": len(dataset.test_labels),
         },
-        "accuracy": {model: spread([seed["accuracy"][model] for seed in seeds]) for model in MODELS},
-        "sparsity": spread([seed["sparsity"] for seed in seeds]),
-        "overall_sparsity": spread([seed["overall_sparsity"] for seed in seeds]),
+        "accuracy": {model: wording.spread([seed["accuracy"][model] for seed in seeds]) for model in MODELS},
+        "sparsity": wording.spread([seed["sparsity"] for seed in seeds]),
+        "overall_sparsity": wording.spread([seed["overall_sparsity"] for seed in seeds]),
         "sparse": {
             "format": config.sparse.format,
             "agreement": {"values": [seed["agreement"] for seed in seeds]},
@@ -57,7 +57,7 @@ def results(
         },
         "artifact": _artifact(config, [seed["artifact"] for seed in seeds]),
         "leaves": seeds[0]["leaves"],
-        "seconds": spread([seed["seconds"] for seed in seeds]),
+        "seconds": wording.spread([seed["seconds"] for seed in seeds]),
         "machine": {key: machine[key] for key in ("processor", "cores", "jax")},
         **({"rounds": [seed["rounds"] for seed in seeds]} if seeds[0]["rounds"] else {}),
         **({"published": config.model_dump(mode="json")["published"]} if config.published else {}),
@@ -66,22 +66,16 @@ def results(
 
 def _artifact(config: cfg.Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the files of the seeds came to; `ratio` is that of dense bytes to the mean of a whole file."""
-    stored = spread([seed["bytes"] for seed in seeds])
+    stored = wording.spread([seed["bytes"] for seed in seeds])
     return {
         "quantize": config.store.quantize,
         "bytes": stored,
         "dense_bytes": seeds[0]["dense_bytes"],
         "ratio": seeds[0]["dense_bytes"] / stored["mean"],
-        "accuracy": spread([seed["accuracy"] for seed in seeds]),
-        "nnz": spread([seed["nnz"] for seed in seeds]),
+        "accuracy": wording.spread([seed["accuracy"] for seed in seeds]),
+        "nnz": wording.spread([seed["nnz"] for seed in seeds]),
         "shapes": seeds[0]["shapes"],
     }
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of the sample, n - 1; 0 for a single one) and the values."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "std": deviation, "values": values}
 
 
 def histogram_weights(models: dict[str, Params], masks: Masks) -> dict[str, np.ndarray]:
@@ -131,20 +125,5 @@ def rewrite_page(folder: Path) -> Path:
         path.stem: path.read_bytes() for name in FIGURES if (path := folder / "figures" / f"{name}.png").exists()
     }
     path = folder / "report.html"
-    path.write_text(page(folder, read_results(folder), pictures))
+    path.write_text(page(folder, files.read_results(folder), pictures))
     return path
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished run.
-
-    Raises:
-        ValueError: the folder is no finished run.
-    """
-    try:
-        return json.loads((folder / "results.json").read_text())
-    except FileNotFoundError:
-        state = "is not finished, run its command again" if (folder / "config.toml").exists() else "is no run folder"
-        raise ValueError(f"{folder} {state}: it has no results.json.") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / 'results.json'} is damaged: {error}. Delete it and run again.") from None

@@ -61,7 +61,7 @@ def run(
     with _only_process(folder):
         if (folder / "results.json").exists():
             watcher.note(f"{folder} is finished; delete the folder to run it again.")
-            return json.loads((folder / "results.json").read_text())
+            return files.read_results(folder)
         files.write_text(folder / "config.toml", cfg.dump(config))
         machine.record(folder / "machine.json", watcher.note)
         return _run_seeds(config, folder, command, watcher, shared or Shared())

@@ -140,11 +140,8 @@ class _SeedStages:
         phase = self.config.train
         steps = phase.duration.steps(self._per_epoch(phase))
         tx = build.optimizer(phase, steps)
-        dense, distill = (
-            self._run("train", phase, tx, steps, self.network.params, self.training).params,
-            self.config.distill,
-        )
-        if distill.share:
+        dense = self._run("train", phase, tx, steps, self.network.params, self.training).params
+        if (distill := self.config.distill).share:
             self.teacher = train.Teacher(self.network.apply, dense, distill.share, distill.temperature)
         return dense
 
@@ -174,14 +171,15 @@ class _SeedStages:
     def _in_rounds(self, dense: Params, method: jp.Method) -> tuple[Params, Masks]:
         """Rounds that are trainings of their own, group by group; what they came to is left in `rounds`."""
         params, masks = dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense)
-        reference = self._validate(dense)
+        early, reference = self._early(), self._validate(dense)
         for patterns in self.config.prune.groups or (None,):
-            params, masks = self._group_in_rounds(params, masks, method, patterns, reference)
+            params, masks = self._group_in_rounds(params, masks, method, patterns, early, reference)
         return params, masks
 
     def _group_in_rounds(
-        self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, reference: float | None
-    ) -> tuple[Params, Masks]:
+        self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, early: Params | None,
+        reference: float | None,
+    ) -> tuple[Params, Masks]:  # fmt: skip
         phase, prune, before = build.pruning_phase(self.config), self.config.prune, len(self.rounds)
         length = prune.duration.steps(self._per_epoch(phase))
         if patterns is not None:
@@ -197,12 +195,12 @@ class _SeedStages:
             return params
 
         done = jp.iterative(
-            method, params, build.levels(prune), trained, early_params=self._early(), masks=masks,
+            method, params, build.levels(prune), trained, early_params=early, masks=masks,
             evaluate=None if reference is None else self._validate, tolerance=prune.tolerance, reference=reference,
             evidence=partial(self._evidence, method),
         )  # fmt: skip
         for record, one in zip(self.rounds[before:], done.rounds, strict=True):
-            record |= {"group": list(patterns or ()), **one._asdict(), "text": str(one)}
+            record |= {"group": list(patterns or ()), **one._asdict()}
         return done.params, done.masks
 
     def _round(self, params: Params, masks: Masks, number: int) -> dict[str, Any]:

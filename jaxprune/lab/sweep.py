@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxprune import tables
 from jaxprune.lab import config as cfg
-from jaxprune.lab import files
+from jaxprune.lab import files, words
 from jaxprune.lab import run as lab_run
 
 KEPT = ("hash", "seeds", "accuracy", "sparsity", "artifact", "seconds", "rounds", "machine", "published")
@@ -37,8 +38,8 @@ def run(sweep: cfg.Sweep, root: Path, command: str, watcher: lab_run.Watcher) ->
     folder = root / f"{sweep.name}-sweep"
     shared, points = lab_run.Shared(folder / "train"), []
     for number, point in enumerate(sweep.points, 1):
-        words = [f"--{key}={json.dumps(value)}" for key, value in point.values.items()]
-        watcher.note(f"[{number}/{len(sweep.points)}] {' '.join(words)}")
+        options = [f"--{key}={json.dumps(value)}" for key, value in point.values.items()]
+        watcher.note(f"[{number}/{len(sweep.points)}] {' '.join(options)}")
         done = lab_run.run(point.config, lab_run.folder_of(point.config, root), command, watcher, shared=shared)
         points.append({"values": point.values, **{key: done[key] for key in KEPT if key in done}})
     results = {
@@ -70,21 +71,15 @@ def table(sweeps: Sequence[dict[str, Any]]) -> str:
     columns = dict(json.loads(last.pop()))
     (column, values), *_ = [*columns.items(), ("", [None])]
     axes = [{key: axis for key, axis in one["axes"].items() if key != column} for one in sweeps]
-    titles = [*(key.rpartition(".")[2] for key in axes[0]), *(map(_word, values) if column else ["error"])]
-    rows = [titles, ["---"] * len(titles)]
+    titles = [*(key.rpartition(".")[2] for key in axes[0]), *(map(words.text, values) if column else ["error"])]
+    rows = []
     for one, others in zip(sweeps, axes, strict=True):
         cells = {json.dumps(point["values"], sort_keys=True): point for point in one["points"]}
         for chosen in itertools.product(*others.values()):
             row = dict(zip(others, chosen, strict=True))
             found = [row | ({column: value} if column else {}) for value in values]
-            rows.append([*map(_word, chosen), *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(_word(inner) if key == "preset" else f"{key} {_word(inner)}" for key, inner in value.items())
-    return f"{100 * value:.6g} %" if isinstance(value, float) and 0 < value < 1 else str(value)
+            rows.append([*map(words.text, chosen), *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
+    return tables.markdown(titles, rows, words=len(titles))
 
 
 def _error(point: dict[str, Any]) -> str:

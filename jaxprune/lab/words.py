@@ -109,6 +109,15 @@ def composition(preset: jp.Preset) -> str:
     return ", ".join(part for part in (*parts, when.get(preset.how, preset.how)) if part != "element")
 
 
+def text(value: Any) -> str:
+    """A value of a config, or of a point of a sweep, as tables and legends write it: shares in per cent."""
+    if isinstance(value, dict):
+        return ", ".join(text(inner) if key == "preset" else f"{key} {text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " ".join(map(text, value))
+    return f"{100 * value:.6g} %" if isinstance(value, float) and 0 < value < 1 else str(value)
+
+
 def _criterion_word(found: Any) -> str:
     for name, one in REGISTRY["criterion"].items():
         if one is found:

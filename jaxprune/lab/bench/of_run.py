@@ -1,6 +1,5 @@
 """The models a finished run came to, read back from its folder: `jaxprune bench model --run FOLDER`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, checkpoint, data, train
+from jaxprune.lab import build, checkpoint, data, files, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.models.zoo import Network, of_config
 
@@ -25,9 +24,7 @@ def of_run(folder: Path) -> Network:
         ValueError: it is no run folder, or not finished.
         CheckpointError: its last checkpoint is damaged.
     """
-    if not (folder / "results.json").exists():
-        state = "is not finished, run its command again" if (folder / "config.toml").exists() else "is no run folder"
-        raise ValueError(f"{folder} {state}: it has no results.json.")
+    files.read_results(folder)
     config = cfg.load(folder / "config.toml")
     network = of_config(
         config.name, config.model, data.IMAGES[config.data.name], data.CLASSES, jax.random.key(config.seeds[0])
@@ -49,10 +46,10 @@ def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
         folder: of `jaxprune run`, finished.
         like: params of the network, for their structure.
     """
-    results = json.loads((folder / "results.json").read_text())
-    files = folder / f"seed_{results['seeds'][0]}" / "rounds"
+    results = files.read_results(folder)
+    rounds = folder / f"seed_{results['seeds'][0]}" / "rounds"
     return {
-        round(one["removed"], 6): lambda number=number: jp.load(files / f"{number}.jaxprune", like=like)
+        round(one["removed"], 6): lambda number=number: jp.load(rounds / f"{number}.jaxprune", like=like)
         for number, one in enumerate(results.get("rounds", [[]])[0], 1)
     }
 

@@ -55,11 +55,11 @@ def model(name: str, side: int | None = None) -> Model:
     """The configuration of one of `MODELS`.
 
     Args:
-        name: see `build`.
-        side: see `build`.
+        name: of the model.
+        side: of the square images it takes; None: those of its paper.
 
     Raises:
-        ValueError: see `build`; the model takes no images.
+        ValueError: there is none of that name, it takes no images, or they are too small.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, NAMES, 1)
