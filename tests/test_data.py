@@ -185,7 +185,7 @@ def test_a_foreign_folder_in_the_way_is_kept(tmp_path, prepared):
 
 def test_load_names_the_nearest(tmp_path):
     refused(lambda: load("mist", tmp_path), "'mist'", "did you mean 'mnist'", "digits, mnist, fashion_mnist, cifar10")
-    assert "did you mean" not in refused(lambda: load("imagenet-22k", tmp_path), "digits, mnist")
+    assert "did you mean" not in refused(lambda: load("svhn_cropped", tmp_path), "digits, mnist")
 
 
 def with_tensorflow(monkeypatch, there: bool) -> None:

@@ -72,7 +72,7 @@ class Data(Table):
     pixels up or down and sideways, and with `flip` every other one is mirrored.
     """
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet2012"] = "digits"
     data_dir: str = ""
     validation: Fraction = 0.1
     shift: Annotated[int, Field(ge=0, le=8)] = 0

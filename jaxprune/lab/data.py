@@ -4,7 +4,7 @@
 
 `digits` is embedded in scikit-learn and always there. The others are read by TensorFlow Datasets as *data
 sources*, random access into array_record files, for which TensorFlow is not needed. Whole data sets are held
-in memory as bytes: at these sizes an array is the fastest loader.
+in memory as bytes: at these sizes an array is the fastest loader. ImageNet is not: see `jaxprune.lab.streams`.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.lab import streams
 from jaxprune.lab.data_files import CLASSES, SHAPES, SPLITS, DataError, read_idx
 from jaxprune.lab.data_import import (
     import_folder,
@@ -31,13 +32,14 @@ __all__ = [
     "NAMES",
     "DataError",
     "Dataset",
+    "classes",
     "import_folder",
     "load",
     "read_idx",
     "split_validation",
 ]
 
-IMAGES = {"digits": (8, 8, 1), **SHAPES}
+IMAGES = {"digits": (8, 8, 1), **SHAPES, "imagenet2012": (224, 224, 3)}
 """Every name `load` knows, and height, width and channels of its images."""
 NAMES = tuple(IMAGES)
 
@@ -54,15 +56,15 @@ _DIGITS_TRAIN = 1437
 class Dataset(NamedTuple):
     """Images and labels for training and for the final test.
 
-    Shapes: images (n, height, width, channels) uint8, labels (n,) int32. `scale` is the number to divide
-    pixels by to get [0, 1]; labels lie in [0, classes).
+    Arrays, or what is read as one looks at it. Shapes: images (n, height, width, channels) uint8, labels (n,) int32.
+    `scale` is the number to divide pixels by to get [0, 1]; labels lie in [0, classes).
     """
 
     name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train_images: Any
+    train_labels: Any
+    test_images: Any
+    test_labels: Any
     scale: float
     classes: int
 
@@ -72,7 +74,8 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Args:
         name: `digits` (8x8, 1437 + 360 images, a fixed random split), `mnist`, `fashion_mnist` (28x28,
-            60,000 + 10,000) or `cifar10` (32x32x3, 50,000 + 10,000).
+            60,000 + 10,000), `cifar10` (32x32x3, 50,000 + 10,000) or `imagenet2012` (224x224x3, 1,281,167 + 50,000,
+            the validation images; read as they are needed).
         data_dir: the root that holds sets prepared for TFDS; None is TFDS's own, usually
             ~/tensorflow_datasets. Not used by `digits`.
 
@@ -86,6 +89,11 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if name not in NAMES:
         refuse_unknown(name, NAMES)
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+
+
+def classes(name: str) -> int:
+    """How many classes a data set has."""
+    return 1000 if name == "imagenet2012" else CLASSES
 
 
 def _load_digits() -> Dataset:
@@ -111,30 +119,39 @@ def _load_tfds(name: str, data_dir: str | Path | None) -> Dataset:
             _download(name, builder)
             builder = open_builder(tfds, name, data_dir)
         try:
-            arrays = [array for split in SPLITS for array in _read_split(tfds, builder, split)]
+            splits = ("train", "validation") if name == "imagenet2012" else SPLITS
+            reader = _stream_split if name == "imagenet2012" else _read_split
+            arrays = [array for split in splits for array in reader(tfds, builder, split)]
         except NotImplementedError as error:
             raise DataError(
                 f"{builder.data_path} holds {name} as {builder.info.file_format.value}, but random access needs "
-                f"array_record. Choose another data directory and run `jaxprune data import {name} FOLDER` there."
+                f"array_record. Choose another data directory. {_way_out(name)}"
             ) from error
         except Exception as error:  # TFDS, array_record, protobuf and Pillow each have their own
             raise DataError(
                 f"{builder.data_path} should hold a prepared {name}, but it is damaged or incomplete "
-                f"({one_line(error)}). Delete this folder and run `jaxprune data import {name} FOLDER`."
+                f"({one_line(error)}). Delete this folder. {_way_out(name)}"
             ) from error
         classes = builder.info.features["label"].num_classes
     return Dataset(name, *arrays, scale=255.0, classes=classes)
 
 
 def _download(name: str, builder: Any) -> None:
-    way_out = f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
-    here = f"The data set {name!r} is not prepared in {builder.data_dir_root}"
+    here, way_out = f"The data set {name!r} is not prepared in {builder.data_dir_root}", _way_out(name)
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(f"{here}, and TFDS can download and prepare it only where TensorFlow is installed. {way_out}")
+        raise DataError(
+            f"{here}, and TFDS can download and prepare it only where TensorFlow is installed. {_way_out(name)}"
+        )
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # no network, no space, a moved file: TFDS has many names for it
         raise DataError(f"{here}, and downloading it failed ({one_line(error)}). {way_out}") from error
+
+
+def _way_out(name: str) -> str:
+    if name == "imagenet2012":
+        return "Prepare it with TFDS as array_record, as its catalog says, from the archives of image-net.org."
+    return f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
 
 
 def _read_split(tfds: Any, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +164,19 @@ def _read_split(tfds: Any, builder: Any, split: str) -> tuple[np.ndarray, np.nda
     images = _decode_pngs([field["image"].bytes_list.value[0] for field in fields], shape)
     labels = np.array([field["label"].int64_list.value[0] for field in fields], np.int32)
     return images, labels
+
+
+def _stream_split(tfds: Any, builder: Any, split: str) -> tuple[streams.Images, streams.Labels]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]  (generated class)
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def read(rows: Sequence[int]) -> list[tuple[bytes, int]]:
+        fields = [parse(record).features.feature for record in source.__getitems__(rows)]
+        return [(one["image"].bytes_list.value[0], one["label"].int64_list.value[0]) for one in fields]
+
+    return streams.split(read, len(source), IMAGES[builder.name][0])
 
 
 def _decode_pngs(files: Sequence[bytes], shape: tuple[int, int, int]) -> np.ndarray:
@@ -163,7 +193,7 @@ def _decode_pngs(files: Sequence[bytes], shape: tuple[int, int, int]) -> np.ndar
     return np.frombuffer(pixels, np.uint8).reshape(len(files), *shape)
 
 
-def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, tuple[Any, Any]]:
     """Moves a random part of the training data out, for validation; the test data stay what they are.
 
     round(n * fraction) of the n training images are drawn without replacement; those that stay keep their order.
@@ -192,5 +222,9 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
     order = np.random.default_rng(seed).permutation(n)
     out, stay = order[:moved], np.sort(order[moved:])
     images, labels = dataset.train_images, dataset.train_labels
-    smaller = dataset._replace(train_images=images[stay], train_labels=labels[stay])
-    return smaller, (images[out], labels[out])
+    smaller = dataset._replace(train_images=_taken(images, stay), train_labels=_taken(labels, stay))
+    return smaller, (_taken(images, out), _taken(labels, out))
+
+
+def _taken(array: Any, rows: np.ndarray) -> Any:
+    return array[rows] if isinstance(array, np.ndarray) else array.subset(rows)

@@ -178,7 +178,7 @@ class Prune(Table):
     def _has_an_effect_here(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         if info.field_name == "rounds" and info.data.get("levels"):
             raise ValueError("has no effect beside prune.levels")
-        if info.field_name == "groups" and info.data.get("select"):
+        if info.field_name == "groups" and value and info.data.get("select"):
             raise ValueError("has no effect beside prune.select: write the patterns into the groups")
         name = getattr(info.data.get("distribution"), "name", "")
         if info.field_name == "growth" and value != 1 and name not in THRESHOLDS:

@@ -1,6 +1,6 @@
 """Samples: images and labels on the device, and what is done to images in training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 class Samples(NamedTuple):
-    """Images and labels on the device.
+    """Images and labels on the device, or read as they are looked at (`jaxprune.lab.streams`).
 
     Attributes:
         images: uint8, (n, h, w, c).
@@ -22,9 +22,10 @@ class Samples(NamedTuple):
     scale: Float[Array, ""]
 
 
-def samples_of(images: np.ndarray, labels: np.ndarray, scale: float) -> Samples:
-    """Arrays of a data set on the device."""
-    return Samples(jnp.asarray(images), jnp.asarray(labels), jnp.float32(scale))
+def samples_of(images: Any, labels: Any, scale: float) -> Samples:
+    """Arrays of a data set on the device; those of `streams` stay where they are."""
+    images, labels = (jnp.asarray(one) if isinstance(one, np.ndarray) else one for one in (images, labels))
+    return Samples(images, labels, jnp.float32(scale))
 
 
 def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, data, evidence, metrics, models, store, train
+from jaxprune.lab import build, data, evidence, metrics, models, store, streams, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.samples import samples_of
 from jaxprune.storage.quantize import dequantize
@@ -122,7 +121,7 @@ class _SeedStages:
 
     def __init__(
         self, config: cfg.Config, seed: int, network: models.Network, dataset: data.Dataset, held_in: data.Dataset,
-        validation: tuple[np.ndarray, np.ndarray], folder: Path, training: Path, keys: dict[str, Any],
+        validation: tuple[Any, Any], folder: Path, training: Path, keys: dict[str, Any],
         watcher: Watcher, log: metrics.MetricsLog,
     ):  # fmt: skip
         self.config, self.seed, self.network, self.folder, self.training = config, seed, network, folder, training
@@ -190,7 +189,8 @@ class _SeedStages:
             tx = tx if patterns is None else build.alone(tx, patterns, params)
             tx = optax.chain(tx, jp.keep_params_sparse(masks))
             folder = self.folder / f"prune/round_{before + number}"
-            params = self._run("prune", phase, tx, length, params, folder, self._apply(masks)).params
+            key = jax.random.fold_in(self.keys["prune"], before + number)  # else all would see the same beginning
+            params = self._run("prune", phase, tx, length, params, folder, self._apply(masks), key).params
             self.rounds.append(self._round(params, masks, before + number))
             return params
 
@@ -260,7 +260,8 @@ class _SeedStages:
         return partial(self.network.apply, rates=rates)
 
     def _evidence(self, method: jp.Method, params: Params) -> dict[str, Any]:
-        return evidence.of(method.criterion, self.network.apply, params, self.samples, self.keys["prune"])
+        samples = streams.held(self.samples, evidence.SAMPLES)
+        return evidence.of(method.criterion, self.network.apply, params, samples, self.keys["prune"])
 
     def _per_epoch(self, phase: cfg.Phase) -> int:
         return max(self.samples.labels.shape[0] // self._batch(phase), 1)
@@ -270,7 +271,7 @@ class _SeedStages:
 
     def _run(
         self, name: str, phase: cfg.Phase, tx: Any, steps: int, params: Params, folder: Path | None = None,
-        apply: Any = None,
+        apply: Any = None, key: Any = None,
     ) -> train.TrainState:  # fmt: skip
         per_epoch, folder = self._per_epoch(phase), folder or self.folder / name
         stage = train.Stage(
@@ -281,7 +282,7 @@ class _SeedStages:
             steps_per_epoch=per_epoch,
             save_every=max(self.config.checkpoint.every.steps(per_epoch), 1),
             keep=self.config.checkpoint.keep,
-            key=self.keys[name],
+            key=self.keys[name] if key is None else key,
             shift=self.config.data.shift,
             flip=self.config.data.flip,
             teacher=None if name == "train" else self.teacher,

@@ -107,7 +107,7 @@ def identity(config: cfg.Config, seed: int) -> dict[str, Any]:
         "data": config.data.name,
         "model": config.model.model_dump(mode="json", exclude={"dropout", "adjust_dropout"}),
         "image": list(data.IMAGES[config.data.name]),
-        "classes": data.CLASSES,
+        "classes": data.classes(config.data.name),
         "jaxprune": importlib.metadata.version("jaxprune"),
     }
 

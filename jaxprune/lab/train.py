@@ -10,6 +10,7 @@ step behind, to be found at the end of the epoch.
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -25,12 +26,12 @@ from jaxtyping import Array, Float, Int, Key
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import checkpoint
+from jaxprune.lab import checkpoint, streams
 from jaxprune.lab.models.parts import followed
 from jaxprune.lab.samples import Samples, mirrored, scaled, shifted
 from jaxprune.types import Masks, Params
 
-CHUNK = 1000  # images evaluated at once
+CHUNK, PIXELS = 1000, 2**24  # images evaluated at once, and numbers in them
 _SHIFTS, _FLIPS = 2**31, 2**31 + 1  # folded into a step's key; networks fold in the numbers of their layers
 
 
@@ -125,7 +126,7 @@ def _no_tally() -> Tally:
 
 def _look(apply: Callable[..., Array], state: TrainState, samples: Samples) -> Tally:
     """The tally of a stage that takes no step: what the model makes of the first samples."""
-    rows = jnp.arange(min(CHUNK, samples.labels.shape[0]))
+    rows = jnp.arange(min(_chunk(samples), samples.labels.shape[0]))
     loss, (correct, _) = mean_loss(jax.jit(apply), state.params, samples, rows, None)
     return state.tally._replace(loss=loss * rows.size, correct=correct, seen=jnp.int32(rows.size))
 
@@ -201,11 +202,15 @@ def epoch_order(key: Key[Array, ""], n: int, epoch: Int[Array, ""]) -> Int[Array
 
 def predict(apply: Callable[..., Array], params: Params, samples: Samples) -> np.ndarray:
     """Classes, int32 (n,), evaluated in chunks; `apply` is jitted already."""
-    n = samples.labels.shape[0]
+    n, size = samples.labels.shape[0], _chunk(samples)
     chunks = [
-        jnp.argmax(apply(params, scaled(samples, samples.images[i : i + CHUNK])), axis=-1) for i in range(0, n, CHUNK)
+        jnp.argmax(apply(params, scaled(samples, samples.images[i : i + size])), axis=-1) for i in range(0, n, size)
     ]
     return np.concatenate([np.asarray(chunk, np.int32) for chunk in chunks]) if chunks else np.zeros(0, np.int32)
+
+
+def _chunk(samples: Samples) -> int:
+    return min(CHUNK, max(PIXELS // math.prod(samples.images.shape[1:]), 1))
 
 
 def accuracy(predicted: np.ndarray, samples: Samples) -> float:
@@ -257,8 +262,8 @@ def run_stage(
             checkpoint.save(folder, 0, state, {"records": records}, keep=stage.keep)
     for stop in _stops(now, stage):
         order = epoch_order(stage.key, samples.labels.shape[0], jnp.int32(now // stage.steps_per_epoch))
-        while now < stop:
-            state = step_fn(state, samples, order, teaching)
+        for given, places in streams.batches(samples, stage.key, order, range(now, stop), stage.batch_size):
+            state = step_fn(state, given, places, teaching)
             now += 1
             on_step(now)
         if now % stage.steps_per_epoch == 0 or now == stage.steps:

@@ -26,9 +26,8 @@ def of_run(folder: Path) -> Network:
     """
     files.read_results(folder)
     config = cfg.load(folder / "config.toml")
-    network = of_config(
-        config.name, config.model, data.IMAGES[config.data.name], data.CLASSES, jax.random.key(config.seeds[0])
-    )
+    name, key = config.data.name, jax.random.key(config.seeds[0])
+    network = of_config(config.name, config.model, data.IMAGES[name], data.classes(name), key)
     found, _ = checkpoint.restore_latest(
         folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)
     )
