@@ -6,7 +6,7 @@
 
 `overview` has a row for every experiment, `levels` one for every round of one experiment, `grid` the test errors of
 sweeps (`jaxprune.lab.sweep.table`), `latency` the times that `jaxprune bench` wrote, `presets` every preset with one
-measured row. Paths are relative to the file.
+measured row, `rows` the cells that a script of `experiments/benchmarks` wrote. Paths are relative to the file.
 """
 
 import json
@@ -48,6 +48,7 @@ def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
         "grid": sweep.table,
         "latency": latency,
         "presets": presets,
+        "rows": as_written,
     }
     if kind not in kinds:
         raise ValueError(f"A table is one of {', '.join(kinds)}; {kind!r} arrived.")
@@ -165,6 +166,12 @@ def presets(sweeps: Sequence[Record]) -> str:
         for name, preset in jp.presets().items()
     ]
     return _markdown(("preset", "paper", "composition", "MNIST, removed: error"), lines)
+
+
+def as_written(results: Sequence[Record]) -> str:
+    """The rows of one result, as they are."""
+    [result] = results
+    return _markdown(result["columns"], result["rows"])
 
 
 def _nearest(removed: Sequence[float], published: Sequence[Record]) -> list[list[Record]]:

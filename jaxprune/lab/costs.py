@@ -125,7 +125,7 @@ def text(found: ModelCosts, *, markdown: bool = False) -> str:
     parts = [f"{'# ' * markdown}{found.model}, batch {found.batch}, inputs {size}"]
     for column, one in found.tables.items():
         parts += [f"## {column}", one.to_markdown()] if markdown else [f"{column}\n\n{one}"]
-    rows = [_total(column, one) for column, one in {"dense": found.dense, **found.profiles}.items()]
+    rows = [total(column, one) for column, one in {"dense": found.dense, **found.profiles}.items()]
     parts.append((tables.markdown if markdown else tables.columns)(HEADER, rows, words=1))
     parts.append(
         f"{found.parameters:,} parameters with biases, norms and their statistics: "
@@ -134,10 +134,11 @@ def text(found: ModelCosts, *, markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _total(column: str, found: Costs) -> tuple[str, ...]:
-    total = found.total
-    macs = f"{total.macs_left / 1e9:.4f}"
-    return (column, f"{total.nnz:,}", f"{total.reduction:.2f}x", macs, f"{total.macs_reduction:.2f}x")
+def total(column: str, found: Costs) -> tuple[str, ...]:
+    """Cells of `HEADER`: weights that are not zero, multiply-adds that are left in GMACs, and times fewer of both."""
+    all_of_it = found.total
+    macs = f"{all_of_it.macs_left / 1e9:.4f}"
+    return (column, f"{all_of_it.nnz:,}", f"{all_of_it.reduction:.2f}x", macs, f"{all_of_it.macs_reduction:.2f}x")
 
 
 def draw(found: ModelCosts, folder: Path) -> list[Path]:
