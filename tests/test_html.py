@@ -256,6 +256,12 @@ def test_summary_text_is_an_aligned_table():
     assert len({re.search(r" {2,}(?=\S)", row).end() for row in rows}) == 1
 
 
+def test_multiply_adds_stand_among_the_facts():
+    text = "22,200 for one image, 4,440 with the weights left: 5.00 times fewer"
+    assert text in html.summary_text(changed(macs={"dense": 22200, "left": stat(4400, 4480)}))
+    assert "Multiply-adds" not in html.summary_text(RESULT)
+
+
 def test_summary_markdown_has_one_row_a_run_whatever_its_name():
     table = html.summary_markdown([RESULT, changed(name="a|b\n`c` *d*")])
     rows = table.strip().splitlines()

@@ -78,6 +78,7 @@ def test_the_reference_is_complete(reference):
     assert results["sparsity"]["values"] == pytest.approx([round(1184 * 0.8) / 1184])
     assert [line["step"] for line in metrics_of(reference)] == [20, 40, 60, 65, 85]
     assert results["accuracy"]["dense"]["mean"] > 0.5
+    assert (results["macs"]["dense"], results["macs"]["left"]["values"]) == (1184, [1184 - round(1184 * 0.8)])
     assert results["dataset"] == {"name": "digits", "train": 1437 - 144, "validation": 144, "test": 360}
     assert results["sparse"]["dense_bytes"] == 4 * (64 * 16 + 16 + 16 * 10 + 10)
 

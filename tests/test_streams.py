@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune.lab import config, data, run, streams
+from jaxprune.lab import config, data, images, run, streams
 from jaxprune.lab.data_files import DataError
 from jaxprune.lab.samples import samples_of
 
@@ -77,6 +77,13 @@ def test_the_middle_is_seven_eighths_of_the_short_side():
     np.testing.assert_array_equal(found[:, :, 0], np.tile(np.arange(16, 240, dtype=np.uint8), (SIDE, 1)))
 
 
+def test_a_prediction_looks_at_the_same_middle(tmp_path):
+    rows, cols = np.meshgrid(np.arange(300), np.arange(400), indexing="ij")
+    Image.fromarray(np.stack([rows // 2, cols // 2, cols // 4], 2).astype(np.uint8)).save(tmp_path / "x.png")
+    prepared = images.PREPARE["imagenet2012"](images.read(tmp_path / "x.png"), (SIDE, SIDE, 3))
+    np.testing.assert_allclose(255 * prepared, streams.middle((tmp_path / "x.png").read_bytes(), SIDE), atol=1.5)
+
+
 def test_random_parts_lie_inside_and_cover_from_8_to_100_percent():
     """Pixels are coordinates, so that a part tells where it was cut."""
     width, height = 300, 200
@@ -126,10 +133,10 @@ def test_steps_are_given_their_batches_whatever_was_done_before(imagenet):
             yield np.asarray(given.images)[np.asarray(rows)], np.asarray(given.labels)[np.asarray(rows)]
 
     whole = list(seen(range(3, 6)))
-    for step, (images, labels) in enumerate(whole):
+    for step, (pixels, labels) in enumerate(whole):
         expected = np.asarray(imagenet.train_labels)[np.asarray(order)[3 * step :][:3]]
         np.testing.assert_array_equal(labels, expected)
-        assert all(seen_colour(image, label) for image, label in zip(images, labels, strict=True))
+        assert all(seen_colour(image, label) for image, label in zip(pixels, labels, strict=True))
     for again, before in zip(seen(range(4, 6)), whole[1:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, again, before)
 

@@ -182,13 +182,20 @@ def _facts(results: Record) -> list[tuple[str, str]]:
     sparse, seconds = results["sparse"], results["seconds"]["mean"]
     each = " for each seed" if len(results["seeds"]) > 1 else ""
     stored = [("File", _file_text(results["artifact"]))] if "artifact" in results else []  # older runs have none
+    macs = [("Multiply-adds", _macs_text(results["macs"]))] if "macs" in results else []
     return [
         ("Sparsity", f"{with_deviation(results['sparsity'])} of the pruned leaves"),
         ("Overall", f"{with_deviation(results['overall_sparsity'])} of all parameters"),
+        *macs,
         ("Stored", f"{sparse['format']}, {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
         *stored,
         ("Time", f"{seconds:,.1f} s{each}"),
     ]
+
+
+def _macs_text(macs: Record) -> str:
+    dense, left = macs["dense"], macs["left"]["mean"]
+    return f"{dense:,} for one image, {left:,.0f} with the weights left: {dense / max(left, 1):.2f} times fewer"
 
 
 def _file_text(stored: Record) -> str:

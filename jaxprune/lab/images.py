@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float, Float32
 from PIL import Image, ImageOps
 
+MIDDLE = 7 / 8
+"""Part of the short side of a photograph that most models for ImageNet are tested on."""
 FAINT = 0.1
 """Differences from the border's colour below this part of the largest are paper, shadow or traces of JPEG."""
 
@@ -92,14 +94,15 @@ def garment(image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int]) ->
     return np.repeat(_resized(square, *shape[:2])[..., None], shape[2], axis=2)
 
 
-def photograph(image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int]) -> Pixels:
+def photograph(image: Float32[np.ndarray, "h w 3"], shape: tuple[int, int, int], *, part: float = 1.0) -> Pixels:
     """The square in the middle, in the model's size.
 
     Args:
         image: see `digit`.
         shape: see `digit`.
+        part: of the short side.
     """
-    side = min(image.shape[:2])
+    side = max(round(part * min(image.shape[:2])), 1)
     top, left = ((length - side) // 2 for length in image.shape[:2])
     square = image[top : top + side, left : left + side]
     colours = square if shape[2] == 3 else square.mean(2, keepdims=True)
@@ -111,6 +114,7 @@ PREPARE: dict[str, Callable[..., Pixels]] = {
     "mnist": digit,
     "fashion_mnist": garment,
     "cifar10": photograph,
+    "imagenet2012": functools.partial(photograph, part=MIDDLE),
 }
 """Data set -> how an image is made like those in it."""
 

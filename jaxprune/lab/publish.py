@@ -56,6 +56,7 @@ def results(
             "dense_bytes": seeds[0]["dense_bytes"],
         },
         "artifact": _artifact(config, [seed["artifact"] for seed in seeds]),
+        "macs": {"dense": seeds[0]["macs"]["dense"], "left": wording.spread([seed["macs"]["left"] for seed in seeds])},
         "leaves": seeds[0]["leaves"],
         "seconds": wording.spread([seed["seconds"] for seed in seeds]),
         "machine": {key: machine[key] for key in ("processor", "cores", "jax")},

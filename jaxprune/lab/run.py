@@ -103,6 +103,8 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     about = store.identity(config, seed) | {"sparsity": round(sparsity, 6), "accuracy": round(accuracy, 6)}
     store.write(path, config.store, done.stored.params, done.stored.masks, about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
+    image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), "float32")
+    costs = jp.costs(jp.trace(done.network.apply, done.finetuned, image), done.masks).total
     result = {
         "seed": seed,
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
@@ -110,6 +112,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "sparsity": sparsity,
         "seconds": sum(_last_of_stages(done.records)),
         "rounds": done.rounds,
+        "macs": {"dense": costs.macs, "left": costs.macs_left},
         "overall_sparsity": table["total"]["sparsity"],
         "leaves": [{**leaf, "sparse_bytes": bytes_of[leaf["name"]]} for leaf in table["leaves"]],
         "bytes": sum(bytes_of.values()),

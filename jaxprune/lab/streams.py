@@ -25,10 +25,10 @@ from jaxtyping import Array, Int, Key, UInt8
 from PIL import Image
 
 from jaxprune.lab.data_files import DataError
+from jaxprune.lab.images import MIDDLE
 from jaxprune.lab.samples import Samples
 
 AHEAD = 3  # batches decoded while one is trained on
-MIDDLE = 7 / 8  # of the short side, for tests
 Read = Callable[[Sequence[int]], list[tuple[bytes, int]]]
 
 
@@ -135,9 +135,7 @@ def batches(
 def middle(file: bytes, side: int) -> np.ndarray:
     """The square in the middle of an image file: 7/8 of its short side."""
     with _opened(file, side) as image:
-        width, height = image.size
-        length = MIDDLE * min(width, height)
-        return _resized(image, ((width - length) / 2, (height - length) / 2, length, length), side)
+        return _central(image, MIDDLE * min(image.size), side)
 
 
 def part(file: bytes, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -149,8 +147,7 @@ def part(file: bytes, side: int, rng: np.random.Generator) -> np.ndarray:
             w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if w <= width and h <= height:
                 return _resized(image, (rng.uniform(0, width - w), rng.uniform(0, height - h), w, h), side)
-        length = min(width, height)
-        return _resized(image, ((width - length) / 2, (height - length) / 2, length, length), side)
+        return _central(image, min(image.size), side)
 
 
 def _chosen(records: np.ndarray, rows: Any) -> list[int]:
@@ -164,6 +161,11 @@ def _opened(file: bytes, side: int) -> Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's names for damage
         raise DataError(f"An image of the data set cannot be decoded ({error}). Prepare the data set again.") from error
+
+
+def _central(image: Image.Image, length: float, side: int) -> np.ndarray:
+    width, height = image.size
+    return _resized(image, ((width - length) / 2, (height - length) / 2, length, length), side)
 
 
 def _resized(image: Image.Image, place: tuple[float, float, float, float], side: int) -> np.ndarray:
