@@ -253,23 +253,30 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 
 
-def test_less_dropout_where_less_is_left(tmp_path, monkeypatch):
+def test_less_dropout_where_less_is_left_and_another_key_in_every_round(tmp_path, monkeypatch):
     """Training after pruning uses the rates of the masks, training before it the model's."""
     seen = []
     real = stages.train.run_stage
 
     def run_stage(stage, apply, *args, **kwargs):
-        seen.append((stage.name, getattr(apply, "keywords", {}).get("rates")))
+        key = tuple(jax.random.key_data(stage.key).tolist())
+        seen.append((stage.name, getattr(apply, "keywords", {}).get("rates"), key))
         return real(stage, apply, *args, **kwargs)
 
     monkeypatch.setattr(stages.train, "run_stage", run_stage)
-    words = ["--prune", "{how = 'iterative', levels = [0.75], duration = '3 steps'}", "--finetune.duration", "3 steps"]
+    words = [
+        "--prune",
+        "{how = 'iterative', levels = [0.5, 0.75], duration = '3 steps'}",
+        "--finetune.duration",
+        "3 steps",
+    ]
     dropout = ["--model.dropout", "0.4", "--model.adjust_dropout", "true", "--prune.distribution", "uniform"]
     run.run(tiny(tmp_path, *words, *dropout), tmp_path / "run", "a command")
-    assert [name for name, _ in seen] == ["train", "prune", "finetune"]
+    assert [name for name, _, _ in seen] == ["train", "prune", "prune", "finetune"]
     assert seen[0][1] is None
-    for _, rates in seen[1:]:
-        np.testing.assert_allclose(rates["layers/0/kernel"], 0.4 * 0.5, rtol=1e-3)
+    for (_, rates, _), kept in zip(seen[1:], (0.5, 0.25, 0.25), strict=True):
+        np.testing.assert_allclose(rates["layers/0/kernel"], 0.4 * kept**0.5, rtol=1e-3)
+    assert len({key for _, _, key in seen}) == 4
 
 
 def test_units_that_are_dead_go_before_the_file_is_written(tmp_path):

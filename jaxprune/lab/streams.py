@@ -29,6 +29,7 @@ from jaxprune.lab.images import MIDDLE
 from jaxprune.lab.samples import Samples
 
 AHEAD = 3  # batches decoded while one is trained on
+AT_ONCE = 1000  # records read for their labels alone
 Read = Callable[[Sequence[int]], list[tuple[bytes, int]]]
 
 
@@ -47,7 +48,8 @@ class Labels:
         return np.asarray([label for _, label in self.read(_chosen(self.rows, rows))], np.int32)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return self[np.arange(len(self))].astype(dtype or self.dtype)
+        parts = [self[i : i + AT_ONCE] for i in range(0, len(self), AT_ONCE)]
+        return np.concatenate([np.zeros(0, self.dtype), *parts]).astype(dtype or self.dtype)
 
     def subset(self, rows: np.ndarray) -> "Labels":
         """Some of them, unread."""
