@@ -99,6 +99,27 @@ def test_the_half_that_gains_least_goes_first(monkeypatch):
     assert chosen.speedup == 2
 
 
+def test_products_are_tried_without_the_convolution_that_looks_better_alone(monkeypatch):
+    params = {"conv": make_leaf((3, 3, 1, 2), 0.5, "float32", 0), "fc": make_leaf((2, 4), 0.5, "float32", 1)}
+
+    def fn(params, x):
+        y = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.mean(y, (1, 2)) @ params["fc"]
+
+    alone, together = iter([0.1, 0.5]), iter([1.5, 1.2, 0.8])
+
+    def fake(contestants, **_):
+        slower = next(together) if "planned" in contestants else next(alone)
+        return {name: [1.0 if name == "dense" else slower] * 9 for name in contestants}
+
+    monkeypatch.setattr(timing, "interleaved", fake)
+    chosen = tune(fn, params, make_x((2, 5, 5, 1)), formats=["native"])
+    assert [sorted(attempt.formats) for attempt in chosen.attempts] == [["conv", "fc"], ["conv"], ["fc"]]
+    assert chosen.formats == {"conv": "dense", "fc": "native"}
+    assert "not faster: 1200.000 ms planned" in chosen.leaves[0].why
+    assert chosen.speedup == 1.25
+
+
 def test_uses_of_a_tied_leaf_are_added_up(clock):
     clock(dense=1.0, bcsr=0.1, planned=0.5)
     tied = lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"].T  # noqa: E731

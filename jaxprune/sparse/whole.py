@@ -1,14 +1,14 @@
 """The last word: the whole model on its compressed weights, against the whole dense model.
 
 What wins alone may lose in company. So the winners are tried together, and as long as the model is not faster with
-them, the half that gains least goes back to dense:
+them, the half that gains least goes back to dense; at last products and convolutions are tried apart:
 
-    all winners -> the better half -> the better quarter -> ... -> none: the dense model itself
+    all winners -> the better half -> the better quarter -> ... -> one kind -> none: the dense model itself
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,17 +119,28 @@ def settle(leaves: Sequence[LeafPlan], model: Model) -> tuple[list[LeafPlan], li
         refused = {leaf.name: reason for leaf in winners if (reason := model.why_not([leaf]))}
         settled |= {name: _dense(settled[name], reason) for name, reason in refused.items()}
         winners = [leaf for leaf in winners if leaf.name not in refused]
-    winners.sort(key=_gain, reverse=True)
     attempts: list[Attempt] = []
-    while winners:
-        attempts.append(model.attempt(winners))
-        reason = attempts[-1].planned.refused
-        if not reason:
+    for tried in _candidates(sorted(winners, key=_gain, reverse=True)):
+        attempts.append(model.attempt(tried))
+        if not (reason := attempts[-1].planned.refused):
+            settled |= {leaf.name: leaf for leaf in tried}
             return list(settled.values()), attempts, _won(attempts[-1])
-        dropped, winners = winners[len(winners) // 2 :], winners[: len(winners) // 2]
-        settled |= {leaf.name: _dense(leaf, reason) for leaf in dropped}
-    last = attempts[-1].planned.refused if attempts else "no leaf can be compressed where the model uses it."
+        settled |= {leaf.name: _dense(leaf, reason) for leaf in tried}
+    last = attempts[0].planned.refused if attempts else "no leaf can be compressed where the model uses it."
     return list(settled.values()), attempts, f"Everything stays dense: {last}"
+
+
+def _candidates(winners: Sequence[LeafPlan]) -> Iterator[Sequence[LeafPlan]]:
+    """What is tried together, the best first in `winners`: fewer and fewer, then products and convolutions apart."""
+    seen, some = [], list(winners)
+    while some:
+        seen.append(some)
+        yield some
+        some = some[: len(some) // 2]
+    for op in dict.fromkeys(leaf.sites[0].op for leaf in winners):
+        alike = [leaf for leaf in winners if leaf.sites[0].op == op]
+        if alike not in seen:
+            yield alike
 
 
 def _dense(leaf: LeafPlan, reason: str) -> LeafPlan:
