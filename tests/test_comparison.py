@@ -46,6 +46,13 @@ def test_an_experiment_is_a_row():
     ]  # fmt: skip
 
 
+def test_points_that_set_tables_are_told_apart_by_what_is_not_the_same():
+    points = [{"values": {"prune": {"how": "x", "select": [name], **more}, "seeds": [1, 2]}}
+              for name, more in (("a*", {}), ("b*", {"sparsity": 0.5}))]  # fmt: skip
+    assert curves.point_names(points) == ["select a*, 1 2", "select b*, sparsity 50 %, 1 2"]
+    assert curves.point_names([{}]) == [""]
+
+
 def test_points_of_a_sweep_are_rows_and_published_figures_stand_where_they_are_nearest():
     theirs = [{"who": "X", "removed": r, "accuracy": 0.5} for r in (0.5, 0.93, 0.982)]
     points = [result(sparsity=stat(s, s), published=theirs) for s in (0.9, 0.98)]

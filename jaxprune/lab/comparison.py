@@ -103,7 +103,7 @@ def levels(results: Sequence[Record]) -> str:
     """A row for every round, or for every point of a sweep: accuracy and file at each share of weights kept."""
     [result] = results
     points = result.get("points", [result])
-    names = [curves.point_name(point) or "ours" for point in points]
+    names = [name or "ours" for name in curves.point_names(points)]
     found = [curves.levels(point) for point in points]
     published = _nearest([level.removed for level in found[0]], points[0].get("published", []))
     head = ["kept", "removed", *(cell for name in names for cell in (name, "file, times smaller")), "published"]

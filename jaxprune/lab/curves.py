@@ -55,7 +55,7 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     Args:
         results: of one run, or the points of a sweep, each a curve or one dot of the curve of its own.
     """
-    found = [(point_name(result), levels(result)) for result in results]
+    found = [*zip(point_names(results), map(levels, results), strict=True)]
     if all(len(points) == 1 for _, points in found):
         found = [("ours", sorted((points[0] for _, points in found), key=lambda point: point.removed))]
     if not found or max(len(points) for _, points in found) < 3:
@@ -68,9 +68,10 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     return figures
 
 
-def point_name(result: dict[str, Any]) -> str:
-    """What tells a point of a sweep from the others; "" of a run alone."""
-    return ", ".join(map(words.text, result.get("values", {}).values()))
+def point_names(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells the points of a sweep from each other; "" of a run alone."""
+    axes = [result.get("values", {}).values() for result in results]
+    return [", ".join(names) for names in zip(*map(words.texts, zip(*axes, strict=True)), strict=True)] or [""]
 
 
 def accuracy_over_kept(

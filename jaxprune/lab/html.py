@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from jaxprune import tables
-from jaxprune.lab import page, words
+from jaxprune.lab import curves, page
 from jaxprune.lab.wording import factor, percent, points, size_text, with_deviation
 
 Record = dict[str, Any]  # one JSON object
@@ -89,10 +89,10 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
         figures: caption key -> PNG, as for `report_page`.
     """
     rows = [
-        (words.text(point["values"]), percent(point["sparsity"]["mean"], 2),
+        (name, percent(point["sparsity"]["mean"], 2),
          *(with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
          f"{point['artifact']['ratio']:.1f}", point["hash"])
-        for point in results["points"]
+        for name, point in zip(curves.point_names(results["points"]), results["points"], strict=True)
     ]  # fmt: skip
     body = [
         f"<h1>{escape(results['name'])}</h1>",

@@ -75,10 +75,11 @@ def table(sweeps: Sequence[dict[str, Any]]) -> str:
     rows = []
     for one, others in zip(sweeps, axes, strict=True):
         cells = {json.dumps(point["values"], sort_keys=True): point for point in one["points"]}
-        for chosen in itertools.product(*others.values()):
+        named = itertools.product(*map(words.texts, others.values()))
+        for chosen, names in zip(itertools.product(*others.values()), named, strict=True):
             row = dict(zip(others, chosen, strict=True))
             found = [row | ({column: value} if column else {}) for value in values]
-            rows.append([*map(words.text, chosen), *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
+            rows.append([*names, *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
     return tables.markdown(titles, rows, words=len(titles))
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jaxprune as jp
@@ -116,6 +117,15 @@ def text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(text, value))
     return f"{100 * value:.6g} %" if isinstance(value, float) and 0 < value < 1 else str(value)
+
+
+def texts(values: Sequence[Any]) -> list[str]:
+    """The same for values side by side: of tables, what is not the same in all."""
+    tables = [value for value in values if isinstance(value, dict)]
+    if len(tables) < len(values) or len(tables) < 2:
+        return [text(value) for value in values]
+    same = {key for key in tables[0] if all(key in one and one[key] == tables[0][key] for one in tables)}
+    return [text({key: inner for key, inner in one.items() if key not in same}) for one in tables]
 
 
 def _criterion_word(found: Any) -> str:
