@@ -24,13 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import photographs
 from tables import describe_machine
 
 from jaxprune import nonzero_masks, sparsity_of
 from jaxprune.lab import build, checkpoint, data, stages, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.bench.of_run import of_run
-from jaxprune.lab.models import pretrained
 from jaxprune.storage.quantize import dequantize, to_integers
 from jaxprune.storage.simulated import calibrate, int8
 from jaxprune.tree import weights
@@ -71,12 +71,9 @@ def compare(folder: Path, percentile: float) -> None:
         print_row(f"{config.model.name}, {sparsity:.0%}", shares, "points")
 
 
-def photographs(folder: Path, percentile: float) -> None:
+def of_photographs(folder: Path, percentile: float) -> None:
     """The row of ResNet-50."""
-    model, params = pretrained.load_resnet50(folder / "resnet50")
-    files = sorted((folder / "imagenet_samples").glob("*.jpg"))
-    images = pretrained.preprocess(jnp.stack([pretrained.load_image(file) for file in files]))
-    truth = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files])
+    model, params, images, truth = photographs.load(folder)
     ranges = calibrate(model.apply, params, [images[:PHOTOGRAPHS]], percentile=percentile)
     found = [
         np.asarray(jax.jit(function)(given, images).argmax(-1))
@@ -86,10 +83,10 @@ def photographs(folder: Path, percentile: float) -> None:
             (int8(model.apply, ranges), params),
         )
     ]
-    print_row(f"resnet50, {len(files)} photographs", [100 * np.mean(guess == truth) for guess in found], "points")
+    print_row(f"resnet50, {len(truth)} photographs", [100 * np.mean(guess == truth) for guess in found], "points")
     kept = found[2] == found[0]
     print(
-        f"  top-1 kept on {kept.sum()} of {len(files)}, on {kept[PHOTOGRAPHS:].sum()} of the others than the first four"
+        f"  top-1 kept on {kept.sum()} of {len(truth)}, on {kept[PHOTOGRAPHS:].sum()} of the others than the first four"
     )
 
 
@@ -110,7 +107,7 @@ def main() -> None:
     for folder in arguments.runs:
         compare(folder, arguments.percentile)
     if arguments.resnet50:
-        photographs(arguments.resnet50, arguments.percentile)
+        of_photographs(arguments.resnet50, arguments.percentile)
 
 
 if __name__ == "__main__":

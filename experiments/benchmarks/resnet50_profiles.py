@@ -13,13 +13,12 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import photographs
 
 import jaxprune as jp
 from jaxprune.lab import costs, machine
 from jaxprune.lab.bench import contest, sparsify
-from jaxprune.lab.models import pretrained
 from jaxprune.sparse import timing
 from jaxprune.storage.simulated import calibrate, int8
 
@@ -57,10 +56,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each batch")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    model, params = pretrained.load_resnet50(given.folder / "resnet50")
-    files = sorted((given.folder / "imagenet_samples").glob("*.jpg"))
-    images = pretrained.preprocess(jnp.stack([pretrained.load_image(file) for file in files]))
-    truth = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files])
+    model, params, images, truth = photographs.load(given.folder)
     known, rows = costs.of_model("resnet50", given.profile), []
     for column, cost in {"dense": known.dense, **known.profiles}.items():
         counts = sparsify.profile_counts(params, sparsify.read_profile(f"{given.profile}:{column}")) if rows else {}
@@ -68,7 +64,7 @@ def main() -> None:
         ranges = calibrate(model.apply, small, [images[:CALIBRATION]])
         right = [np.sum(answers(f, small, images) == truth) for f in (model.apply, int8(model.apply, ranges))]
         times = [latency(model.apply, small, images[:batch], given.seconds) for batch in given.batches]
-        rows.append([*costs.total(column, cost), *(f"{count} of {len(files)}" for count in right), *times])
+        rows.append([*costs.total(column, cost), *(f"{count} of {len(truth)}" for count in right), *times])
         print(" | ".join(rows[-1]), flush=True)
     found = {
         "name": "s3_resnet50",

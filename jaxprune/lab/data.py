@@ -21,6 +21,7 @@ from jaxprune.lab.data_import import (
     import_folder,
     one_line,
     open_builder,
+    open_source,
     quiet_tfds,
     read_records,
     refuse_unknown,
@@ -139,9 +140,7 @@ def _load_tfds(name: str, data_dir: str | Path | None) -> Dataset:
 def _download(name: str, builder: Any) -> None:
     here, way_out = f"The data set {name!r} is not prepared in {builder.data_dir_root}", _way_out(name)
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(
-            f"{here}, and TFDS can download and prepare it only where TensorFlow is installed. {_way_out(name)}"
-        )
+        raise DataError(f"{here}, and TFDS can download and prepare it only where TensorFlow is installed. {way_out}")
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # no network, no space, a moved file: TFDS has many names for it
@@ -155,28 +154,26 @@ def _way_out(name: str) -> str:
 
 
 def _read_split(tfds: Any, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
-    # TFDS's own message class: its generic decoder takes seven times as long for the same two fields
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]  (generated class)
-    fields = [parse(record).features.feature for record in read_records(tfds, builder, split)]
+    pairs = _parsed(read_records(tfds, builder, split))
     shape = builder.info.features["image"].shape
-    images = _decode_pngs([field["image"].bytes_list.value[0] for field in fields], shape)
-    labels = np.array([field["label"].int64_list.value[0] for field in fields], np.int32)
+    images = _decode_pngs([file for file, _ in pairs], shape)
+    labels = np.array([label for _, label in pairs], np.int32)
     return images, labels
 
 
 def _stream_split(tfds: Any, builder: Any, split: str) -> tuple[streams.Images, streams.Labels]:
+    source = open_source(tfds, builder, split)
+    return streams.split(lambda rows: _parsed(source.__getitems__(rows)), len(source), IMAGES[builder.name][0])
+
+
+def _parsed(records: Sequence[bytes]) -> list[tuple[bytes, int]]:
+    """The image file and the label of each record."""
+    # TFDS's own message class: its generic decoder takes seven times as long for the same two fields
     from tensorflow_datasets.proto import tf_example_pb2
 
     parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]  (generated class)
-    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
-    def read(rows: Sequence[int]) -> list[tuple[bytes, int]]:
-        fields = [parse(record).features.feature for record in source.__getitems__(rows)]
-        return [(one["image"].bytes_list.value[0], one["label"].int64_list.value[0]) for one in fields]
-
-    return streams.split(read, len(source), IMAGES[builder.name][0])
+    fields = [parse(record).features.feature for record in records]
+    return [(one["image"].bytes_list.value[0], one["label"].int64_list.value[0]) for one in fields]
 
 
 def _decode_pngs(files: Sequence[bytes], shape: tuple[int, int, int]) -> np.ndarray:

@@ -157,8 +157,13 @@ def _write(tfds: Any, name: str, splits: dict[str, Split], scratch: str, progres
 
 def read_records(tfds: Any, builder: Any, split: str) -> list[bytes]:
     """Every record of a split, still serialized, in the order TFDS keeps them (checksums are verified)."""
-    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    source = open_source(tfds, builder, split)
     return list(source.__getitems__(range(len(source))))
+
+
+def open_source(tfds: Any, builder: Any, split: str) -> Any:
+    """The records of a split, serialized, by their numbers: `source.__getitems__([3, 1])`."""
+    return builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
 
 def _generators(features: Any, splits: dict[str, Split], progress: Progress | None) -> dict[str, Iterator[Any]]:
