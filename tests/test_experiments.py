@@ -1,12 +1,17 @@
 """The experiments that come along: each can be run, results are of the files as they are, recipes keep their word."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import write_sheets
+from lab_helpers import metrics_of, results_of
 from test_streams import root as imagenet_root  # noqa: F401  (a fixture)
 
 from jaxprune.lab import build, data, models, run
@@ -15,6 +20,8 @@ from jaxprune.lab.bench import sparsify
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in FOLDER.glob("**/*.toml"))
+OF_MNIST = [path for path in FILES if "mnist" in path.read_text()]
+MNIST = Path(os.environ.get("JAXPRUNE_DATA", "nowhere")) / "mnist"
 PROFILES = FOLDER / "benchmarks/profiles/resnet50.csv"
 
 
@@ -77,3 +84,30 @@ def test_what_was_not_run_yet_runs_small(name, tmp_path, request):
     point = cfg.load_sweep(FOLDER / f"{name}.toml", short).points[-1]
     found = run.run(point.config, tmp_path / "run", "a command")
     assert found["sparsity"]["mean"] > 0.3
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A data directory with MNIST in it."""
+    if not MNIST.is_dir():
+        pytest.skip("JAXPRUNE_DATA names no folder with mnist/ in it")
+    data.import_folder("mnist", MNIST, folder := tmp_path_factory.mktemp("data"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OF_MNIST, ids=lambda path: path.stem)
+def test_two_processes_come_to_the_same_digits(path, tmp_path, mnist):
+    """Every value of a sweep's first axis, one seed, every stage a few steps long: metrics and results to the digit."""
+    short = re.sub(r'duration = "[1-9][^"]*"', 'duration = "5 steps"', path.read_text())
+    (tmp_path / "short.toml").write_text(short)
+    points = cfg.load_sweep(tmp_path / "short.toml", ["--seeds", "[0]", "--data.data_dir", str(mnist)]).points
+    for number, point in enumerate({repr([*point.values.values()][:1]): point for point in points}.values()):
+        (file := tmp_path / f"{number}.toml").write_text(cfg.dump(point.config))
+        first, second = (tmp_path / f"{number}{name}" for name in "ab")
+        for out in (first, second):
+            command = [sys.executable, "-m", "jaxprune.cli", "run", file, "--out", out, "--quiet"]
+            done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        assert metrics_of(first) == metrics_of(second)
+        assert results_of(first) == results_of(second)

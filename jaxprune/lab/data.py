@@ -9,7 +9,7 @@ in memory as bytes: at these sizes an array is the fastest loader. ImageNet is n
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,44 +113,53 @@ def _load_digits() -> Dataset:
     return Dataset("digits", images[:n], labels[:n], images[n:], labels[n:], scale=16.0, classes=10)
 
 
+class _Source(NamedTuple):
+    """How a set prepared by TFDS is read, train and test splits, and how else than by a download it gets there."""
+
+    splits: tuple[str, str]
+    read: Callable[..., tuple[Any, Any]]
+    way_out: str
+
+
+def _source(name: str) -> _Source:
+    if name == "imagenet2012":
+        way_out = "Prepare it with TFDS as array_record, as its catalog says, from the archives of image-net.org."
+        return _Source(("train", "validation"), _stream_split, way_out)
+    way_out = f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
+    return _Source(SPLITS, _read_split, way_out)
+
+
 def _load_tfds(name: str, data_dir: str | Path | None) -> Dataset:
+    source = _source(name)
     with quiet_tfds() as tfds:
         builder = open_builder(tfds, name, data_dir)
         if not builder.is_prepared():
-            _download(name, builder)
+            _download(name, builder, source.way_out)
             builder = open_builder(tfds, name, data_dir)
         try:
-            splits = ("train", "validation") if name == "imagenet2012" else SPLITS
-            reader = _stream_split if name == "imagenet2012" else _read_split
-            arrays = [array for split in splits for array in reader(tfds, builder, split)]
+            arrays = [array for split in source.splits for array in source.read(tfds, builder, split)]
         except NotImplementedError as error:
             raise DataError(
                 f"{builder.data_path} holds {name} as {builder.info.file_format.value}, but random access needs "
-                f"array_record. Choose another data directory. {_way_out(name)}"
+                f"array_record. Choose another data directory. {source.way_out}"
             ) from error
         except Exception as error:  # TFDS, array_record, protobuf and Pillow each have their own
             raise DataError(
                 f"{builder.data_path} should hold a prepared {name}, but it is damaged or incomplete "
-                f"({one_line(error)}). Delete this folder. {_way_out(name)}"
+                f"({one_line(error)}). Delete this folder. {source.way_out}"
             ) from error
         classes = builder.info.features["label"].num_classes
     return Dataset(name, *arrays, scale=255.0, classes=classes)
 
 
-def _download(name: str, builder: Any) -> None:
-    here, way_out = f"The data set {name!r} is not prepared in {builder.data_dir_root}", _way_out(name)
+def _download(name: str, builder: Any, way_out: str) -> None:
+    here = f"The data set {name!r} is not prepared in {builder.data_dir_root}"
     if importlib.util.find_spec("tensorflow") is None:
         raise DataError(f"{here}, and TFDS can download and prepare it only where TensorFlow is installed. {way_out}")
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # no network, no space, a moved file: TFDS has many names for it
         raise DataError(f"{here}, and downloading it failed ({one_line(error)}). {way_out}") from error
-
-
-def _way_out(name: str) -> str:
-    if name == "imagenet2012":
-        return "Prepare it with TFDS as array_record, as its catalog says, from the archives of image-net.org."
-    return f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
 
 
 def _read_split(tfds: Any, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -75,11 +75,11 @@ def table(sweeps: Sequence[dict[str, Any]]) -> str:
     rows = []
     for one, others in zip(sweeps, axes, strict=True):
         cells = {json.dumps(point["values"], sort_keys=True): point for point in one["points"]}
-        named = itertools.product(*map(words.texts, others.values()))
-        for chosen, names in zip(itertools.product(*others.values()), named, strict=True):
-            row = dict(zip(others, chosen, strict=True))
-            found = [row | ({column: value} if column else {}) for value in values]
-            rows.append([*names, *(_error(cells[json.dumps(one, sort_keys=True)]) for one in found)])
+        named = (zip(axis, words.texts(axis), strict=True) for axis in others.values())
+        for chosen in itertools.product(*named):
+            row = {key: value for key, (value, _) in zip(others, chosen, strict=True)}
+            keys = [json.dumps(row | ({column: value} if column else {}), sort_keys=True) for value in values]
+            rows.append([*(name for _, name in chosen), *(_error(cells[key]) for key in keys)])
     return tables.markdown(titles, rows, words=len(titles))
 
 
