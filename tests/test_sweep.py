@@ -253,6 +253,23 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 
 
+def test_groups_whose_others_are_not_frozen_train_everything(tmp_path):
+    """Leaves of no group yet move, and keep their weights; zeros of earlier groups stay zeros."""
+    groups = "groups = [['layers/1/*'], ['*0/kernel']], freeze = false"
+    sigma = "distribution = {name = 'sigma_threshold', k = 1.0}"
+    words = ["--prune", f"{{how = 'iterative', {sigma}, rounds = 1, duration = '9 steps', {groups}}}"]
+    run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
+    own = tmp_path / "run" / "seed_0"
+    dense = arrays_of(checkpoints(own / "train")[-1]).values()
+    files = [jp.load(own / "rounds" / f"{number}.jaxprune")["layers"] for number in (1, 2)]
+    first, second = ([np.asarray(layers[place]["kernel"]) for place in (0, 1)] for layers in files)
+    assert np.all(first[0] != 0)
+    assert not any(np.array_equal(first[0], leaf) for leaf in dense)
+    assert np.any(second[0] == 0)
+    np.testing.assert_array_equal(second[1] == 0, first[1] == 0)
+    assert np.any(second[1] != first[1])
+
+
 def test_less_dropout_where_less_is_left_and_another_key_in_every_round(tmp_path, monkeypatch):
     """Training after pruning uses the rates of the masks, training before it the model's."""
     seen = []

@@ -186,7 +186,7 @@ class _SeedStages:
 
         def trained(params: Params, masks: Masks, number: int) -> Params:
             tx = build.optimizer(phase, length)
-            tx = tx if patterns is None else build.alone(tx, patterns, params)
+            tx = build.alone(tx, patterns, params) if patterns and prune.freeze else tx
             tx = optax.chain(tx, jp.keep_params_sparse(masks))
             folder = self.folder / f"prune/round_{before + number}"
             key = jax.random.fold_in(self.keys["prune"], before + number)  # else all would see the same beginning
