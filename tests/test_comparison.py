@@ -49,15 +49,18 @@ def test_an_experiment_is_a_row():
 def test_points_that_set_tables_are_told_apart_by_what_is_not_the_same():
     points = [{"values": {"prune": {"how": "x", "select": [name], **more}, "seeds": [1, 2]}}
               for name, more in (("a*", {}), ("b*", {"sparsity": 0.5}))]  # fmt: skip
-    assert curves.point_names(points) == ["select a*, 1 2", "select b*, sparsity 50 %, 1 2"]
+    assert curves.point_names(points) == ["select a*", "select b*, sparsity 50 %"]
     assert curves.point_names([{}]) == [""]
+    grid = [{"values": {"prune.groups": [["a*"], ["b*"]], "prune.freeze": freeze}} for freeze in (True, False)]
+    assert curves.point_names(grid) == ["freeze true", "freeze false"]
+    assert curves.point_names(grid[:1]) == ["groups a* b*, freeze true"]
 
 
 def test_points_of_a_sweep_are_rows_and_published_figures_stand_where_they_are_nearest():
     theirs = [{"who": "X", "removed": r, "accuracy": 0.5} for r in (0.5, 0.93, 0.982)]
-    points = [result(sparsity=stat(s, s), published=theirs) for s in (0.9, 0.98)]
+    points = [result(sparsity=stat(s, s), published=theirs, values={"prune.sparsity": s}) for s in (0.9, 0.98)]
     rows = cells(comparison.overview([{"name": "s", "title": "", "command": "c", "points": points}]))[2:]
-    assert [row[0] for row in rows] == ["s", ""]
+    assert [row[0] for row in rows] == ["s; sparsity 90 %", "sparsity 98 %"]
     assert rows[0][-1] == "50.00 at 50.00 % removed (X); 50.00 at 93.00 % removed (X)"
     assert rows[1][-1] == "50.00 at 98.20 % removed (X)"
 

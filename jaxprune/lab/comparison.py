@@ -85,10 +85,10 @@ def overview(results: Sequence[Record]) -> str:
 def _overview_rows(result: Record) -> list[tuple[str, ...]]:
     points = result.get("points", [result])
     published = _nearest([point["sparsity"]["mean"] for point in points], points[0].get("published", []))
-    lines = []
-    for point, theirs in zip(points, published, strict=True):
+    title, lines = result.get("title") or result["name"], []
+    for point, name, theirs in zip(points, curves.point_names(points), published, strict=True):
         stored = point.get("artifact")
-        what = (result.get("title") or result["name"], f"`{result['command']}`") if not lines else ("", "")
+        what = ("; ".join(filter(None, (title, name))), f"`{result['command']}`") if not lines else (name, "")
         lines.append((
             *what, _minutes(point), _machine(point), str(len(point["seeds"])),
             wording.percent(point["sparsity"]["mean"], 2),

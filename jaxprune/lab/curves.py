@@ -70,8 +70,13 @@ def of_runs(results: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 def point_names(results: Sequence[dict[str, Any]]) -> list[str]:
     """What tells the points of a sweep from each other; "" of a run alone."""
-    axes = [result.get("values", {}).values() for result in results]
-    return [", ".join(names) for names in zip(*map(words.texts, zip(*axes, strict=True)), strict=True)] or [""]
+    values = [result.get("values", {}) for result in results]
+    axes = [words.texts([_named(key, one[key]) for one in values]) for key in values[0]]
+    return [", ".join(filter(None, names)) for names in zip(*axes, strict=True)] or [""] * len(values)
+
+
+def _named(key: str, value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {key.rpartition(".")[2]: value}
 
 
 def accuracy_over_kept(

@@ -116,6 +116,8 @@ def text(value: Any) -> str:
         return ", ".join(text(inner) if key == "preset" else f"{key} {text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return " ".join(map(text, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{100 * value:.6g} %" if isinstance(value, float) and 0 < value < 1 else str(value)
 
 
