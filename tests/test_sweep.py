@@ -253,6 +253,25 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 
 
+def test_removed_is_the_share_of_all_selected_weights_and_time_that_of_all_rounds(tmp_path):
+    """Of a leaf too that keeps all of its own."""
+    rules = "{'layers/1/*' = 0.0, '*' = {name = 'sigma_threshold', k = 0.5}}"
+    rounds = "how = 'iterative', rounds = 3, tolerance = 0.9, duration = '2 steps'"
+    words = ["--prune", f"{{{rounds}, distribution = {{name = 'by_rule', rules = {rules}}}}}"]
+    results = run.run(tiny(tmp_path, *words), tmp_path / "run", "a command")
+    first, second = (leaf for leaf in results["leaves"] if leaf["name"].endswith("kernel"))
+    assert first["nnz"] < first["weights"]
+    assert second["nnz"] == second["weights"]
+    removed = pytest.approx((first["weights"] - first["nnz"]) / (first["weights"] + second["weights"]))
+    assert results["sparsity"]["mean"] == results["rounds"][0][-1]["removed"] == removed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["sparsity"] for line in lines][-1] == removed
+    last = {"train": 2.0, "finetune": 1.0}  # epochs; rounds are shorter than one
+    ends = [one["seconds"] for one in lines if one["epoch"] == last.get(one["stage"], one["epoch"])]
+    assert len(ends) == 2 + 3
+    assert results["seconds"]["mean"] == pytest.approx(sum(ends))
+
+
 def test_groups_whose_others_are_not_frozen_train_everything(tmp_path):
     """Leaves of no group yet move, and keep their weights; zeros of earlier groups stay zeros."""
     groups = "groups = [['layers/1/*'], ['*0/kernel']], freeze = false"

@@ -40,6 +40,13 @@ def method(prune: cfg.Prune) -> jp.Method:
     )
 
 
+def selected(prune: cfg.Prune, params: Params) -> set[str]:
+    """Names of the leaves that [prune] selects, in all of its groups."""
+    made = method(prune)
+    chosen = [of_group(made, patterns, params).select for patterns in prune.groups] or [made.select]
+    return {name for select in chosen for name in tree.selected_leaves(select, params)}
+
+
 def check(prune: cfg.Prune, params: Params) -> None:
     """Refuse a method that does not fit the params, before anything is trained.
 

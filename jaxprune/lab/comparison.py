@@ -117,7 +117,7 @@ def levels(results: Sequence[Record]) -> str:
                 wording.points(wording.spread(ours[place].accuracy)),
                 f"{dense / float(np.mean(ours[place].file)):.3g}",
             ]
-        lines.append((f"{kept:.5g}", wording.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
+        lines.append((f"{kept:.3g}", wording.percent(1 - kept, 2), *cells, "; ".join(map(_published, theirs)) or "-"))
     return _markdown(head, lines)
 
 
@@ -192,7 +192,8 @@ def _published(one: Record) -> str:
 
 
 def _minutes(point: Record) -> str:
-    return f"{sum(point['seconds']['values']) / 60:.2g}"
+    seconds = point.get("seconds")
+    return f"{sum(seconds['values']) / 60:.2g}" if seconds else "-"
 
 
 def _machine(point: Record) -> str:

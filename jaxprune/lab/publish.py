@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import curves, data, figures, files, html, train, wording
+from jaxprune.lab import curves, data, figures, files, html, wording
 from jaxprune.lab.storage_figure import storage
 from jaxprune.types import Masks, Params
 
@@ -80,8 +80,8 @@ def _artifact(config: cfg.Config, seeds: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def histogram_weights(models: dict[str, Params], masks: Masks) -> dict[str, np.ndarray]:
-    """The weights of the pruned leaves, one flat array a model."""
-    pruned = train.pruned_leaves(masks)
+    """The weights of the leaves that have dead ones, or of all, one flat array a model."""
+    pruned = [name for name, mask in tree.named_leaves(masks).items() if not bool(mask.all())]
 
     def flat(params: Params) -> np.ndarray:
         leaves = tree.named_leaves(params)

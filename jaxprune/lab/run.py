@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from jaxprune.lab import build, data, files, machine, store, train
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, files, machine, store, train
 from jaxprune.lab.samples import samples_of
 from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.storage.quantize import dequantize
@@ -97,7 +97,8 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     }
     compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format)
     classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), compressed, test)
-    path, sparsity = folder / f"seed_{seed}" / "model.jaxprune", train.sparsity(done.masks)
+    path = folder / f"seed_{seed}" / "model.jaxprune"
+    sparsity = train.sparsity(done.masks, build.selected(config.prune, done.dense))
     apply_stored, values = jax.jit(done.stored.apply), dequantize(done.stored.params)
     accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
     about = store.identity(config, seed) | {"sparsity": round(sparsity, 6), "accuracy": round(accuracy, 6)}
@@ -110,7 +111,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
         "agreement": int(np.sum(classes["sparse"] == classes["finetuned"])) / len(classes["sparse"]),
         "sparsity": sparsity,
-        "seconds": sum(_last_of_stages(done.records)),
+        "seconds": sum(_seconds(done.records)),
         "rounds": done.rounds,
         "macs": {"dense": costs.macs, "left": costs.macs_left},
         "overall_sparsity": table["total"]["sparsity"],
@@ -123,9 +124,14 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     return result
 
 
-def _last_of_stages(records: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each stage: its records count on."""
-    return list({record["stage"]: record["seconds"] for record in records}.values())
+def _seconds(records: list[dict[str, Any]]) -> list[float]:
+    """Of each stage, and each round that is a training of its own: its records count on, the last has all."""
+    following = [*records[1:], {"stage": None}]
+    return [
+        one["seconds"]
+        for one, after in zip(records, following, strict=True)
+        if after["stage"] != one["stage"] or after["epoch"] <= one["epoch"]
+    ]
 
 
 def _claim(folder: Path, config: cfg.Config) -> None:

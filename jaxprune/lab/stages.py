@@ -129,7 +129,7 @@ class _SeedStages:
         self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
         self.validation = samples_of(*validation, held_in.scale)
         self.test = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
-        self.apply = jax.jit(network.apply)
+        self.apply, self.selected = jax.jit(network.apply), build.selected(config.prune, network.params)
         self.prune_steps = build.prune_steps(config.prune, self._per_epoch(config.train))
         self.rounds: list[dict[str, Any]] = []
         self.teacher: train.Teacher | None = None
@@ -210,7 +210,7 @@ class _SeedStages:
         jp.save(path, params, masks=masks, metadata=store.identity(self.config, self.seed))
         return {
             "accuracy": train.accuracy(train.predict(self.apply, params, self.test), self.test),
-            "removed": train.sparsity(masks),
+            "removed": train.sparsity(masks, self.selected),
             "bytes": path.stat().st_size,
             "sparse_bytes": store.sparse_bytes(params, self.config.sparse.format),
         }
@@ -286,6 +286,7 @@ class _SeedStages:
             shift=self.config.data.shift,
             flip=self.config.data.flip,
             teacher=None if name == "train" else self.teacher,
+            selected=self.selected,
         )
         self.watcher.stage(self.seed, name, steps)
         outcome = train.run_stage(

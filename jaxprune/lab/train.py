@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,7 @@ class Stage:
         shift: by how many pixels images are moved at most.
         flip: whether half of the images are mirrored.
         teacher: whom the model learns from besides the labels.
+        selected: names of the leaves that sparsity is told of.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Stage:
     shift: int = 0
     flip: bool = False
     teacher: Teacher | None = None
+    selected: Collection[str] = ()
 
 
 class Outcome(NamedTuple):
@@ -321,7 +323,7 @@ def _record(stage: Stage, state: TrainState, validation: float | None, seconds: 
         "loss": float(state.tally.loss) / seen,
         "train_accuracy": int(state.tally.correct) / seen,
         "validation_accuracy": validation,
-        "sparsity": sparsity(masks_of(state)),
+        "sparsity": sparsity(masks_of(state), stage.selected),
         "seconds": round(seconds, 3),
     }
 
@@ -331,13 +333,8 @@ def masks_of(state: TrainState) -> Any:
     return optax.tree.get(state.opt_state, "masks", None)
 
 
-def pruned_leaves(masks: Masks | None) -> dict[str, Array]:
-    """Leaf name -> mask of the leaves that have dead weights at all; none without masks."""
+def sparsity(masks: Masks | None, selected: Collection[str]) -> float:
+    """Fraction removed of the leaves of these names; 0 without masks."""
     named = {} if masks is None else tree.named_leaves(masks)
-    return {name: mask for name, mask in named.items() if not bool(jnp.all(mask))}
-
-
-def sparsity(masks: Masks | None) -> float:
-    """Fraction removed over the leaves that have dead weights at all; 0 without masks."""
-    pruned = pruned_leaves(masks)
-    return float(jp.sparsity_of(pruned)) if pruned else 0.0
+    chosen = {name: mask for name, mask in named.items() if name in selected}
+    return float(jp.sparsity_of(chosen)) if chosen else 0.0
