@@ -160,15 +160,16 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
         )
         return x.reshape(x.shape[0], -1) @ params["fc"]
 
-    record = {"stage": "train", "seconds": 1.5}
-    network, records = models.Network(params, apply), [record, {**record, "seconds": 2}]
+    times = [("train", 1.0, 1.5), ("train", 2.0, 2), ("prune", 0.5, 4), ("prune", 0.5, 8)]
+    records = [{"stage": stage, "epoch": epoch, "seconds": seconds} for stage, epoch, seconds in times]
+    network = models.Network(params, apply)
     done = stages.SeedRun(network, *(params,) * 3, store.Stored(apply, params, masks), masks, records, [])
     result = run._seed_result(tiny(tmp_path), 0, data.load("digits"), done, tmp_path)
     stored = {leaf["name"]: (leaf["bytes"], leaf["sparse_bytes"]) for leaf in result["leaves"]}
     assert stored["conv"][0] == stored["conv"][1] == 72
     assert stored["fc"][0] == 5120 > stored["fc"][1]
     assert result["agreement"] == 1.0
-    assert result["seconds"] == 2  # the last record of a stage counts from its beginning
+    assert result["seconds"] == 2 + 4 + 8  # records count from the beginning of the stage, or of the round
 
 
 # ---------------------------------------------------------------- once is enough

@@ -168,7 +168,7 @@ def test_records_tell_validation_and_sparsity(tmp_path):
     def validate(params):
         return train.accuracy(train.predict(jax.jit(apply), params, data), data)
 
-    done = go(stage(tx=pruning()), tmp_path, validate=validate, on_record=seen.append)
+    done = go(stage(tx=pruning(), selected=["kernel"]), tmp_path, validate=validate, on_record=seen.append)
     assert untimed(seen) == untimed(done.records)
     dead = ~np.asarray(train.masks_of(done.state)["kernel"])
     assert dead.sum() == SIDE**2 * CLASSES // 2
