@@ -74,7 +74,8 @@ class Preset:
             key: needed by presets that draw.
 
         Raises:
-            ValueError: a one-shot preset; a length below 1; what `prune`, `regrow` and `splice` raise.
+            ValueError: a one-shot preset; a length below 1; phases longer than the training; what `prune`, `regrow` and
+                `splice` raise.
         """
         if steps < 1 or every < 1 or rounds < 1:
             raise ValueError(f"`optimizer` needs steps, every and rounds of 1 or more; got {steps}, {every}, {rounds}.")
@@ -88,8 +89,13 @@ class Preset:
             return prune(inner, self.method, sparsity=stairs, update_when=schedules.every(length), key=key)
         settled = steps * 3 // 4 // every * every  # a quarter of the training is left to masks that stay
         if self.how == "alternating":
+            if not settled:
+                raise ValueError(
+                    f"Phases of {every} steps do not fit into {steps} steps: three quarters of them must hold one."
+                    " Train longer, or choose shorter phases."
+                )
             phases = schedules.alternating(_needed(sparsity, self), dense=every, sparse=every, begin=every, end=settled)
-            when = schedules.every(every, end=max(settled, every))
+            when = schedules.every(every, end=settled)
             return prune(inner, self.method, sparsity=phases, update_when=when, key=key)
         if self.how == "splice":
             ramp = None if sparsity is None else self.schedule(sparsity, begin=0, end=settled)

@@ -243,3 +243,18 @@ def test_training_with_a_preset(tmp_path, relaxed, name):
     taken_up = checkpoint.restore_latest(tmp_path / "run", middle)[0].state
     assert bits_of(taken_up) == bits_of(middle)
     assert bits_of(scan(taken_up, half[1])[0]) == bits_of(end)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("magnitude_gradual", {"steps": 0}, "got 0, 2, 5"),
+        ("acdc", {"steps": 2}, "Phases of 2 steps do not fit into 2 steps"),
+        ("rigl", {"key": None}, "hand in a `key`"),
+        ("snip", {}, "no optimizer"),
+    ],
+)
+def test_presets_that_cannot_train_say_why(name, given, message):
+    given = {"sparsity": 0.5, "steps": STEPS, "every": 2, "key": jax.random.key(0)} | given
+    with pytest.raises(ValueError, match=message):
+        PRESETS[name].optimizer(optax.adam(0.05), **given)

@@ -163,7 +163,7 @@ def test_convolutions_stay_dense_when_stored_sparse(tmp_path):
     times = [("train", 1.0, 1.5), ("train", 2.0, 2), ("prune", 0.5, 4), ("prune", 0.5, 8)]
     records = [{"stage": stage, "epoch": epoch, "seconds": seconds} for stage, epoch, seconds in times]
     network = models.Network(params, apply)
-    done = stages.SeedRun(network, *(params,) * 3, store.Stored(apply, params, masks), masks, records, [])
+    done = stages.SeedRun(network, *(params,) * 3, store.Stored(apply, params, masks), masks, 0.5, records, [])
     result = run._seed_result(tiny(tmp_path), 0, data.load("digits"), done, tmp_path)
     stored = {leaf["name"]: (leaf["bytes"], leaf["sparse_bytes"]) for leaf in result["leaves"]}
     assert stored["conv"][0] == stored["conv"][1] == 72

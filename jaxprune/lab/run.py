@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.lab import build, data, files, machine, store, train
 from jaxprune.lab import config as cfg
+from jaxprune.lab import data, files, machine, store, train
 from jaxprune.lab.samples import samples_of
 from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.storage.quantize import dequantize
@@ -98,10 +98,9 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
     compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format)
     classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), compressed, test)
     path = folder / f"seed_{seed}" / "model.jaxprune"
-    sparsity = train.sparsity(done.masks, build.selected(config.prune, done.dense))
     apply_stored, values = jax.jit(done.stored.apply), dequantize(done.stored.params)
     accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
-    about = store.identity(config, seed) | {"sparsity": round(sparsity, 6), "accuracy": round(accuracy, 6)}
+    about = store.identity(config, seed) | {"sparsity": round(done.sparsity, 6), "accuracy": round(accuracy, 6)}
     store.write(path, config.store, done.stored.params, done.stored.masks, about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), "float32")
@@ -110,7 +109,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         "seed": seed,
         "accuracy": {name: train.accuracy(predicted, test) for name, predicted in classes.items()},
         "agreement": int(np.sum(classes["sparse"] == classes["finetuned"])) / len(classes["sparse"]),
-        "sparsity": sparsity,
+        "sparsity": done.sparsity,
         "seconds": sum(_seconds(done.records)),
         "rounds": done.rounds,
         "macs": {"dense": costs.macs, "left": costs.macs_left},

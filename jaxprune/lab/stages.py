@@ -58,7 +58,8 @@ class Shared:
 class SeedRun(NamedTuple):
     """The models a seed comes to, params and masks as arrays; the network's function.
 
-    `stored` is what its file holds, as [store] says. `rounds` has a record for every round of an iterative config.
+    `stored` is what its file holds, as [store] says. `sparsity` is of the selected leaves together. `rounds` has a
+    record for every round of an iterative config.
     """
 
     network: models.Network
@@ -67,6 +68,7 @@ class SeedRun(NamedTuple):
     finetuned: Params
     stored: store.Stored
     masks: Masks
+    sparsity: float
     records: list[dict[str, Any]]
     rounds: list[dict[str, Any]]
 
@@ -107,7 +109,8 @@ def run_seed(
     pruned, masks = stages.pruned(dense)
     finetuned = stages.finetuned(pruned, masks)
     stored = stages.stored(finetuned, masks)
-    return SeedRun(network, dense, pruned, finetuned, stored, masks, log.records, stages.rounds)
+    sparsity = train.sparsity(masks, stages.selected)
+    return SeedRun(network, dense, pruned, finetuned, stored, masks, sparsity, log.records, stages.rounds)
 
 
 def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[models.Network, dict[str, Any]]:
