@@ -226,7 +226,7 @@ def test_rounds_at_given_levels_leave_a_record_and_a_file_each(tmp_path):
 
 
 def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_path):
-    """Thresholds grow until the group's training no longer recovers, and each group has its own rounds."""
+    """Thresholds grow until the group's training no longer recovers; the first may lose half of what may go."""
     sigma = "distribution = {name = 'sigma_threshold', k = 0.5}, growth = 2.0, rounds = 9, tolerance = 0.1"
     words = [
         "--prune",
@@ -242,6 +242,8 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     for group in groups:
         assert [one["number"] for one in group] == list(range(1, len(group) + 1))
         assert failed(group[-1]) or len(group) == 9
+    assert len({one["needed"] for one in groups[0]}) == 1
+    np.testing.assert_allclose(groups[0][0]["needed"] - groups[1][0]["needed"], 0.05)
     own = tmp_path / "run" / "seed_0"
     files = [jp.load(own / "rounds" / f"{number}.jaxprune") for number in (1, len(groups[0]) + 1)]
     dense = arrays_of(checkpoints(own / "train")[-1])

@@ -106,9 +106,9 @@ class Prune(Table):
     epoch"). `levels`: sparsity of each round, in the place of `rounds` and `sparsity`. `growth`: of a threshold from
     round to round. `groups`: patterns of leaf names; each group goes through all rounds before the next. `freeze`:
     whether the other leaves stay as they are meanwhile. `tolerance`: a round that ends this much below the dense
-    validation accuracy ends the stage, or the rounds of its group, and does not count. `learning_rate`: of the stage,
-    whose optimizer is [train]'s but for that. `update_every`: between masks; of alternating phases, the length.
-    `margin`, `decay`: see `jaxprune.splice`.
+    validation accuracy ends the stage and does not count; of n groups the i-th may lose i/n of it, and its rounds end.
+    `learning_rate`: of the stage, whose optimizer is [train]'s but for that. `update_every`: between masks; of
+    alternating phases, the length. `margin`, `decay`: see `jaxprune.splice`.
     """
 
     preset: Annotated[str | None, _word("preset")] = None

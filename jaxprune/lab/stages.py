@@ -174,15 +174,18 @@ class _SeedStages:
         """Rounds that are trainings of their own, group by group; what they came to is left in `rounds`."""
         params, masks = dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense)
         early, reference = self._early(), self._validate(dense)
-        for patterns in self.config.prune.groups or (None,):
-            params, masks = self._group_in_rounds(params, masks, method, patterns, early, reference)
+        groups = self.config.prune.groups or (None,)
+        for number, patterns in enumerate(groups, 1):
+            part = number / len(groups)  # else the first would take all that may be lost
+            params, masks = self._group_in_rounds(params, masks, method, patterns, early, reference, part)
         return params, masks
 
     def _group_in_rounds(
         self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, early: Params | None,
-        reference: float | None,
+        reference: float | None, part: float,
     ) -> tuple[Params, Masks]:  # fmt: skip
         phase, prune, before = build.pruning_phase(self.config), self.config.prune, len(self.rounds)
+        tolerance = None if prune.tolerance is None else part * prune.tolerance
         length = prune.duration.steps(self._per_epoch(phase))
         if patterns is not None:
             method = build.of_group(method, patterns, params)
@@ -199,7 +202,7 @@ class _SeedStages:
 
         done = jp.iterative(
             method, params, build.levels(prune), trained, early_params=early, masks=masks,
-            evaluate=None if reference is None else self._validate, tolerance=prune.tolerance, reference=reference,
+            evaluate=None if reference is None else self._validate, tolerance=tolerance, reference=reference,
             evidence=partial(self._evidence, method),
         )  # fmt: skip
         for record, one in zip(self.rounds[before:], done.rounds, strict=True):
