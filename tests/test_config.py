@@ -123,6 +123,7 @@ BAD = [
         "prune.groups: has no effect beside prune.select",
     ),
     ("prune = {how = 'iterative', sparsity = 0.5, freeze = false}", "prune.freeze: only for prune.groups"),
+    ("prune = {how = 'iterative', sparsity = 0.5, in_turn = true}", "prune.in_turn: only for prune.groups"),
     (
         "prune = {how = 'iterative', sparsity = 0.5, growth = 1.5}",
         'prune.growth: only for distribution "threshold" or "sigma_threshold"',

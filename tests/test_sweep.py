@@ -255,6 +255,26 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 
 
+def test_groups_in_turn_go_on_until_each_has_failed(tmp_path):
+    """A round of each, all to the same bar; one that has failed is as it was before and is not asked again."""
+    sigma = "distribution = {name = 'sigma_threshold', k = 0.5}, growth = 1.6, rounds = 5, tolerance = 0.4"
+    groups = "groups = [['layers/1/*'], ['layers/0/*']], in_turn = true, freeze = false"
+    words = ["--prune", f"{{how = 'iterative', {sigma}, duration = '9 steps', {groups}}}"]
+    results = run.run(tiny(tmp_path, *words, "--finetune.duration", "0 steps"), tmp_path / "run", "a command")
+    [rounds] = results["rounds"]
+    left, going = list(rounds), ["layers/1/*", "layers/0/*"]
+    for number in range(1, 6):
+        for name in list(going):
+            one = left.pop(0)
+            assert (one["group"], one["number"]) == ([name], number)
+            going.remove(name) if failed(one) else None
+    assert not left
+    assert going == ["layers/0/*"]
+    assert len({one["needed"] for one in rounds}) == 1
+    good = [one for one in rounds if not failed(one)]
+    np.testing.assert_allclose(results["sparsity"]["mean"], good[-1]["removed"], atol=1e-6)
+
+
 def test_removed_is_the_share_of_all_selected_weights_and_time_that_of_all_rounds(tmp_path):
     """Of a leaf too that keeps all of its own."""
     rules = "{'layers/1/*' = 0.0, '*' = {name = 'sigma_threshold', k = 0.5}}"

@@ -104,11 +104,12 @@ class Prune(Table):
     shot is done. `duration`: of the stage, of an iterative one after each of the `rounds`. `rewind`: where a round
     begins: "none", "rate" (the learning rate begins anew), "initialisation", or weights so far into the training ("1
     epoch"). `levels`: sparsity of each round, in the place of `rounds` and `sparsity`. `growth`: of a threshold from
-    round to round. `groups`: patterns of leaf names; each group goes through all rounds before the next. `freeze`:
-    whether the other leaves stay as they are meanwhile. `tolerance`: a round that ends this much below the dense
-    validation accuracy ends the stage and does not count; of n groups the i-th may lose i/n of it, and its rounds end.
-    `learning_rate`: of the stage, whose optimizer is [train]'s but for that. `update_every`: between masks; of
-    alternating phases, the length. `margin`, `decay`: see `jaxprune.splice`.
+    round to round. `groups`: patterns of leaf names; each group goes through all rounds before the next, or they take
+    turns (`in_turn`). `freeze`: whether the other leaves stay as they are meanwhile. `tolerance`: a round that ends
+    this much below the dense validation accuracy does not count, and ends the rounds of its group, or the stage; of n
+    groups one after the other the i-th may lose i/n of it. `learning_rate`: of the stage, whose optimizer is [train]'s
+    but for that. `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see
+    `jaxprune.splice`.
     """
 
     preset: Annotated[str | None, _word("preset")] = None
@@ -125,6 +126,7 @@ class Prune(Table):
     rounds: Annotated[Count, Only(("how", "iterative"))] = 5
     growth: Annotated[float, FACTOR, Only(("how", "iterative"))] = 1.0
     groups: Annotated[tuple[Group, ...], ARRAY, Only(("how", "iterative"))] = ()
+    in_turn: Annotated[bool, Only(("how", "iterative"))] = False
     freeze: Annotated[bool, Only(("how", "iterative"))] = True
     rewind: Annotated[str, AfterValidator(_rewind), Only(("how", "iterative"))] = "none"
     tolerance: Annotated[Fraction | None, Only(("how", "iterative"))] = None
@@ -175,14 +177,14 @@ class Prune(Table):
             raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
         return value
 
-    @pydantic.field_validator("rounds", "growth", "groups", "freeze")
+    @pydantic.field_validator("rounds", "growth", "groups", "in_turn", "freeze")
     @classmethod
     def _has_an_effect_here(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         if info.field_name == "rounds" and info.data.get("levels"):
             raise ValueError("has no effect beside prune.levels")
         if info.field_name == "groups" and value and info.data.get("select"):
             raise ValueError("has no effect beside prune.select: write the patterns into the groups")
-        if info.field_name == "freeze" and not value and not info.data.get("groups"):
+        if (info.field_name, value) in (("in_turn", True), ("freeze", False)) and not info.data.get("groups"):
             raise ValueError("only for prune.groups")
         name = getattr(info.data.get("distribution"), "name", "")
         if info.field_name == "growth" and value != 1 and name not in THRESHOLDS:

@@ -171,24 +171,32 @@ class _SeedStages:
         return jp.iterate(method, dense, prune.sparsity, count=prune.iterations, evidence=evidence_of)
 
     def _in_rounds(self, dense: Params, method: jp.Method) -> tuple[Params, Masks]:
-        """Rounds that are trainings of their own, group by group; what they came to is left in `rounds`."""
-        params, masks = dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense)
-        early, reference = self._early(), self._validate(dense)
-        groups = self.config.prune.groups or (None,)
-        for number, patterns in enumerate(groups, 1):
-            part = number / len(groups)  # else the first would take all that may be lost
-            params, masks = self._group_in_rounds(params, masks, method, patterns, early, reference, part)
-        return params, masks
+        """Rounds that are trainings of their own, of groups one after the other or in turn; left in `rounds`."""
+        prune, levels = self.config.prune, build.levels(self.config.prune)
+        groups, early, reference = prune.groups or (None,), self._early(), self._validate(dense)
+        state = jp.Iterated(dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense), ())
+        if not prune.in_turn:
+            for number, patterns in enumerate(groups, 1):
+                part = number / len(groups)  # else the first would take all that may be lost
+                state = self._rounds_of(patterns, method, levels, state, early, reference, part)
+            return state.params, state.masks
+        for number, level in enumerate(levels, 1):
+            going = []
+            for patterns in groups:
+                state = self._rounds_of(patterns, method, [level], state, early, reference, first=number)
+                going += [] if state.failed else [patterns]
+            groups = going
+        return state.params, state.masks
 
-    def _group_in_rounds(
-        self, params: Params, masks: Masks, method: jp.Method, patterns: Sequence[str] | None, early: Params | None,
-        reference: float | None, part: float,
-    ) -> tuple[Params, Masks]:  # fmt: skip
+    def _rounds_of(
+        self, patterns: Sequence[str] | None, method: jp.Method, levels: list[Any], state: jp.Iterated,
+        early: Params | None, reference: float | None, part: float = 1.0, first: int = 1,
+    ) -> jp.Iterated:  # fmt: skip
         phase, prune, before = build.pruning_phase(self.config), self.config.prune, len(self.rounds)
         tolerance = None if prune.tolerance is None else part * prune.tolerance
         length = prune.duration.steps(self._per_epoch(phase))
         if patterns is not None:
-            method = build.of_group(method, patterns, params)
+            method = build.of_group(method, patterns, state.params)
 
         def trained(params: Params, masks: Masks, number: int) -> Params:
             tx = build.optimizer(phase, length)
@@ -201,13 +209,13 @@ class _SeedStages:
             return params
 
         done = jp.iterative(
-            method, params, build.levels(prune), trained, early_params=early, masks=masks,
+            method, state.params, levels, trained, early_params=early, masks=state.masks,
             evaluate=None if reference is None else self._validate, tolerance=tolerance, reference=reference,
             evidence=partial(self._evidence, method),
         )  # fmt: skip
         for record, one in zip(self.rounds[before:], done.rounds, strict=True):
-            record |= {"group": list(patterns or ()), **one._asdict()}
-        return done.params, done.masks
+            record |= {"group": list(patterns or ()), **one._asdict(), "number": first + one.number - 1}
+        return done
 
     def _round(self, params: Params, masks: Masks, number: int) -> dict[str, Any]:
         """What the model of a round is worth on the test data, which decide nothing, and its file."""
