@@ -65,8 +65,8 @@ def prune_section(folder, *words):
         ),
         (["--prune.select", "['layers/*']"], jp.Method(select=("layers/*",))),
         (
-            ["--prune", "{distribution={name='sigma_threshold', k=1.5}}"],
-            jp.Method(distribution=jp.SigmaThreshold(1.5)),
+            ["--prune", "{distribution={name='sigma_threshold', k=1.5, pooled=true}}"],
+            jp.Method(distribution=jp.SigmaThreshold(1.5, pooled=True)),
         ),
         (["--prune", "{distribution={name='threshold', t=0.03}}"], jp.Method(distribution=jp.Threshold(0.03))),
         (

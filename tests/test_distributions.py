@@ -232,6 +232,17 @@ def test_sigma_threshold(k):
         np.testing.assert_array_equal(kept[name], scores >= k * sigma)
 
 
+@pytest.mark.parametrize("k", [0.0, 0.7, 1.3])
+def test_sigma_threshold_of_all_leaves_together(k):
+    groups = {name: scores * size for size, (name, scores) in enumerate(make(ties=False).items(), 1)}
+    kept = SigmaThreshold(k, pooled=True)(put(groups), None, dims=DIMS)
+    alone = SigmaThreshold(k)(put(groups), None, dims=DIMS)
+    sigma = np.sqrt((np.concatenate([scores.ravel() for scores in groups.values()]).astype(np.float64) ** 2).mean())
+    for name, scores in groups.items():
+        np.testing.assert_array_equal(kept[name], scores >= k * sigma)
+    assert k == 0 or any((kept[name] != alone[name]).any() for name in groups)
+
+
 def test_sigma_threshold_is_the_same_under_jit():
     """Product and sum rounded at once would move a threshold by a bit; here scores stand on every bit near it."""
     scores = np.random.default_rng(0).random((200, 1, 24, 10)).astype(np.float32)

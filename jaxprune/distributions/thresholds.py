@@ -40,12 +40,14 @@ class SigmaThreshold:
 
     Attributes:
         k: number of standard deviations, >= 0.
+        pooled: of all leaves together, one threshold for all: a small layer of large weights keeps most of them.
 
     References:
         Han et al. 2015, arXiv:1506.02626, section 3: "a quality parameter multiplied by the standard deviation".
     """
 
     k: float
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if not self.k >= 0:
@@ -54,9 +56,14 @@ class SigmaThreshold:
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """No contest: every group for itself."""
         refuse(sparsity, self)
+        axes = {name: tuple(range(-scores.ndim, 0)) if self.pooled else LAYER for name, scores in groups.items()}
+        sums = {name: ordered_sum(settled(scores * scores), axes[name]) for name, scores in groups.items()}
+        sizes = {name: count(scores, axes[name]) for name, scores in groups.items()}
+        if self.pooled:
+            sums = dict.fromkeys(sums, sum(one.reshape(()) for one in sums.values()))
+            sizes = dict.fromkeys(sizes, sum(sizes.values()))
 
-        def keep(scores: Array) -> Array:
-            mean = ordered_sum(settled(scores * scores), LAYER) * (1 / max(count(scores), 1))
-            return scores >= jnp.float32(self.k) * jnp.sqrt(mean)
+        def keep(name: str) -> Array:
+            return groups[name] >= jnp.float32(self.k) * jnp.sqrt(sums[name] * (1 / max(sizes[name], 1)))
 
-        return {name: keep(scores) for name, scores in groups.items()}
+        return {name: keep(name) for name in groups}

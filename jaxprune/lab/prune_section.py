@@ -60,9 +60,9 @@ class Distribution(Table):
     """Who competes with whom, and how many win.
 
     `floor`: density in [0, 1) that no leaf falls below. `normalized`: scores over the norm of their leaf's. `n` of
-    every `m` groups `along` an axis survive. A weight dies below `k` standard deviations of its leaf, or below the
-    score `t`. `lam`: most that a leaf's sparsity differs by. `rules`: pattern of leaf names -> sparsity or
-    distribution; the first match wins, so the order of the file is kept.
+    every `m` groups `along` an axis survive. A weight dies below `k` standard deviations of its leaf (`pooled`: of all
+    leaves together), or below the score `t`. `lam`: most that a leaf's sparsity differs by. `rules`: pattern of leaf
+    names -> sparsity or distribution; the first match wins, so the order of the file is kept.
     """
 
     name: Annotated[str, _word("distribution")] = "global"
@@ -72,6 +72,7 @@ class Distribution(Table):
     m: Annotated[Count | None, Only(("name", "nm"))] = NEEDED
     along: Annotated[Literal["inputs", "outputs", "window"], Only(("name", "nm"))] = "inputs"
     k: Annotated[NotNegative | None, Only(("name", "sigma_threshold"))] = NEEDED
+    pooled: Annotated[bool, Only(("name", "sigma_threshold"))] = False
     t: Annotated[NotNegative | None, Only(("name", "threshold"))] = NEEDED
     lam: Annotated[Fraction, Only(("name", "owl"))] = 0.08
     per_output: Annotated[bool, Only(("name", "owl"))] = False
