@@ -46,6 +46,12 @@ def test_an_experiment_is_a_row():
     ]  # fmt: skip
 
 
+def test_the_command_says_the_flags_that_digits_depend_on():
+    one = result()
+    one["machine"] |= {"xla_flags": "--one=1 --two"}
+    assert cells(comparison.overview([one]))[2][1] == "`XLA_FLAGS='--one=1 --two' jaxprune run a.toml`"
+
+
 def test_points_that_set_tables_are_told_apart_by_what_is_not_the_same():
     points = [{"values": {"prune": {"how": "x", "select": [name], **more}, "seeds": [1, 2]}}
               for name, more in (("a*", {}), ("b*", {"sparsity": 0.5}))]  # fmt: skip

@@ -339,6 +339,18 @@ def test_another_machine_is_noted(tmp_path):
     assert notes[0].count("->") == 1
 
 
+def test_other_flags_are_noted_unless_none_were_written_down(tmp_path, monkeypatch):
+    notes, path = [], tmp_path / "machine.json"
+    machine.record(path, notes.append)
+    then = json.loads(path.read_text())["xla_flags"]
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    machine.record(path, notes.append)
+    assert notes.pop().endswith(f"xla_flags {then} -> --other.")
+    path.write_text(json.dumps({"jax": jax.__version__}))
+    machine.record(path, notes.append)
+    assert notes == []
+
+
 def test_spread_is_that_of_a_sample():
     assert wording.spread([1.0]) == {"mean": 1.0, "std": 0.0, "values": [1.0]}
     assert wording.spread([1.0, 3.0])["std"] == pytest.approx(np.sqrt(2))

@@ -12,6 +12,7 @@ measured row, `rows` the cells that a script of `experiments/benchmarks` wrote. 
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _overview_rows(result: Record) -> list[tuple[str, ...]]:
     title, lines = result.get("title") or result["name"], []
     for point, name, theirs in zip(points, curves.point_names(points), published, strict=True):
         stored = point.get("artifact")
-        what = ("; ".join(filter(None, (title, name))), f"`{result['command']}`") if not lines else (name, "")
+        what = ("; ".join(filter(None, (title, name))), f"`{_command(result, point)}`") if not lines else (name, "")
         lines.append((
             *what, _minutes(point), _machine(point), str(len(point["seeds"])),
             wording.percent(point["sparsity"]["mean"], 2),
@@ -194,6 +195,12 @@ def _published(one: Record) -> str:
 def _minutes(point: Record) -> str:
     seconds = point.get("seconds")
     return f"{sum(seconds['values']) / 60:.2g}" if seconds else "-"
+
+
+def _command(result: Record, point: Record) -> str:
+    """With the flags of XLA that the digits depend on."""
+    flags = point.get("machine", {}).get("xla_flags")
+    return f"XLA_FLAGS={shlex.quote(flags)} {result['command']}" if flags else result["command"]
 
 
 def _machine(point: Record) -> str:

@@ -16,7 +16,10 @@ PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 
 def describe() -> dict[str, str]:
-    """Name -> text: versions of the packages that results depend on, processor, cores, memory, devices."""
+    """Name -> text: versions of the packages that results depend on, processor, cores, devices, XLA_FLAGS.
+
+    With one thread, `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`, convolutions add in another order than with more.
+    """
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         **versions,
@@ -25,6 +28,7 @@ def describe() -> dict[str, str]:
         "processor": machine.processor(),
         "cores": str(os.cpu_count()),
         "devices": ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -38,6 +42,6 @@ def record(path: Path, note: Callable[[str], None]) -> None:
         files.write_text(path, json.dumps(now, indent=1))
         return
     then = json.loads(path.read_text())
-    changed = [f"{name} {then.get(name)} -> {text}" for name, text in now.items() if then.get(name) != text]
+    changed = [f"{name} {then[name]} -> {text}" for name, text in now.items() if then.get(name, text) != text]
     if changed:
         note(f"This run was begun with other versions or on another machine: {'; '.join(changed)}.")
