@@ -125,6 +125,10 @@ BAD = [
     ("prune = {how = 'iterative', sparsity = 0.5, freeze = false}", "prune.freeze: only for prune.groups"),
     ("prune = {how = 'iterative', sparsity = 0.5, in_turn = true}", "prune.in_turn: only for prune.groups"),
     (
+        "prune = {how = 'iterative', sparsity = 0.5, groups = [['a']], patience = 2}",
+        "prune.patience: only for prune.in_turn",
+    ),
+    (
         "prune = {how = 'iterative', sparsity = 0.5, growth = 1.5}",
         'prune.growth: only for distribution "threshold" or "sigma_threshold"',
     ),

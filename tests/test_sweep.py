@@ -255,21 +255,25 @@ def test_groups_go_one_after_the_other_while_the_others_stay_as_they_are(tmp_pat
     np.testing.assert_array_equal(files[1]["layers"][1]["kernel"], kept)
 
 
-def test_groups_in_turn_go_on_until_each_has_failed(tmp_path):
-    """A round of each, all to the same bar; one that has failed is as it was before and is not asked again."""
+@pytest.mark.parametrize("patience", [1, 2])
+def test_groups_in_turn_go_on_until_each_has_failed(tmp_path, patience):
+    """A round of each, all to the same bar; one that has failed, and again if there is patience, is not asked again."""
     sigma = "distribution = {name = 'sigma_threshold', k = 0.5}, growth = 1.6, rounds = 5, tolerance = 0.4"
-    groups = "groups = [['layers/1/*'], ['layers/0/*']], in_turn = true, freeze = false"
+    groups = f"groups = [['layers/1/*'], ['layers/0/*']], in_turn = true, freeze = false, patience = {patience}"
     words = ["--prune", f"{{how = 'iterative', {sigma}, duration = '9 steps', {groups}}}"]
     results = run.run(tiny(tmp_path, *words, "--finetune.duration", "0 steps"), tmp_path / "run", "a command")
     [rounds] = results["rounds"]
-    left, going = list(rounds), ["layers/1/*", "layers/0/*"]
-    for number in range(1, 6):
-        for name in list(going):
+    left, done, row = list(rounds), {"layers/1/*": 0, "layers/0/*": 0}, {"layers/1/*": 0, "layers/0/*": 0}
+    while done:
+        for name in list(done):
             one = left.pop(0)
-            assert (one["group"], one["number"]) == ([name], number)
-            going.remove(name) if failed(one) else None
+            assert (one["group"], one["number"]) == ([name], done[name] + 1)
+            done[name] += not failed(one)
+            row[name] = row[name] + 1 if failed(one) else 0
+            if done[name] == 5 or row[name] == patience:
+                del done[name]
     assert not left
-    assert going == ["layers/0/*"]
+    assert row == {"layers/1/*": patience, "layers/0/*": 0}
     assert len({one["needed"] for one in rounds}) == 1
     good = [one for one in rounds if not failed(one)]
     np.testing.assert_allclose(results["sparsity"]["mean"], good[-1]["removed"], atol=1e-6)

@@ -283,7 +283,7 @@ def dump(config: Config) -> str:
 
 # What was so before the key had a place in the file: experiments from then keep their hash.
 _BEFORE = {"schedule": "cubic", "iterations": 1, "rewind": "none", "normalized": False, "along": "inputs", "shift": 0}
-_BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "in_turn": False, "freeze": True, "pooled": False}
+_BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "in_turn": False, "freeze": True, "pooled": False, "patience": 1}
 _BEFORE |= {"adjust_dropout": False, "compact": False, "flip": False}
 
 

@@ -108,8 +108,9 @@ class Prune(Table):
     round to round. `groups`: patterns of leaf names; each group goes through all rounds before the next, or they take
     turns (`in_turn`). `freeze`: whether the other leaves stay as they are meanwhile. `tolerance`: a round that ends
     this much below the dense validation accuracy does not count, and ends the rounds of its group, or the stage; of n
-    groups one after the other the i-th may lose i/n of it. `learning_rate`: of the stage, whose optimizer is [train]'s
-    but for that. `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see
+    groups one after the other the i-th may lose i/n of it. `patience`: rounds in a row that a group in turn may fail
+    before it has ended; it tries the same again at its next turn. `learning_rate`: of the stage, whose optimizer is
+    [train]'s but for that. `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see
     `jaxprune.splice`.
     """
 
@@ -131,6 +132,7 @@ class Prune(Table):
     freeze: Annotated[bool, Only(("how", "iterative"))] = True
     rewind: Annotated[str, AfterValidator(_rewind), Only(("how", "iterative"))] = "none"
     tolerance: Annotated[Fraction | None, Only(("how", "iterative"))] = None
+    patience: Annotated[Count, Only(("how", "iterative"))] = 1
     margin: Annotated[NotNegative, Only(("how", "splice"))] = 0.0
     decay: Annotated[NotNegative, Only(("how", "splice"))] = 0.0
     duration: Annotated[Time, Only(("how", "gradual", "iterative", "alternating", "regrow", "splice"))] = Duration(
@@ -178,7 +180,7 @@ class Prune(Table):
             raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
         return value
 
-    @pydantic.field_validator("rounds", "growth", "groups", "in_turn", "freeze")
+    @pydantic.field_validator("rounds", "growth", "groups", "in_turn", "freeze", "patience")
     @classmethod
     def _has_an_effect_here(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         if info.field_name == "rounds" and info.data.get("levels"):
@@ -187,6 +189,8 @@ class Prune(Table):
             raise ValueError("has no effect beside prune.select: write the patterns into the groups")
         if (info.field_name, value) in (("in_turn", True), ("freeze", False)) and not info.data.get("groups"):
             raise ValueError("only for prune.groups")
+        if info.field_name == "patience" and value > 1 and not info.data.get("in_turn"):
+            raise ValueError("only for prune.in_turn")
         name = getattr(info.data.get("distribution"), "name", "")
         if info.field_name == "growth" and value != 1 and name not in THRESHOLDS:
             raise ValueError(f"only for distribution {' or '.join(map(show, THRESHOLDS))}")

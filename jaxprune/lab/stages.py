@@ -1,5 +1,6 @@
 """The stages of one seed: train, prune, fine-tune, quantize, each from its last checkpoint if it was begun before."""
 
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -180,12 +181,13 @@ class _SeedStages:
                 part = number / len(groups)  # else the first would take all that may be lost
                 state = self._rounds_of(patterns, method, levels, state, early, reference, part)
             return state.params, state.masks
-        for number, level in enumerate(levels, 1):
-            going = []
-            for patterns in groups:
-                state = self._rounds_of(patterns, method, [level], state, early, reference, first=number)
-                going += [] if state.failed else [patterns]
-            groups = going
+        turns = deque((patterns, 0, 0) for patterns in groups)  # rounds done, failed one after the other
+        while turns:
+            patterns, done, failed = turns.popleft()
+            state = self._rounds_of(patterns, method, [levels[done]], state, early, reference, first=done + 1)
+            done, failed = (done, failed + 1) if state.failed else (done + 1, 0)
+            if failed < prune.patience and done < len(levels):
+                turns.append((patterns, done, failed))
         return state.params, state.masks
 
     def _rounds_of(
