@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jaxprune import cli, storage
 from jaxprune.lab import config, convert, data, predict, run, stages, sweep
 from jaxprune.lab.bench import of_run
 from jaxprune.lab.samples import samples_of
+from jaxprune.loops import Round
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")
 SMALL = """
@@ -277,6 +280,30 @@ def test_groups_in_turn_go_on_until_each_has_failed(tmp_path, patience):
     assert len({one["needed"] for one in rounds}) == 1
     good = [one for one in rounds if not failed(one)]
     np.testing.assert_allclose(results["sparsity"]["mean"], good[-1]["removed"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("patience", "turns"),
+    [(1, "a1 b1- a2 a3 a4"), (2, "a1 b1- a2 b1 a3- b2- a3 b2 a4- b3- a4- b3-"), (3, "a1- b1- a1- b1- a1- b1 b2 b3 b4")],
+)
+def test_a_group_in_turn_ends_when_it_fails_so_often_in_a_row(patience, turns):
+    """Each word a group, its level, and a minus if the round fails; a round that recovers clears what failed before."""
+    left = turns.split()
+    levels = (0.1, 0.2, 0.3, 0.4)
+    prune = config.Prune(
+        how="iterative", levels=levels, tolerance=0.1, groups=(("a",), ("b",)), in_turn=True, patience=patience
+    )
+
+    def rounds_of(patterns, method, level, state, early, reference, first):
+        asked = left.pop(0)
+        assert (patterns[0] + str(first), level) == (asked.rstrip("-"), [levels[first - 1]])
+        return state._replace(rounds=(Round(first, level[0], 0.8 if "-" in asked else 1.0, 0.9),))
+
+    seed: Any = SimpleNamespace(
+        config=SimpleNamespace(prune=prune), _early=lambda: None, _validate=lambda params: 1.0, _rounds_of=rounds_of
+    )
+    stages._SeedStages._in_rounds(seed, {"a": jax.numpy.ones(3)}, jp.Method())
+    assert not left
 
 
 def test_removed_is_the_share_of_all_selected_weights_and_time_that_of_all_rounds(tmp_path):
