@@ -83,6 +83,20 @@ def test_rounds_are_rows_with_the_spread_over_seeds():
     ]
 
 
+@pytest.mark.parametrize(
+    ("shares", "row"),
+    [
+        ((0.5, 0.7, 0.93, 0.95), "93.00 % removed, file 9.3x smaller (X); 95.00 % removed, file 9.5x smaller (X)"),
+        ((0.4, 0.5), "50.00 % removed, file 5x smaller (X)"),
+        ((), "-"),
+    ],
+)
+def test_of_many_rounds_the_row_has_the_figures_of_the_last(shares, row):
+    theirs = [{"who": "X", "removed": r, "smaller": 10.0 * r} for r in shares]
+    found = result(rounds=[[one(0.5), one(0.9)]] * 2, published=theirs)
+    assert cells(comparison.overview([found]))[2][-1] == row
+
+
 def test_rounds_that_differ_between_seeds_or_go_by_groups_are_no_levels():
     ragged = result(rounds=[[one(0.5)], [one(0.6)]])
     grouped = result(rounds=[[one(0.5, group=["a"])]] * 2)

@@ -77,7 +77,8 @@ def overview(results: Sequence[Record]) -> str:
     """A row for every experiment, of a sweep for every point: what it is, how it is done again, what it came to.
 
     Accuracies are in per cent, mean and standard deviation over seeds. A published figure stands in the row of its
-    experiment whose share of weights kept is nearest.
+    experiment whose share of weights kept is nearest. Of rounds the last has the row, and the figures nearest to it, or
+    the one that comes nearest; `levels` has them all.
     """
     head = ("experiment", "command", "minutes", "machine", "seeds", "removed", "dense", "pruned", "file", "published")
     return _markdown(head, [row for result in results for row in _overview_rows(result)])
@@ -88,14 +89,17 @@ def _overview_rows(result: Record) -> list[tuple[str, ...]]:
     published = _nearest([point["sparsity"]["mean"] for point in points], points[0].get("published", []))
     title, lines = result.get("title") or result["name"], []
     for point, name, theirs in zip(points, curves.point_names(points), published, strict=True):
-        stored = point.get("artifact")
+        stored, share = point.get("artifact"), point["sparsity"]["mean"]
+        at_the_last = _nearest([level.removed for level in curves.levels(point)], theirs)[-1]
+        if theirs and not at_the_last:
+            at_the_last = [min(theirs, key=lambda one: _distance(one, share))]
         what = ("; ".join(filter(None, (title, name))), f"`{_command(result, point)}`") if not lines else (name, "")
         lines.append((
             *what, _minutes(point), _machine(point), str(len(point["seeds"])),
-            wording.percent(point["sparsity"]["mean"], 2),
+            wording.percent(share, 2),
             *(wording.points(point["accuracy"][name]) for name in ("dense", "finetuned")),
             f"{stored['ratio']:.3g}x smaller, {wording.points(stored['accuracy'])}" if stored else "-",
-            "; ".join(map(_published, theirs)) or "-",
+            "; ".join(map(_published, at_the_last)) or "-",
         ))  # fmt: skip
     return lines
 
@@ -176,20 +180,25 @@ def as_written(results: Sequence[Record]) -> str:
 
 
 def _nearest(removed: Sequence[float], published: Sequence[Record]) -> list[list[Record]]:
-    """Published figures by the level that is nearest, in the logarithm of the share kept; those without one first."""
+    """Published figures by the level that is nearest; those without one first."""
     found: list[list[Record]] = [[] for _ in removed]
     for one in published:
-        share = one.get("removed")
-        distances = [0.0 if share is None else abs(math.log((1 - share) / (1 - level))) for level in removed]
-        found[int(np.argmin(distances))].append(one)
+        found[int(np.argmin([_distance(one, level) for level in removed]))].append(one)
     return found
 
 
+def _distance(one: Record, level: float) -> float:
+    """In the logarithm of the share kept."""
+    share = one.get("removed")
+    return 0.0 if share is None else abs(math.log((1 - share) / (1 - level)))
+
+
 def _published(one: Record) -> str:
-    said = [f"{100 * one['accuracy']:.2f}"] if one.get("accuracy") is not None else []
-    said += [f"at {wording.percent(one['removed'], 2)} removed"] if one.get("removed") is not None else []
-    said += [f"file {one['smaller']:g}x smaller"] if one.get("smaller") is not None else []
-    return f"{' '.join(said)} ({one['who']})" if said else one["who"]
+    level = [f"{100 * one['accuracy']:.2f}"] if one.get("accuracy") is not None else []
+    level += [f"{wording.percent(one['removed'], 2)} removed"] if one.get("removed") is not None else []
+    file = [f"file {one['smaller']:g}x smaller"] if one.get("smaller") is not None else []
+    said = ", ".join(filter(None, (" at ".join(level), *file)))
+    return f"{said} ({one['who']})" if said else one["who"]
 
 
 def _minutes(point: Record) -> str:
