@@ -46,10 +46,12 @@ def test_an_experiment_is_a_row():
     ]  # fmt: skip
 
 
-def test_the_command_says_the_flags_that_digits_depend_on():
+@pytest.mark.parametrize(("cores", "prefix"), [("2", ""), ("1 of 2", "taskset -c 0 "), ("3 of 8", "taskset -c 0-2 ")])
+def test_the_command_says_the_cores_that_digits_depend_on(cores, prefix):
     one = result()
-    one["machine"] |= {"xla_flags": "--one=1 --two"}
-    assert cells(comparison.overview([one]))[2][1] == "`XLA_FLAGS='--one=1 --two' jaxprune run a.toml`"
+    one["machine"] |= {"cores": cores}
+    row = cells(comparison.overview([one]))[2]
+    assert (row[1], row[3]) == (f"`{prefix}jaxprune run a.toml`", f"CPU, {cores} cores, jax 0.10")
 
 
 def test_points_that_set_tables_are_told_apart_by_what_is_not_the_same():

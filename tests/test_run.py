@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 
@@ -337,6 +338,14 @@ def test_another_machine_is_noted(tmp_path):
     machine.record(path, notes.append)
     assert f"jax 0.0.1 -> {jax.__version__}" in notes[0]
     assert notes[0].count("->") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a process has all cores here")
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for cores, said in ((range(8), "8"), ((5,), "1 of 8")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(cores))
+        assert machine.describe()["cores"] == said
 
 
 def test_other_flags_are_noted_unless_none_were_written_down(tmp_path, monkeypatch):

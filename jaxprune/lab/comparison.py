@@ -12,7 +12,6 @@ measured row, `rows` the cells that a script of `experiments/benchmarks` wrote. 
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,9 +206,10 @@ def _minutes(point: Record) -> str:
 
 
 def _command(result: Record, point: Record) -> str:
-    """With the flags of XLA that the digits depend on."""
-    flags = point.get("machine", {}).get("xla_flags")
-    return f"XLA_FLAGS={shlex.quote(flags)} {result['command']}" if flags else result["command"]
+    """On as many cores as it was run on, since the digits of convolutions depend on that."""
+    ours, fewer, _ = point.get("machine", {}).get("cores", "").partition(" of ")
+    last = int(ours) - 1 if fewer else 0
+    return f"taskset -c {f'0-{last}' if last else 0} {result['command']}" if fewer else result["command"]
 
 
 def _machine(point: Record) -> str:

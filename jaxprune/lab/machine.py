@@ -18,7 +18,7 @@ PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 def describe() -> dict[str, str]:
     """Name -> text: versions of the packages that results depend on, processor, cores, devices, XLA_FLAGS.
 
-    With one thread, `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`, convolutions add in another order than with more.
+    Cores that the process may use, "1 of 2": on one, convolutions add in another order than on more.
     """
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
@@ -26,10 +26,16 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": machine.processor(),
-        "cores": str(os.cpu_count()),
+        "cores": _cores(),
         "devices": ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def _cores() -> str:
+    here = os.cpu_count()
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here
+    return str(here) if ours == here else f"{ours} of {here}"
 
 
 def record(path: Path, note: Callable[[str], None]) -> None:

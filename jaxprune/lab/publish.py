@@ -59,7 +59,7 @@ def results(
         "macs": {"dense": seeds[0]["macs"]["dense"], "left": wording.spread([seed["macs"]["left"] for seed in seeds])},
         "leaves": seeds[0]["leaves"],
         "seconds": wording.spread([seed["seconds"] for seed in seeds]),
-        "machine": {key: machine[key] for key in ("processor", "cores", "jax", "xla_flags")},
+        "machine": {key: machine[key] for key in ("processor", "cores", "jax")},
         **({"rounds": [seed["rounds"] for seed in seeds]} if seeds[0]["rounds"] else {}),
         **({"published": config.model_dump(mode="json")["published"]} if config.published else {}),
     }
