@@ -64,6 +64,28 @@ def test_tables_may_be_swept_and_axes_replaced(tmp_path):
     assert len(grid(tmp_path, text, "--sweep.prune", "[{preset = 'nm'}]").points) == 1
 
 
+def test_what_is_overridden_is_the_same_in_all_points(tmp_path):
+    text = "[sweep]\nprune.preset = ['rigl', 'set']\nprune.sparsity = [0.5, 0.9]"
+    found = grid(tmp_path, text, "--prune.sparsity", "0.7")
+    assert list(found.axes) == ["prune.preset"]
+    assert [(one.config.prune.preset, one.config.prune.sparsity) for one in found.points] == [
+        ("rigl", 0.7),
+        ("set", 0.7),
+    ]
+    alone = grid(tmp_path, text, "--prune.sparsity=0.7", "--prune.preset=set")
+    assert (list(alone.axes), alone.points[0].config) == ([], found.points[1].config)
+    text = "[sweep]\nprune = [{preset = 'set'}, {preset = 'rigl', sparsity = 0.5}]"
+    found = grid(tmp_path, text, "--prune.sparsity", "0.7", "--prune.distribution.name", "uniform")
+    assert [one.config.prune.sparsity for one in found.points] == [0.7, 0.7]
+    assert [one.config.prune.distribution.name for one in found.points] == ["uniform"] * 2
+    assert found.axes["prune"][0] == {"preset": "set", "sparsity": 0.7, "distribution": {"name": "uniform"}}
+    text = "[sweep]\nprune.distribution = ['erk', {name = 'uniform'}]\nprune.sparsity = [0.5]"
+    with pytest.raises(config.ConfigError, match=r"prune\.distribution\.floor"):
+        grid(tmp_path, text, "--prune.distribution.floor", "0.1")
+    with pytest.raises(config.ConfigError, match=r'--data\.name\.x: name is "digits" in the file, not a table'):
+        grid(tmp_path, "[sweep]\ndata.name = ['digits']", "--data.name.x", "1")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

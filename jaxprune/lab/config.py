@@ -16,6 +16,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -232,10 +233,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read an experiment or a sweep, which without [sweep] has one point; arguments and errors are those of `load`.
 
-    [sweep] has a list of values in the place of each value that it moves: `prune.sparsity = [0.9, 0.95]`.
+    [sweep] has a list of values in the place of each value that it moves: `prune.sparsity = [0.9, 0.95]`. What is
+    overridden is the same in all points: an axis of that name goes, tables of an axis above it take it over.
     """
     tree, flags = _read(path, overrides)
     axes = _axes(tree.pop("sweep", {}), str(path))
+    for flag in flags:
+        axes = _fixed(axes, ".".join(flag), tree)
     points = []
     for chosen in itertools.product(*axes.values()):
         values, one = dict(zip(axes, chosen, strict=True)), copy.deepcopy(tree)
@@ -254,6 +258,23 @@ def _axes(table: Any, path: str, above: str = "") -> dict[str, list[Any]]:
     if not above or not distinct or len(distinct) < len(table):
         raise ConfigError(f"{path}: sweep.{above}: expected a list of distinct values, arrived {show(table)}")
     return {above: table}
+
+
+def _fixed(axes: dict[str, list[Any]], flag: str, tree: dict[str, Any]) -> dict[str, list[Any]]:
+    def with_it(key: str, value: Any) -> Any:
+        put(one := {}, key, copy.deepcopy(value))
+        put(one, flag, _at(tree, flag), f"--{flag}")
+        return _at(one, key)
+
+    return {
+        key: [with_it(key, value) for value in values] if flag.startswith(f"{key}.") else values
+        for key, values in axes.items()
+        if key != flag
+    }
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    return reduce(lambda inner, step: inner[step], key.split("."), tree)
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
