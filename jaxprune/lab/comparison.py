@@ -206,7 +206,7 @@ def _minutes(point: Record) -> str:
 
 
 def _command(result: Record, point: Record) -> str:
-    """On as many cores as it was run on, since the digits of convolutions depend on that."""
+    """On as many cores as it was run on, since digits depend on that."""
     ours, fewer, _ = point.get("machine", {}).get("cores", "").partition(" of ")
     last = int(ours) - 1 if fewer else 0
     return f"taskset -c {f'0-{last}' if last else 0} {result['command']}" if fewer else result["command"]

@@ -261,6 +261,8 @@ def _axes(table: Any, path: str, above: str = "") -> dict[str, list[Any]]:
 
 
 def _fixed(axes: dict[str, list[Any]], flag: str, tree: dict[str, Any]) -> dict[str, list[Any]]:
+    """Axes beside a value of the command line, which stands in the tree already."""
+
     def with_it(key: str, value: Any) -> Any:
         put(one := {}, key, copy.deepcopy(value))
         put(one, flag, _at(tree, flag), f"--{flag}")

@@ -18,7 +18,7 @@ PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 def describe() -> dict[str, str]:
     """Name -> text: versions of the packages that results depend on, processor, cores, devices, XLA_FLAGS.
 
-    Cores that the process may use, "1 of 2": on one, convolutions add in another order than on more.
+    Cores are those that the process may use, "1 of 2": on one, products add in another order than on more.
     """
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
