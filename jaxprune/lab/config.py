@@ -16,7 +16,6 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +37,7 @@ from jaxprune.lab.fields import (
     Time,
     must,
 )
-from jaxprune.lab.overrides import flags_of, override, put
+from jaxprune.lab.overrides import at, flags_of, override, put
 from jaxprune.lab.problems import ConfigError, line, show
 from jaxprune.lab.prune_section import Distribution, Granularity, Prune
 from jaxprune.storage.encodings import pattern_of
@@ -265,18 +264,14 @@ def _fixed(axes: dict[str, list[Any]], flag: str, tree: dict[str, Any]) -> dict[
 
     def with_it(key: str, value: Any) -> Any:
         put(one := {}, key, copy.deepcopy(value))
-        put(one, flag, _at(tree, flag), f"--{flag}")
-        return _at(one, key)
+        put(one, flag, at(tree, flag), f"--{flag}")
+        return at(one, key)
 
     return {
         key: [with_it(key, value) for value in values] if flag.startswith(f"{key}.") else values
         for key, values in axes.items()
         if key != flag
     }
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    return reduce(lambda inner, step: inner[step], key.split("."), tree)
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:

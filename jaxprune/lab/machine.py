@@ -33,8 +33,7 @@ def describe() -> dict[str, str]:
 
 
 def _cores() -> str:
-    here = os.cpu_count()
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here
+    ours, here = machine.cores(), os.cpu_count() or 1
     return str(here) if ours == here else f"{ours} of {here}"
 
 

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 from jaxprune.lab.problems import ConfigError, show
@@ -55,3 +56,8 @@ def put(tree: dict[str, Any], key: str, value: Any, said: str = "") -> tuple[str
         tree = inner
     tree[last] = value
     return path
+
+
+def at(tree: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key that is there."""
+    return reduce(lambda inner, step: inner[step], key.split("."), tree)
