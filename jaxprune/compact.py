@@ -23,6 +23,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxprune import tree
+from jaxprune.compat import primitive_name
 from jaxprune.masks import apply_masks
 from jaxprune.tracing.constant_rules import all_of, nothing
 from jaxprune.tracing.constants import constants
@@ -191,7 +192,7 @@ def _insists(apply_fn: Callable[..., Any], apply: Callable[..., Any], small: Par
         )
     for a, b in zip(wanted.jaxpr.eqns, own.jaxpr.eqns, strict=False):
         if not _alike(a, b):
-            return f"it has a size in it at {source_info_util.summarize(b.source_info)} ({b.primitive.name})"
+            return f"it has a size in it at {source_info_util.summarize(b.source_info)} ({primitive_name(b)})"
     return "" if len(wanted.jaxpr.eqns) == len(own.jaxpr.eqns) else "it takes other steps on smaller params"
 
 

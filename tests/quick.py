@@ -11,7 +11,6 @@ from jax._src import compiler
 
 QUICK = {
     "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
     "xla_llvm_disable_expensive_passes": True,
 }
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
-    0: ["types"],
+    0: ["types", "compat"],
     1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide"],
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import quax
 
+from jaxprune.compat import present_forms
 from jaxprune.sparse import conv, matmul  # noqa: F401  (they register their rules with quax)
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
 from jaxprune.sparse.fuse import fused
@@ -52,7 +53,8 @@ def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
 
 def _quaxified(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
-        return fused(quax.quaxify(fn))(*args, **kwargs)
+        with present_forms():
+            return fused(_quaxify(fn))(*args, **kwargs)
     except NotImplementedError as error:
         if "custom_vjp" not in str(error):
             raise
@@ -60,6 +62,32 @@ def _quaxified(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             "The function calls a `jax.custom_vjp` function, and quax has no rule for those. Wrap that one in "
             "`jax.jit`: it then runs as it is, as long as no compressed leaf goes into it."
         ) from error
+
+
+def _quaxify(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`quax.quaxify(fn)`, with arguments and results taken apart before quax and put together after it.
+
+    Quax sets no trace while it puts pytrees together, and NNX variables ask for the current one when they are made.
+    """
+
+    def on_values(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_value)
+        results: list[Any] = []
+
+        def on_leaves(*leaves: Any) -> list[Any]:
+            args, kwargs = jax.tree.unflatten(structure, leaves)
+            found, of_results = jax.tree.flatten(fn(*args, **kwargs), is_leaf=_is_value)
+            results.append(of_results)
+            return found
+
+        found = quax.quaxify(on_leaves)(*leaves)
+        return jax.tree.unflatten(results[-1], found)
+
+    return on_values
+
+
+def _is_value(leaf: Any) -> bool:
+    return isinstance(leaf, quax.Value)
 
 
 def _mark(leaves: Any, unsupported: Unsupported) -> Any:

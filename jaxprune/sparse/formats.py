@@ -29,6 +29,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
 from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
 
+from jaxprune.compat import kind_of
+
 Unsupported = Literal["refuse", "dense"]
 
 
@@ -242,7 +244,7 @@ class SparseWeight(quax.ArrayValue):
         if primitive is remat_p:
             body = quax.quaxify(jaxpr_as_fun(ClosedJaxpr(params["jaxpr"], ())))
             return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
-        use = f"`{primitive.name}`"
+        use = f"`{kind_of(primitive, params)}`"
         arrays = [v._materialise(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
         return primitive.bind(*arrays, **params)
 

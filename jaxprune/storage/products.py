@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Array, Shaped
 
 from jaxprune import tree
+from jaxprune.compat import primitive_name, scan_groups
 from jaxprune.tracing.inlined import bind, evaluate, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site
@@ -121,14 +122,14 @@ class Products:
             if isinstance(path, Path) and path.name in self.names:
                 changed = f", changed by `{path.changed_by}`," if path.changed_by else ""
                 raise ValueError(
-                    f"{path.name!r}{changed} runs into `{eqn.primitive.name}` at "
+                    f"{path.name!r}{changed} runs into `{primitive_name(eqn)}` at "
                     f"{source_info_util.summarize(eqn.source_info)}, after which its products are not known. Leave it "
                     "out with `select`, or write this in other operations."
                 )
 
     def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
-        consts, body = eqn.params["num_consts"], eqn.params["jaxpr"]
-        stop = consts + eqn.params["num_carry"]
+        (consts, carry), body = scan_groups(eqn), eqn.params["jaxpr"]
+        stop = consts + carry
         layers = [what.layer() if isinstance(what, Path) else what for what in known[stop:]]
         inside = self._settled(eqn, body, [*known[:stop], *layers], slice(consts, stop), state)
 

@@ -17,6 +17,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxprune import tree
+from jaxprune.compat import scan_groups
 from jaxprune.tracing.finder import arrays_of, jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.types import Leaves
@@ -68,7 +69,7 @@ def _bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
     """The jaxprs that an equation runs, with its operand for every input, None for those that change in a loop."""
     params, given = eqn.params, eqn.invars
     if eqn.primitive.name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
+        consts, carry = scan_groups(eqn)
         yield params["jaxpr"].jaxpr, [*given[:consts], *[None] * carry, *given[consts + carry :]]
     elif eqn.primitive.name == "while":
         tested, consts = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]

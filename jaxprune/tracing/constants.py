@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
+from jaxprune.compat import scan_groups
 from jaxprune.tracing.constant_rules import CONSTANT_RULES, Known, all_of, elementwise, in_all, nothing
 from jaxprune.tracing.rules import ELEMENTWISE, IDENTITIES
 
@@ -64,7 +65,7 @@ def _step(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Kno
 
 def _scan(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Known]:
     """A carry is known where it is after every step what it was before; a layer, where all layers agree."""
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_groups(eqn)
     layers = [in_all([Known(v, k) for v, k in zip(*one, strict=True)]) for one in given[consts + carry :]]
     carried = given[consts : consts + carry]
     while True:

@@ -20,6 +20,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from jaxprune import tree
+from jaxprune.compat import primitive_name, scan_groups
 from jaxprune.tracing.alike import Alike
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
@@ -211,11 +212,11 @@ class Walk:
                 self.units.fix(ids, "two activations are multiplied along it, which are often scaled by its size")
         if name in RULES:
             return RULES[name](self.units, eqn, given)
-        self.barriers.append(f"{name} at {source_info_util.summarize(eqn.source_info)}")
+        self.barriers.append(f"{primitive_name(eqn)} at {source_info_util.summarize(eqn.source_info)}")
         return barrier(self.units, eqn, given)
 
     def _scan(self, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = scan_groups(eqn)
         for axes in given[consts + carry :]:
             self.units.fix(axes[0], "it is an axis of stacked layers")
         body = eqn.params["jaxpr"]

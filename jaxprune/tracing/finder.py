@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
 
 from jaxprune import tree
+from jaxprune.compat import present_forms, scan_groups
 from jaxprune.tracing.inlined import CALLS
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.refusals import Lost, check_consumed, check_followed
@@ -76,7 +77,8 @@ def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) 
         params, args, kwargs = rebuild(given)
         return jax.tree.leaves(fn(params, *args, **kwargs))
 
-    return jax.make_jaxpr(of_arrays)(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
+    with present_forms():
+        return jax.make_jaxpr(of_arrays)(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
 
 
 def arrays_of(values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -159,7 +161,7 @@ def _step(op: Any, given: list[Value], count: int) -> Found:
 
 
 def _scan(op: Any, given: list[Value], count: int) -> Found:
-    consts, carry = op.params["num_consts"], op.params["num_carry"]
+    consts, carry = scan_groups(op)
     layers = [value.layer() if isinstance(value, Path) else value for value in given[consts + carry :]]
     carried = given[consts : consts + carry]
     found = _loop(op, op.params["jaxpr"], given[:consts], carried, layers, count * op.params["length"])

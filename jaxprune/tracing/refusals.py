@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, subjaxprs
 
+from jaxprune.compat import primitive_name
 from jaxprune.tracing.paths import Path
 
 MOST = 4
@@ -92,7 +93,7 @@ def _described(lost: Lost) -> str:
     # Functions of libraries have no line of the user's; those traced before, the line of their first call.
     known = [*dict.fromkeys(line for line in lines if line)]
     where = ", called at ".join(known[:1] + known[1:][-1:])
-    return f"{lost.path.name!r}{changed} runs into `{lost.op.primitive.name}` at {where}"
+    return f"{lost.path.name!r}{changed} runs into `{primitive_name(lost.op)}` at {where}"
 
 
 def _constants(jaxpr: Jaxpr) -> Iterator[Any]:

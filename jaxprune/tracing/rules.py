@@ -19,10 +19,10 @@ Rule = Callable[[Units, JaxprEqn, list[AxisUnits]], list[AxisUnits]]
 
 _WORDS = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
-    convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
-    population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square sub tan tanh xor
+    convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
+    is_finite le lgamma log log1p log2 logistic lt max min mul ne neg nextafter not one_minus_square or
+    polynomial population_count pow real reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_WORDS.split())
 """Operations on corresponding elements; scalars go with any shape, and axes of size one with any size."""

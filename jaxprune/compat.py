@@ -1,0 +1,51 @@
+"""Versions of jax: the only file that knows how they differ. It asks what is there, never for a number.
+
+No other file compares versions or imports `jax._src`. Tables of primitives by name are elsewhere, with the names of all
+versions in them: what a name stands for has not changed so far.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from jax._src import config
+from jax.extend.core import JaxprEqn
+
+_COMING = ("scan3", "remat3", "custom_jvp3", "custom_vjp3")
+"""Flags of jax that make `scan`, `remat` and functions with custom derivatives other primitives."""
+
+
+@contextlib.contextmanager
+def present_forms() -> Iterator[None]:
+    """Functions traced in here have loops, `remat` and custom derivatives in the forms that our tables know.
+
+    Only for this thread and until the end of the block. Where jax has the coming forms alone, its primitives stay what
+    they are, and are named by `primitive_name`.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in _COMING:
+            if (flag := getattr(config, name, None)) is not None:
+                stack.enter_context(flag(False))
+        yield
+
+
+def primitive_name(eqn: JaxprEqn) -> str:
+    """The name of an equation's primitive; of jax's "hi" primitives, which share one, the name of their kind."""
+    return kind_of(eqn.primitive, eqn.params)
+
+
+def kind_of(primitive: Any, params: dict[str, Any]) -> str:
+    """`primitive_name` where there is no equation yet."""
+    return type(params["_prim"]).__name__ if primitive.name == "call_hi_primitive" else primitive.name
+
+
+def scan_groups(scan: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried; the others are the layers.
+
+    Args:
+        scan: the equation.
+    """
+    if "ft_in" in scan.params:  # from jax 0.11 on
+        consts, carry, _ = scan.params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return scan.params["num_consts"], scan.params["num_carry"]
