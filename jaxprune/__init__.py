@@ -84,6 +84,8 @@ from jaxprune.tracing.couplings import Couplings, couplings
 from jaxprune.transforms import keep_params_sparse, prune, regrow
 from jaxprune.tree import weights
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ERK",
     "FLAX",

@@ -17,6 +17,12 @@ from jaxprune.lab.bench import options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
+OF_THE_LAB = {
+    *("absl", "array_record", "flax", "matplotlib", "orbax", "PIL", "pydantic", "pydantic_core", "rich", "sklearn"),
+    *("tensorflow_datasets", "tomli_w"),
+}
+"""Packages that experiments need and the library does not, as they are imported."""
+
 EPILOG = """\
 exit codes: 0 done; 1 the run failed (loss not finite, disk full, damaged files); 2 the command, the config or the data
 is not usable as given; 130 interrupted (the same command goes on from the last checkpoint).
@@ -62,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in OF_THE_LAB:
+        return f"{error.name.partition('.')[0]!r} is not installed. It comes with: pip install 'jaxprune[lab]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

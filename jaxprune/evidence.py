@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxprune.compat import present_forms
 from jaxprune.types import Params
 
 
@@ -61,7 +62,8 @@ def squared_grads(loss: Callable[[Params, Any], Float[Array, ""]], params: Param
         return jax.tree.map(lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, grads), None
 
     nothing = jax.tree.map(lambda param: jnp.zeros(jnp.shape(param), jnp.float32), params)
-    total, _ = jax.lax.scan(add, nothing, samples)
+    with present_forms():
+        total, _ = jax.lax.scan(add, nothing, samples)
     return jax.tree.map(lambda t: t * (1 / count[0]), total)
 
 

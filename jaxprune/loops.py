@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
+from jaxprune.compat import present_forms
 from jaxprune.distributions import Distribution
 from jaxprune.masks import apply_masks, rewind, sparsity_of
 from jaxprune.methods import Method, compute_masks
@@ -54,7 +55,8 @@ def iterate(
         return compute_masks(method, params, shares[k], masks=masks, **evidence(apply_masks(params, masks)))
 
     everything = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
-    return jax.lax.fori_loop(0, count, one, everything)
+    with present_forms():
+        return jax.lax.fori_loop(0, count, one, everything)
 
 
 class Round(NamedTuple):

@@ -308,3 +308,31 @@ def test_truncated_idx_files_are_named_and_code_2(tmp_path, capsys, name, cut):
 def test_an_unknown_data_set_is_code_2(tmp_path, capsys):
     assert cli.main(["data", "import", "minst", str(tmp_path)]) == 2
     assert "mnist" in capsys.readouterr().err
+
+
+# ---- without the packages of the lab
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing!r}))
+from jaxprune.cli import main
+sys.exit(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "experiments/quickstart.toml"], ["costs", "lenet_5", "--out", "x"], ["report", "somewhere"]]
+)
+def test_a_missing_extra_is_named(words):
+    # quax and optax bring these two along
+    code = WITHOUT.format(missing=sorted(cli.OF_THE_LAB - {"rich", "absl"}), words=words)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said.returncode == 1, said.stderr
+    assert re.fullmatch(
+        r"jaxprune: '\w+' is not installed. It comes with: pip install 'jaxprune\[lab\]'\n", said.stderr
+    )
+
+
+def test_a_missing_module_of_the_users_own_is_none_of_the_lab(capsys, tmp_path):
+    (tmp_path / "one.toml").write_text("name = 'x'\n[prune]\ncriterion = 'no_such_module:f'\n")
+    assert not any("lab" in line for line in refused(capsys, "run", tmp_path / "one.toml"))

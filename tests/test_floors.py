@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxprune.cli import OF_THE_LAB
+
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types", "compat"],
@@ -120,3 +122,8 @@ def test_no_import_goes_in_circles():
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     graph = {name: (ours(name) & set(MODULES)) - packages for name in MODULES}
     assert set(TopologicalSorter(graph).static_order()) == set(MODULES)
+
+
+def test_what_the_lab_needs_besides_is_what_the_command_line_names():
+    needed = {name for module in MODULES if module.startswith("jaxprune.lab") for name in theirs(module)}
+    assert needed - CORE - {"equinox"} <= OF_THE_LAB

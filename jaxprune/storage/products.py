@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Array, Shaped
 
 from jaxprune import tree
-from jaxprune.compat import primitive_name, scan_groups
+from jaxprune.compat import present_forms, primitive_name, scan_groups
 from jaxprune.tracing.inlined import bind, evaluate, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site
@@ -139,7 +139,8 @@ class Products:
             return (made[: stop - consts], state), made[stop - consts :]
 
         loop = {word: eqn.params[word] for word in ("length", "reverse", "unroll")}
-        (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), arrays[stop:], **loop)
+        with present_forms():
+            (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), arrays[stop:], **loop)
         return state, [*_pairs(values, inside[consts:stop]), *_pairs(stacked, [True] * len(stacked))]
 
     def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
