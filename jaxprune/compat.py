@@ -5,11 +5,17 @@ versions in them: what a name stands for has not changed so far.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax.extend.core
 from jax._src import config
-from jax.extend.core import JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
+
+if TYPE_CHECKING:
+    ClosedJaxpr: TypeAlias = Any  # one version's is no other's
+else:
+    ClosedJaxpr = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)  # a jaxpr with its constants; since 0.12 any jaxpr
 
 _COMING = ("scan3", "remat3", "custom_jvp3", "custom_vjp3")
 """Flags of jax that make `scan`, `remat` and functions with custom derivatives other primitives."""
@@ -37,6 +43,11 @@ def primitive_name(eqn: JaxprEqn) -> str:
 def kind_of(primitive: Any, params: dict[str, Any]) -> str:
     """`primitive_name` where there is no equation yet."""
     return type(params["_prim"]).__name__ if primitive.name == "call_hi_primitive" else primitive.name
+
+
+def closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> ClosedJaxpr:
+    """A jaxpr with constants for its `constvars`."""
+    return ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportCallIssue]
 
 
 def scan_groups(scan: JaxprEqn) -> tuple[int, int]:

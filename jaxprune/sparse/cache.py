@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from jaxtyping import Shaped
 
+from jaxprune.compat import ClosedJaxpr
 from jaxprune.sparse import native
 
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxprune" / "tune"

@@ -25,11 +25,11 @@ import numpy as np
 import quax
 from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
 from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
 
-from jaxprune.compat import kind_of
+from jaxprune.compat import closed, kind_of
 
 Unsupported = Literal["refuse", "dense"]
 
@@ -242,7 +242,7 @@ class SparseWeight(quax.ArrayValue):
     def default(primitive: Any, values: Any, params: dict[str, Any]) -> Any:
         """What quax calls for a primitive without a rule: `jax.checkpoint` is entered, the rest refused or dense."""
         if primitive is remat_p:
-            body = quax.quaxify(jaxpr_as_fun(ClosedJaxpr(params["jaxpr"], ())))
+            body = quax.quaxify(jaxpr_as_fun(closed(params["jaxpr"], ())))
             return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
         use = f"`{kind_of(primitive, params)}`"
         arrays = [v._materialise(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]

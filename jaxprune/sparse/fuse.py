@@ -21,8 +21,9 @@ import equinox as eqx
 import jax
 from jax import lax
 from jax.core import ShapedArray, Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from jaxprune.compat import closed
 from jaxprune.sparse.native import LARGEST_POOL
 from jaxprune.sparse.native_product import Steps, fused_product_p, native_product_p
 
@@ -186,5 +187,5 @@ def _one_equation(chain: Chain, jaxpr: Jaxpr) -> JaxprEqn:
         eqns=eqns,
         debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
     )
-    params = {"sizes": product.params["sizes"], "steps": steps, "apart": ClosedJaxpr(apart, ())}
+    params = {"sizes": product.params["sizes"], "steps": steps, "apart": closed(apart, ())}
     return product.replace(primitive=fused_product_p, invars=inputs, outvars=outputs, params=params)

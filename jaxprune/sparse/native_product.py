@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Num, Shaped
 
+from jaxprune.compat import ClosedJaxpr
 from jaxprune.sparse import native
 from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product

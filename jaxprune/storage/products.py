@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Shaped
 
 from jaxprune import tree
-from jaxprune.compat import present_forms, primitive_name, scan_groups
+from jaxprune.compat import ClosedJaxpr, present_forms, primitive_name, scan_groups
 from jaxprune.tracing.inlined import bind, evaluate, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, Var
+from jax.extend.core import Literal, Var
 
-from jaxprune.compat import scan_groups
+from jaxprune.compat import ClosedJaxpr, scan_groups
 from jaxprune.tracing.constant_rules import CONSTANT_RULES, Known, all_of, elementwise, in_all, nothing
 from jaxprune.tracing.rules import ELEMENTWISE, IDENTITIES
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxprune import tree
-from jaxprune.compat import primitive_name, scan_groups
+from jaxprune.compat import ClosedJaxpr, primitive_name, scan_groups
 from jaxprune.tracing.alike import Alike
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxprune import tree
-from jaxprune.compat import present_forms, scan_groups
+from jaxprune.compat import ClosedJaxpr, present_forms, scan_groups
 from jaxprune.tracing.inlined import CALLS
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.refusals import Lost, check_consumed, check_followed

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters import partial_eval
+
+from jaxprune.compat import ClosedJaxpr, closed
 
 CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -48,7 +50,7 @@ def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     inputs = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in jaxpr.jaxpr.invars)
     whole = jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run))(*inputs)
     alive, _ = partial_eval.dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
-    return ClosedJaxpr(alive, whole.consts)
+    return closed(alive, whole.consts)
 
 
 def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:

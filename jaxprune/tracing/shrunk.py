@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 from jaxtyping import Bool
 
+from jaxprune.compat import ClosedJaxpr, closed
 from jaxprune.tracing.couplings import Walk
 from jaxprune.tracing.inlined import BODIES, bind, evaluate, with_bodies
 
@@ -40,7 +41,7 @@ class Shrinker:
             values: its inputs, smaller.
         """
         consts = [taken(value, self.kept(var)) for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)]
-        return evaluate(ClosedJaxpr(jaxpr.jaxpr, consts), values, self._step)
+        return evaluate(closed(jaxpr.jaxpr, consts), values, self._step)
 
     def kept(self, atom: Any) -> Kept:
         """For every axis of an array which indices are kept."""
