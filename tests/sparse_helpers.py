@@ -19,6 +19,13 @@ FORMATS = [
 ]
 LAYOUTS = {"in_out": FLAX, "out_in": TORCH}
 
+# Living blocks (in, out), by how many each output block has.
+RUNS = {
+    "equal": np.eye(3)[:, [1, 2, 0]],
+    "alike": np.array([[1, 0, 1], [0, 1, 1], [0, 1, 0]]),
+    "very different": np.array([[0, 0, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]),
+}
+
 needs_kernels = pytest.mark.skipif(bool(sparse.native.why_missing()), reason=sparse.native.why_missing() or "there")
 each_format = pytest.mark.parametrize("format", FORMATS)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 from quick import quick_jit
-from sparse_helpers import compress_one, least, make_leaf, make_x
+from sparse_helpers import RUNS, compress_one, least, make_leaf, make_x
 
 import jaxprune as jp
 from jaxprune import sparse
@@ -133,15 +133,58 @@ def test_the_portable_product_is_plain_jax():
     leaf, x = block_leaf(32, 32, (8, 8), 0.5), make_x((32, 3))
     weight = compress_one(leaf, "block")
     tall, wide = weight.block
+    sizes = {"n_out": 32, "tall": tall, "wide": wide, "slots": weight.slots}
 
     @jax.jit
     def product(values, x):
-        return blocks.block_product(values, weight.index, weight.bounds, x, n_out=32, tall=tall, wide=wide)
+        return blocks.block_product(values, weight.index, weight.bounds, x, **sizes)
 
     values, want = np.asarray(weight.values), np.asarray(leaf).T @ np.asarray(x)
     many = jax.vmap(product, (0, None))(jnp.asarray(np.stack([values, -values])), x)
     np.testing.assert_allclose(many, np.stack([want, -want]), rtol=1e-4, atol=1e-5)
     check_grads(product, (weight.values, x), order=1, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2**22])
+@pytest.mark.parametrize("runs", RUNS)
+def test_sums_over_runs_and_columns_in_parts(monkeypatch, runs, at_a_time):
+    """A NaN in inputs stays in the outputs that meet it, whatever lies beside their runs."""
+    monkeypatch.setattr(blocks, "_AT_A_TIME", at_a_time)  # 16 columns at a time, or all
+    whole = np.kron(RUNS[runs], np.ones((16, 16)))
+    leaf, x = np.where(whole, make_leaf(whole.shape, 1.0, "float32"), 0), np.asarray(make_x((37, len(whole))))
+    weight = compress_one(jnp.asarray(leaf), "block")
+    assert weight.block == (16, 16)
+    transposed = sparse.apply(lambda x, w: x @ w.T)
+    for product, matrix in ((lambda x, w: sparse.matmul(x, w), leaf), (transposed, leaf.T)):  # traced each time
+        lowered = jax.jit(product).lower(x, weight)
+        assert ("stablehlo.while" in lowered.as_text()) == (at_a_time == 1)
+        compiled = lowered.compile()
+        np.testing.assert_allclose(compiled(x, weight), x @ matrix, rtol=1e-4, atol=1e-4)
+        spoilt = x.copy()
+        spoilt[:, :16] = np.nan
+        met = np.any(matrix[:16], axis=0)
+        np.testing.assert_array_equal(np.isnan(compiled(spoilt, weight)), np.broadcast_to(met, (37, len(met))))
+
+
+@pytest.mark.parametrize(("runs", "slots"), [([3, 3], 3), ([1, 0], 1), ([13, 7], 14), ([17, 2], 20), ([23, 1], 24)])
+def test_runs_that_are_not_all_as_long_have_room_to_grow(runs, slots):
+    assert blocks._slots(np.array(runs)) == slots
+    keep = np.arange(max(runs))[:, None] < np.array(runs)[None]
+    leaf = jnp.asarray(np.kron(keep, np.ones((16, 16))), jnp.float32)
+    weight, x = compress_one(leaf, "block"), make_x((3, len(leaf)))
+    np.testing.assert_allclose(sparse.matmul(x, weight), x @ leaf, rtol=1e-4, atol=1e-4)
+
+
+def test_columns_that_are_sharded_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(blocks, "_AT_A_TIME", 1)
+    weight = compress_one(block_leaf(48, 48, (16, 16), 0.5), "block")
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)) for axis in ("i", None))
+    x, weight = jax.device_put(make_x((128, 48)), rows), jax.device_put(weight, whole)
+    compiled = jax.jit(sparse.matmul, out_shardings=rows).lower(x, weight).compile()
+    assert " while(" in compiled.as_text()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "all-reduce", "permute"))
+    np.testing.assert_allclose(compiled(x, weight), x @ weight.decompress(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_runs_unchanged():
@@ -175,7 +218,7 @@ def test_float64_and_odd_values():
 
 
 GOOD = {"values": np.ones(64, np.float32), "index": np.array([0, 2, 1, 2], np.int32), "block": (4, 4)}
-GOOD["bounds"] = np.array([0, 2, 4], np.int32)
+GOOD |= {"bounds": np.array([0, 2, 4], np.int32), "slots": 2}
 BAD = {
     "block that does not divide": ({"block": (8, 2)}, "blocks of 8 x 2, which do not divide 12 x 8"),
     "block of nothing": ({"block": (0, 4)}, "do not divide"),
@@ -184,6 +227,7 @@ BAD = {
     "too few bounds": ({"bounds": np.array([0, 4], np.int32)}, "2 bounds and 4 blocks"),
     "bounds fall": ({"bounds": np.array([0, 5, 4], np.int32)}, "climb from 0 to its 4 blocks"),
     "bounds start late": ({"bounds": np.array([1, 2, 4], np.int32)}, "climb"),
+    "too few slots": ({"slots": 1}, "run of 2 blocks, but 1 slots"),
     "bounds end early": ({"bounds": np.array([0, 2, 3], np.int32)}, "climb"),
     "input too large": ({"index": np.array([0, 3, 1, 2], np.int32)}, "outside its 3 blocks"),
     "input that wraps around": ({"index": np.array([0, 2**30, 1, 2], np.int32)}, "outside"),

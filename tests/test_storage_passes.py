@@ -16,8 +16,8 @@ DTYPES = ("bool", "int8", "float16", ml_dtypes.bfloat16, "float32", "int32", "fl
 @pytest.fixture(params=["C++", "NumPy"], autouse=True)
 def means(request, monkeypatch):
     if request.param == "NumPy":
-        monkeypatch.setattr(native, "why_missing", lambda: "not built")
-    elif native.why_missing():
+        monkeypatch.setattr(native, "why_not_loaded", lambda: "not built")
+    elif native.why_not_loaded():
         pytest.skip("the kernels were not built")
 
 

@@ -5,25 +5,31 @@
 
     W @ X = sum over the blocks of an output block of  block (c, r) @ X[inputs of the block] (r, n)
 
-An index costs 4 bytes a block instead of a weight, and a block is a dense product, which is what GPUs are good at
-(`jaxprune.sparse.gpu`); elsewhere the same sum is a gather, a batched product and a sum over runs, plain XLA. A leaf
-pruned by `Block(r, c)` stores no zeros; any other leaf is right too, but stores the zeros inside of living blocks.
-A stored zero meets an infinity or NaN in x as a dense zero would.
+An index costs 4 bytes a block instead of a weight, and a block is a dense product: a gather, a batched product and a
+sum over runs, plain XLA on every platform. A leaf pruned by `Block(r, c)` stores no zeros; any other leaf is right too,
+but stores the zeros inside of living blocks. A stored zero meets an infinity or NaN in x as a dense zero would.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Inexact, Int, Int32
 
-from jaxprune.sparse import gpu
 from jaxprune.sparse.formats import FORMATS, SparseWeight
 from jaxprune.sparse.matmul import times, times_transposed
 from jaxprune.sparse.primitives import columns_product
+
+# Numbers that a product makes at a time. Larger temporaries fall out of caches, and cost a CPU fresh pages every time:
+# two to fifteen times slower at large batches.
+_AT_A_TIME = 2**22
+# Sums over runs may read this many times the blocks there are, so as not to be a scatter.
+_PADDING = 2
 
 
 class BlockWeight(SparseWeight):
@@ -33,6 +39,7 @@ class BlockWeight(SparseWeight):
         index: input block of every block.
         bounds: where the run of each output block begins and ends.
         block: inputs and outputs of a block, as in `Block(rows, cols)`; they divide those of the leaf.
+        slots: blocks that every run has room for; see `_slots`.
     """
 
     shapes: ClassVar[tuple[tuple[int, int], ...]] = (
@@ -44,6 +51,7 @@ class BlockWeight(SparseWeight):
     index: Int32[Array, " n_blocks"] = eqx.field(converter=jnp.asarray)
     bounds: Int32[Array, " n_out_blocks_plus_1"] = eqx.field(converter=jnp.asarray)
     block: tuple[int, int] = eqx.field(static=True, kw_only=True)
+    slots: int = eqx.field(static=True, kw_only=True)
 
     @classmethod
     def pack(
@@ -66,9 +74,10 @@ class BlockWeight(SparseWeight):
         place[outputs, inputs] = np.arange(outputs.size)
         blocks = np.zeros((outputs.size, wide, tall), values.dtype)
         blocks[place[rows // wide, cols // tall], rows % wide, cols % tall] = values
-        bounds = np.concatenate([[0], np.cumsum(living[block].sum(axis=1))])
+        runs = living[block].sum(axis=1)
+        bounds = np.concatenate([[0], np.cumsum(runs)])
         parts = (blocks.ravel(), inputs.astype(np.int32), bounds.astype(np.int32))
-        return cls(*parts, leaf_shape=leaf_shape, block=block, **fields)
+        return cls(*parts, leaf_shape=leaf_shape, block=block, slots=_slots(runs), **fields)
 
     def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         (n_out, n_in), (tall, wide) = self.sizes, self.block
@@ -81,6 +90,8 @@ class BlockWeight(SparseWeight):
             raise ValueError(f"{self._who} has {bounds.size} bounds and {index.size} blocks, which do not fit.")
         if bounds[0] != 0 or bounds[-1] != index.size or np.any(np.diff(bounds) < 0):
             raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {index.size} blocks.")
+        if self.slots < np.diff(bounds).max(initial=0):
+            raise ValueError(f"{self._who} has a run of {np.diff(bounds).max()} blocks, but {self.slots} slots.")
         if index.size and not (index.min() >= 0 and index.max() < n_in // tall):
             raise ValueError(f"{self._who} has indices outside its {n_in // tall} blocks of inputs.")
         rows, cols = _coordinates(index, bounds, n_out=n_out, tall=tall, wide=wide, xp=np)
@@ -111,16 +122,23 @@ def _stored_bytes(living: np.ndarray, block: tuple[int, int], itemsize: int) -> 
     return int(living.sum()) * (tall * wide * itemsize + 4) + 4 * (living.shape[0] + 1)
 
 
-def _output_blocks(index: Any, bounds: Any, xp: Any = jnp) -> Any:
+def _slots(runs: Int[np.ndarray, " n_out_blocks"]) -> int:
+    """Blocks of the longest run, up to a quarter more if not all are as long, so that few other patterns recompile."""
+    longest = int(runs.max(initial=0))
+    step = 1 if np.all(runs == longest) else 2 ** max(longest.bit_length() - 3, 0)
+    return -(-longest // step) * step
+
+
+def _output_blocks(n_blocks: int, bounds: Any, xp: Any = jnp) -> Any:
     numbers = xp.arange(bounds.shape[0] - 1, dtype=xp.int32)
-    static = {"total_repeat_length": index.shape[0]} if xp is jnp else {}
+    static = {"total_repeat_length": n_blocks} if xp is jnp else {}
     return xp.repeat(numbers, xp.diff(bounds), **static)
 
 
 def _coordinates(index: Any, bounds: Any, *, n_out: int, tall: int, wide: int, xp: Any = jnp) -> tuple[Any, Any]:
     """`xp` is jax.numpy, or numpy for arrays in host memory: outside jit every step would be a program to compile."""
     shape = (index.shape[0], wide, tall)
-    rows = (_output_blocks(index, bounds, xp) * wide)[:, None] + xp.arange(wide, dtype=xp.int32)[None]
+    rows = (_output_blocks(index.shape[0], bounds, xp) * wide)[:, None] + xp.arange(wide, dtype=xp.int32)[None]
     cols = (index * tall)[:, None] + xp.arange(tall, dtype=xp.int32)[None]
     return xp.broadcast_to(rows[:, :, None], shape).ravel(), xp.broadcast_to(cols[:, None], shape).ravel()
 
@@ -134,10 +152,11 @@ def block_product(
     n_out: int,
     tall: int,
     wide: int,
+    slots: int,
 ) -> Float[Array, "n_out n"]:
-    """W @ x in plain XLA: the inputs of every block, its product, and the sum over each output block's run.
+    """W @ x: the inputs of every block, its product, and the sum over each output block's run.
 
-    Right on every platform, and differentiated and batched by JAX's own rules. 16-bit sums are kept in float32.
+    Differentiated and batched by JAX's own rules. 16-bit sums are kept in float32.
 
     Args:
         values: blocks one after the other, each (outputs, inputs).
@@ -147,11 +166,50 @@ def block_product(
         n_out: outputs.
         tall: inputs of a block.
         wide: outputs of a block.
+        slots: blocks that every run has room for; see `_slots`.
     """
-    panels = x.reshape(-1, tall, x.shape[1])[index]
-    products = _batched("kcr,krn->kcn", values.reshape(-1, wide, tall), panels)
-    sums = jax.ops.segment_sum(products, _output_blocks(index, bounds), n_out // wide, indices_are_sorted=True)
-    return sums.reshape(n_out, x.shape[1]).astype(x.dtype)
+    blocks = values.reshape(-1, wide, tall)
+    sums, read = _sum_over_runs(bounds, index.shape[0], slots)
+
+    def product(x: Array) -> Array:
+        panels = x.reshape(-1, tall, x.shape[1])[index]
+        return sums(_batched("kcr,krn->kcn", blocks, panels)).reshape(n_out, x.shape[1]).astype(x.dtype)
+
+    return _in_parts(product, x, index.shape[0] * (tall + wide) + read * wide)
+
+
+def _sum_over_runs(bounds: Array, n_blocks: int, slots: int) -> tuple[Callable[[Array], Array], int]:
+    """(blocks, ...) -> (output blocks, ...), and how many blocks it reads beforehand.
+
+    On a GPU a scatter adds atomically, in any order; it is left to runs of very different lengths.
+    """
+    runs = bounds.shape[0] - 1
+    if n_blocks == runs * slots:
+        return lambda products: products.reshape(runs, slots, *products.shape[1:]).sum(1), 0
+    if runs * slots <= _PADDING * n_blocks:
+        places = bounds[:-1, None] + jnp.arange(slots, dtype=jnp.int32)[None]
+        places = jnp.where(places < bounds[1:, None], places, n_blocks)
+        return lambda products: products.at[places].get(mode="fill", fill_value=0).sum(1), runs * slots
+    outputs = _output_blocks(n_blocks, bounds)
+    return lambda products: jax.ops.segment_sum(products, outputs, runs, indices_are_sorted=True), 0
+
+
+def _in_parts(product: Callable[[Array], Array], x: Array, numbers: int) -> Array:
+    """product(x), made of as many columns at a time as need at most `_AT_A_TIME` numbers, but 16 at least.
+
+    Args:
+        product: of columns, independent of each other.
+        x: columns, (.., n).
+        numbers: that a column needs.
+    """
+    n = x.shape[1]
+    parts = -(-n // max(_AT_A_TIME // numbers, 16))
+    if parts == 1:
+        return product(x)
+    # Every part has columns of everywhere, so that columns that are sharded stay where they are.
+    x = jnp.pad(x, ((0, 0), (0, -n % parts))).reshape(x.shape[0], -1, parts)
+    y = lax.map(product, jnp.moveaxis(x, 2, 0))
+    return jnp.moveaxis(y, 0, 2).reshape(y.shape[1], -1)[:, :n]
 
 
 def _batched(equation: str, values: Array, panels: Array) -> Array:
@@ -159,28 +217,31 @@ def _batched(equation: str, values: Array, panels: Array) -> Array:
     return jnp.einsum(equation, values, panels, preferred_element_type=total)
 
 
-def _on_cuda(*arrays: Array, n_out: int, tall: int, wide: int) -> Array:
-    x = arrays[-1]
-    if gpu.block_suits((tall, wide), (n_out, x.shape[0], x.shape[1]), x.dtype):
-        return gpu.block_times(*arrays, n_out=n_out, block=(tall, wide))
-    return block_product(*arrays, n_out=n_out, tall=tall, wide=wide)
+def _coordinates_of(*pattern: Array, slots: int, **sizes: int) -> tuple[Array, Array]:
+    return _coordinates(*pattern, **sizes)
 
 
-blocks_times = columns_product("blocks_times", gpu.on_cuda("blocks_product", _on_cuda, block_product), _coordinates)
+blocks_times = columns_product("blocks_times", block_product, _coordinates_of)
 
 
 @times.register(BlockWeight)
 def _times_block(weight: BlockWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Array, "n_out n"]:
-    tall, wide = weight.block
-    return blocks_times(weight.values, weight.index, weight.bounds, x, n_out=weight.sizes[0], tall=tall, wide=wide)
+    n_out, (tall, wide) = weight.sizes[0], weight.block
+    parts = weight.values, weight.index, weight.bounds
+    return blocks_times(*parts, x, n_out=n_out, tall=tall, wide=wide, slots=weight.slots)
 
 
 @times_transposed.register(BlockWeight)
 def _times_transposed_block(weight: BlockWeight, y: Inexact[Array, "n_out n"]) -> Inexact[Array, "n_in n"]:
     (_, n_in), (tall, wide) = weight.sizes, weight.block
-    panels = y.reshape(-1, wide, y.shape[1])[_output_blocks(weight.index, weight.bounds)]
-    products = _batched("kcr,kcn->krn", weight.values.reshape(-1, wide, tall), panels)
-    return jax.ops.segment_sum(products, weight.index, n_in // tall).reshape(n_in, y.shape[1]).astype(y.dtype)
+    blocks, outputs = weight.values.reshape(-1, wide, tall), _output_blocks(weight.index.shape[0], weight.bounds)
+
+    def product(y: Array) -> Array:
+        panels = y.reshape(-1, wide, y.shape[1])[outputs]
+        products = _batched("kcr,kcn->krn", blocks, panels)
+        return jax.ops.segment_sum(products, weight.index, n_in // tall).reshape(n_in, y.shape[1]).astype(y.dtype)
+
+    return _in_parts(product, y, weight.index.shape[0] * (tall + wide))
 
 
 FORMATS["block"] = BlockWeight

@@ -27,7 +27,7 @@ def compress(
 
     Exact zeros are dropped, whoever put them there, so params and masks need not both be kept. Runs outside jit, since
     how many non-zeros there are decides shapes; the result is an argument of jitted functions, see `apply`. Weights
-    of another pattern with as many non-zeros recompile nothing.
+    of another pattern with as many non-zeros recompile nothing, blocks if their longest run is about as long, too.
 
     Args:
         params: any pytree of arrays (NNX State, Linen or Haiku dict, a filtered Equinox module).

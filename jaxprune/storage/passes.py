@@ -20,7 +20,7 @@ _PART = 2**22
 def gather(dense: Shaped[np.ndarray, " count"]) -> tuple[UInt8[np.ndarray, " bytes"], Shaped[np.ndarray, " nnz"]]:
     """A bit for each item, and those whose bits are not all zero."""
     dense = np.require(dense, requirements=["C", "ALIGNED"])
-    if native.why_missing():
+    if native.why_not_loaded():
         kept = nonzero(dense)
         return np.packbits(kept), dense[kept]
     bits = np.empty(-(-len(dense) // 8), np.uint8)
@@ -54,7 +54,7 @@ def spread(
         end = int(ends[first // _PART])
         here, mask = dense[first : first + _PART], bits[first // 8 : -(-min(first + _PART, count) // 8)]
         some = values[int(ends[first // _PART - 1]) if first else 0 : end]
-        if native.why_missing():
+        if native.why_not_loaded():
             here[np.unpackbits(mask, count=len(here)).view(bool)] = some
         else:
             codecs.spread(mask, some, here)

@@ -41,7 +41,7 @@ class CSR(Pattern):
 
     def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode_bits`."""
-        if native.why_missing():
+        if native.why_not_loaded():
             return super().encode_bits(bits, shape)
         ends, columns = np.empty(math.prod(shape[:-1]), "<u4"), np.empty(ones(bits), f"<u{self.width // 8}")
         codecs.csr(bits, ends, columns, shape[-1])
@@ -75,7 +75,7 @@ class CSR(Pattern):
         """See `Pattern.bits`."""
         made = np.zeros(packed_size(math.prod(shape), 1), np.uint8)
         ends, columns = streams["ends"].view("<u4"), streams["columns"].view(f"<u{self.width // 8}")
-        if not native.why_missing() and codecs.bits_of_csr(ends, columns, shape[-1], made):
+        if not native.why_not_loaded() and codecs.bits_of_csr(ends, columns, shape[-1], made):
             return made
         return super().bits(streams, shape, slots)  # which says what is wrong
 
@@ -106,7 +106,7 @@ class Gaps(Pattern):
 
     def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode_bits`."""
-        if native.why_missing():
+        if native.why_not_loaded():
             return super().encode_bits(bits, shape)
         size = math.prod(shape)
         room = np.empty(self.stream_bytes(shape, ones(bits))["gaps"] + 8, np.uint8)
@@ -143,7 +143,7 @@ class Gaps(Pattern):
     def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
         """See `Pattern.bits`."""
         data, size = streams["gaps"], math.prod(shape)
-        if native.why_missing():
+        if native.why_not_loaded():
             return super().bits(streams, shape, slots)
         made = np.zeros(packed_size(size, 1), np.uint8)
         seen, used = codecs.bits_of_gaps(data, self.width, slots, made, size)

@@ -1,6 +1,7 @@
 """CPU kernels in C++, called from compiled programs as XLA custom calls.
 
 Built with the package where a C++ compiler is found; where none was, everything else works, and `why_missing` says so.
+XLA registers a custom call built for another jaxlib without a word and fails when it runs, so `why_missing` makes one.
 The loops exist for several instruction sets; which one runs is decided when the first product does, by the processor,
 or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
 """
@@ -8,6 +9,7 @@ or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
 import ctypes
 import functools
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ LARGEST_POOL = 8  # likewise
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The loaded kernels, their calls known to XLA; or the reason why there are none."""
+    """The loaded kernels; or the reason why there are none."""
     if not LIBRARY.exists():
         return (
             "The native kernels were not built, for want of a C++ compiler when jaxprune was installed. Install one "
@@ -38,7 +40,6 @@ def _library() -> ctypes.CDLL | str:
         return f"The native kernels cannot be loaded: {error}. Reinstall jaxprune on this machine."
     if getattr(loaded, "jaxprune_interface", int)() != INTERFACE:
         return f"The native kernels {LIBRARY} are those of another version of jaxprune. Reinstall it."
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jaxprune_product), platform="cpu")
     return loaded
 
 
@@ -46,7 +47,7 @@ def library() -> ctypes.CDLL:
     """The loaded kernels.
 
     Raises:
-        RuntimeError: there are none; see `why_missing`.
+        RuntimeError: there are none; see `why_not_loaded`.
     """
     loaded = _library()
     if isinstance(loaded, str):
@@ -54,10 +55,52 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def why_missing() -> str:
-    """Why there are no native kernels here, with the way out; "" where there are."""
+def why_not_loaded() -> str:
+    """Why there is no library here, with the way out; "" where there is, which is enough for the codecs."""
     loaded = _library()
     return loaded if isinstance(loaded, str) else ""
+
+
+def why_missing() -> str:
+    """Why no native kernels run here, with the way out; "" where they do.
+
+    The first time it makes one call, which takes some milliseconds, from wherever it is asked: inside of any
+    transformation, and under any of jax's contexts.
+    """
+    return why_not_loaded() or _why_not_called()
+
+
+@functools.cache
+def _why_not_called() -> str:
+    """What is wrong with one real call of the loaded kernels, "" if nothing."""
+    reasons = []
+    # Traces and contexts (meshes, guards, devices) belong to a thread; in one of its own there are none.
+    thread = threading.Thread(target=lambda: reasons.append(_called()), name="jaxprune-first-call")
+    thread.start()
+    thread.join()
+    return reasons[0]
+
+
+def _called() -> str:
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        return f"The native kernels run on CPU, which JAX was told to leave out. Add it to `jax_platforms`. ({error})"
+    none = np.zeros(0, np.float32)
+    parts = (np.full(1, 2, np.float32), np.zeros(1, np.uint8), np.array([0, 1], np.int32), none, none, none)
+    try:
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().jaxprune_product), platform="cpu")
+        with jax.transfer_guard("allow"):  # one of the whole process would hold here too
+            operands = jax.device_put((*parts, np.full((1, 1), 3, np.float32)), device)
+            call = jax.jit(lambda *operands: product(*operands, shape=(1, 1), dtype=np.float32, tile=1))
+            y = float(np.asarray(call(*operands))[0, 0])
+    except Exception as error:  # whatever XLA, or jax before it, has against these kernels
+        says = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            "The native kernels fail when they are called, as those built for another jaxlib do: reinstall jaxprune, "
+            f"in the newest version, or use another format. (The error: {says})"
+        )
+    return "" if y == 6 else f"The native kernels say that 2 x 3 is {y}. Reinstall jaxprune, or use another format."
 
 
 def instruction_set() -> str:
