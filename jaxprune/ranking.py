@@ -9,8 +9,10 @@ Counts are unsigned 32-bit integers, so a contest has at most 2**32 - 1 groups.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ from jaxprune.checks import is_concrete
 TOP = 0xFFFFFFFF  # beyond every score's pattern, NaN's included: survives whatever k is
 FIELD = 10  # bits of a packed count
 FIELD_MAX = (1 << FIELD) - 1
+CUTS = 3  # compared with in one pass
+SHORT = 32  # a sum over at most as many is one loop on XLA:CPU
 
 
 def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Float[Array, ""]:
@@ -129,9 +133,9 @@ def _pattern(scores: Array) -> UInt32[Array, "..."]:
 def _kth(scores: Array, k: Array) -> UInt32[Array, ""]:
     pattern = jnp.atleast_1d(_pattern(scores))
     axes = tuple(range(-pattern.ndim, 0))
-    shape = (1,) * pattern.ndim
-    found = _search(lambda cuts: _count([lambda cut: pattern >= cut], [pattern], cuts, axes), k, shape)
-    return found.reshape(())
+    enough = partial(_several, jnp.broadcast_to(k, (1,) * (pattern.ndim + 1)))
+    found = _search(partial(_reaching, [pattern], axes), enough, [pattern], axes)
+    return found.cut.reshape(())
 
 
 @jax.jit(static_argnums=3)
@@ -140,52 +144,45 @@ def _masks(scores: tuple[Array, ...], k: Array, safe: tuple[Array, ...] | None, 
     if safe is not None:
         patterns = [jnp.where(s, jnp.uint32(TOP), p) for s, p in zip(safe, patterns, strict=True)]
     wide, rank = _of_one_rank(patterns)
-    axes = tuple(range(-rank, 0)) if axes is None else axes
-    over = tuple(range(-rank, 0)) if len(wide) > 1 else axes
-    shape = tuple(1 if axis - rank in over else size for axis, size in enumerate(wide[0].shape))
+    axes = tuple(range(-rank, 0)) if axes is None or len(wide) > 1 else axes
+    k = jnp.broadcast_to(k, (1, *_contests(wide[0], axes)))
+    found = _search(partial(_reaching, wide, axes), partial(_several, k), wide, axes)
+    # Of equals the first arrays' survive, as many as there is room for; in the one where it ends, the first places'.
+    need = k - _total(found.above)
+    equal = found.counts - found.above
+    before = jnp.cumsum(equal, axis=0, dtype=jnp.uint32) - equal
+    room = jnp.minimum(need - jnp.minimum(need, before), equal)
+    whole, split = room == equal, (room > 0) & (room < equal)
+    room_there = _total(jnp.where(split, room, jnp.uint32(0)))
 
-    def reach(cuts: Sequence[Array]) -> list[Array]:
-        return _count([lambda cut, p=p: p >= cut for p in wide], wide, cuts, over)
+    def enough(counts: Array) -> Bool[Array, "..."]:
+        return _total(jnp.where(split[:, None], counts, jnp.uint32(0)))[0] <= room_there
 
-    threshold = _search(reach, k, shape)
-    above, at_least = reach([threshold + jnp.uint32(1), threshold])
-    above = jnp.where(threshold == jnp.uint32(TOP), jnp.uint32(0), above)
-    places = _places(wide, over)
-    last = _last_index(wide, places, threshold, k - above, jnp.any(at_least > k), shape, over)
-    kept = [(p > threshold) | ((p == threshold) & (i < last)) for p, i in zip(wide, places, strict=True)]
-    return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
+    return _kept(scores, wide, found.cut, whole, split, enough, axes)
 
 
 @jax.jit
 def _fitting(scores: tuple[Array, ...], costs: words.Wide, budget: words.Wide) -> Any:
     wide, rank = _of_one_rank([_pattern(array) for array in scores])
-    over, shape = tuple(range(-rank, 0)), (1,) * rank
-    places = _places(wide, over)
+    axes = tuple(range(-rank, 0))
 
-    def count(tests: Sequence[Callable[[Array], Array]], cuts: Sequence[Array]) -> Array:
-        """How many of each array pass its test, (arrays, cuts, 1, ...)."""
-        pairs = zip(tests, wide, strict=True)
-        return jnp.stack([jnp.stack(_count([test], [p], cuts, over)) for test, p in pairs])
+    def fit(counts: Array) -> Bool[Array, "..."]:
+        return words.at_most(words.dot(counts, costs), budget)
 
-    def fit(counts: Array) -> UInt32[Array, "..."]:
-        return words.at_most(words.dot(counts, costs), budget).astype(jnp.uint32)
+    found = _search(partial(_reaching, wide, axes), lambda counts: ~fit(counts), wide, axes)
+    # What reaches the cut costs too much, unless everything fits: the cut is 0 then.
+    equal = found.counts - found.above
+    order = jnp.arange(len(wide), dtype=jnp.int32)
+    upto = (order[:, None] <= order[None]).reshape(len(wide), len(wide), *(1,) * rank)
+    whole = fit(found.above[:, None] + jnp.where(upto, equal[:, None], jnp.uint32(0)))
+    first = jnp.sum(whole, axis=0, keepdims=True, dtype=jnp.int32)
+    split = order.reshape(-1, *(1,) * rank) == first
+    before = found.above + jnp.where(whole, equal, jnp.uint32(0))
 
-    def reach(cuts: Sequence[Array]) -> Array:
-        return count([lambda cut, p=p: p >= cut for p in wide], cuts)
+    def enough(counts: Array) -> Bool[Array, "..."]:
+        return fit(before[:, None] + jnp.where(split[:, None], counts, jnp.uint32(0)))
 
-    def within(cuts: Sequence[Array]) -> list[Array]:
-        equals = [lambda cut, p=p, i=i: (p == threshold) & (i < cut) for p, i in zip(wide, places, strict=True)]
-        return list(fit(above + count(equals, cuts)))
-
-    one = jnp.uint32(1)
-    threshold = _search(lambda cuts: list(one - fit(reach(cuts))), one, shape)  # too much is what reaches it
-    reached = reach([threshold + one, threshold])
-    above, equal = reached[:, :1], jnp.sum(reached[:, 1] - reached[:, 0], dtype=jnp.uint32)
-    # Unless everything fits: the threshold is 0 then. Of equals the first ones may.
-    all_fit = jnp.broadcast_to(fit(reached)[1] * jnp.uint32(TOP), shape)
-    last = lax.cond(jnp.any((equal > 1) & (all_fit == 0)), lambda: _search(within, one, shape), lambda: all_fit)
-    kept = [(p > threshold) | ((p == threshold) & (i < last)) for p, i in zip(wide, places, strict=True)]
-    return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
+    return _kept(scores, wide, found.cut, whole, split & (equal > 1), enough, axes)
 
 
 def _of_one_rank(patterns: Sequence[Array]) -> tuple[list[Array], int]:
@@ -194,67 +191,135 @@ def _of_one_rank(patterns: Sequence[Array]) -> tuple[list[Array], int]:
     return [p.reshape((1,) * (rank - p.ndim) + p.shape) for p in patterns], rank
 
 
-def _places(wide: list[Array], axes: tuple[int, ...]) -> list[UInt32[Array, "..."]]:
-    """Every score's index in its contest, C order over `axes`, going on from one array to the next."""
-    places, first = [], 0
-    for array in wide:
-        place, stride = jnp.full((1,) * array.ndim, first, jnp.uint32), 1
-        for axis in reversed(axes):
-            size = array.shape[axis]
-            along = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(stride)
-            place = place + along.reshape([size if a - array.ndim == axis else 1 for a in range(array.ndim)])
-            stride *= size
-        places.append(place)
-        first += stride
-    return places
+class _Found(NamedTuple):
+    """Where a search ends: the largest cut that is low enough, and what each array counts there and just above.
+
+    counts and above are (arrays, *contests), axes within a contest having size 1.
+    """
+
+    cut: UInt32[Array, "..."]
+    counts: UInt32[Array, "..."]
+    above: UInt32[Array, "..."]
 
 
-def _last_index(
-    wide: list[Array], places: list[Array], threshold: Array, need: Array, tied: Array, shape: Any, over: Any
-) -> UInt32[Array, "..."]:
-    """The index below which the equals of `threshold` survive: `need` of them do. Searched for only if `tied`."""
+def _search(
+    count: Callable[[Sequence[Array]], Array], enough: Callable[[Array], Array], wide: Sequence[Array], axes: Any
+) -> _Found:
+    """The largest 32-bit cut at which there is enough; two bits a pass, highest first.
 
-    def fewer(cuts: Sequence[Array]) -> list[Array]:
-        tests = [lambda cut, p=p, i=i: (p == threshold) & (i < cut) for p, i in zip(wide, places, strict=True)]
-        return [jnp.where(count <= need, need, jnp.uint32(0)) for count in _count(tests, wide, cuts, over)]
+    Args:
+        count: cuts -> (arrays, cuts, *contests), falling as the cut rises or rising.
+        enough: counts -> (cuts, *contests), true up to some cut.
+        wide: the arrays; at cut 0 there is enough, or the cut found is 0.
+        axes: of a contest.
+    """
+    shape = _contests(wide[0], axes)
+    sizes = [math.prod(array.shape[axis] for axis in axes) for array in wide]
+    all_of = jnp.asarray(sizes, jnp.uint32).reshape(-1, *(1,) * len(shape)) * jnp.ones((1, *shape), jnp.uint32)
 
-    everyone = jnp.where(need > 0, jnp.uint32(TOP), jnp.uint32(0)) * jnp.ones(shape, jnp.uint32)
-    found = lax.cond(tied, lambda: _search(fewer, jnp.maximum(need, jnp.uint32(1)), shape), lambda: everyone)
-    return jnp.where(need > 0, found, jnp.uint32(0))
-
-
-def _search(reach: Callable[[Sequence[Array]], list[Array]], k: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """The largest 32-bit integer x with reach(x) >= k, for `reach` falling in x; two bits a pass, highest first."""
-
-    def narrow(i: Array, found: Array) -> Array:
+    def narrow(i: Array, found: _Found) -> _Found:
         shift = (30 - 2 * i).astype(jnp.uint32)
-        cuts = [found + (jnp.uint32(j) << shift) for j in (1, 2, 3)]
-        counts = reach(cuts)
-        for cut, count in zip(cuts, counts, strict=True):
-            found = jnp.where(count >= k, cut, found)
-        return found
+        # The sort changes nothing. Without one jaxlib 0.12 makes a single function of a loop on CPU, of any size: it
+        # compiles in the square of the arrays' number and runs in one thread.
+        steps = jnp.sort(jnp.arange(1, CUTS + 1, dtype=jnp.uint32) << shift)
+        counts = count([found.cut + step for step in steps])
+        passed = _total(enough(counts))
+        at, above = found.counts, found.above
+        for j in reversed(range(CUTS)):
+            above = jnp.where(passed > j, above, counts[:, j])
+        for j in range(CUTS):
+            at = jnp.where(passed > j, counts[:, j], at)
+        return _Found(found.cut + (passed[0] << shift), at, above)
 
-    return lax.fori_loop(0, 16, narrow, jnp.zeros(shape, jnp.uint32))
+    return lax.fori_loop(0, 16, narrow, _Found(jnp.zeros(shape, jnp.uint32), all_of, jnp.zeros_like(all_of)))
 
 
-def _count(
-    tests: Sequence[Callable[[Array], Array]], wide: Sequence[Array], cuts: Sequence[Array], axes: tuple[int, ...]
-) -> list[UInt32[Array, "..."]]:
-    """How often each test holds at each cut, over `axes` (kept), summed over the arrays."""
-    totals = [jnp.uint32(0)] * len(cuts)
-    for test, array in zip(tests, wide, strict=True):
-        hits = [test(cut).astype(jnp.uint32) << jnp.uint32(FIELD * j) for j, cut in enumerate(cuts)]
-        packed = _partial_sums(functools.reduce(jnp.add, hits), array.shape, axes[-1])
-        for j in range(len(cuts)):
-            field = (packed >> jnp.uint32(FIELD * j)) & jnp.uint32(FIELD_MAX)
-            totals[j] = totals[j] + jnp.sum(field, axis=axes, keepdims=True, dtype=jnp.uint32)
-    return totals
+def _several(k: Array, counts: Array) -> Bool[Array, "..."]:
+    """Whether k or more are counted, of all arrays together."""
+    return _total(counts)[0] >= k
+
+
+def _total(counts: Array) -> UInt32[Array, "1 ..."]:
+    return jnp.sum(counts, axis=0, keepdims=True, dtype=jnp.uint32)
+
+
+def _contests(array: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Its shape with contests reduced to a place each."""
+    return tuple(1 if axis - array.ndim in axes else size for axis, size in enumerate(array.shape))
+
+
+def _reaching(wide: Sequence[Array], axes: tuple[int, ...], cuts: Sequence[Array]) -> UInt32[Array, "..."]:
+    """How many of each array reach each cut."""
+    return jnp.stack([_count([p >= cut for cut in cuts], p.shape, axes) for p in wide])
+
+
+def _kept(
+    scores: Sequence[Array], wide: Sequence[Array], threshold: Array, whole: Array, split: Array, enough: Any, axes: Any
+) -> tuple[Bool[Array, "..."], ...]:
+    """True above the threshold; of its equals in the arrays that are `whole`, and the first places of the one `split`.
+
+    Args:
+        scores: the arrays as they came.
+        wide: their patterns, of one rank.
+        threshold: one a contest.
+        whole: (arrays, *contests).
+        split: the same; at most one array of a contest.
+        enough: (arrays, cuts, *contests) of equals below each cut -> whether these may survive, (cuts, *contests).
+        axes: of a contest.
+    """
+    places = [_places(array.shape, axes) for array in wide]
+
+    def below(cuts: Sequence[Array]) -> UInt32[Array, "..."]:
+        pairs = zip(wide, places, strict=True)
+        return jnp.stack([_count([(p == threshold) & (i < cut) for cut in cuts], p.shape, axes) for p, i in pairs])
+
+    def ends(last: Array) -> tuple[Array, ...]:
+        all_of = jnp.where(whole, jnp.uint32(TOP), jnp.where(split, last[None], jnp.uint32(0)))
+        return tuple(all_of[i] for i in range(len(wide)))
+
+    nowhere = jnp.zeros(threshold.shape, jnp.uint32)
+    # As results of a conditional they are arguments of what follows, so that arrays of one shape share a program.
+    last = lax.cond(jnp.any(split), lambda: ends(_search(below, enough, wide, axes).cut), lambda: ends(nowhere))
+    kept = [(p > threshold) | ((p == threshold) & (i < end)) for p, i, end in zip(wide, places, last, strict=True)]
+    return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
+
+
+def _places(shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Every score's index in its contest, C order over `axes`."""
+    place, stride = jnp.zeros((1,) * len(shape), jnp.uint32), 1
+    for axis in reversed(axes):
+        size = shape[axis]
+        along = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(stride)
+        place = place + along.reshape([size if a - len(shape) == axis else 1 for a in range(len(shape))])
+        stride *= size
+    return place
+
+
+def _count(hits: Sequence[Array], shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """How often each of three is true, over `axes` (kept): (3, *contests)."""
+    words_of = [hit.astype(jnp.uint32) << jnp.uint32(FIELD * j) for j, hit in enumerate(hits)]
+    packed = _partial_sums(functools.reduce(jnp.add, words_of), shape, axes[-1])
+    shifts = jnp.arange(0, FIELD * CUTS, FIELD, dtype=jnp.uint32).reshape(-1, *(1,) * len(shape))
+    fields = (packed[None] >> shifts) & jnp.uint32(FIELD_MAX)
+    return jnp.sum(fields, axis=axes, keepdims=True, dtype=jnp.uint32)
 
 
 def _partial_sums(packed: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Sums along `axis` in runs short enough for a field: three counts cost one reduction instead of three."""
     size = shape[axis]
-    run = max((d for d in range(1, min(size, FIELD_MAX) + 1) if size % d == 0), default=1)
+    run, part = _run(size)
     at = len(shape) + axis
-    runs = packed.reshape(*shape[:at], size // run, run, *shape[at + 1 :])
-    return jnp.sum(runs, axis=at + 1, dtype=jnp.uint32)
+    runs = packed.reshape(*shape[:at], size // (run * part), run, part, *shape[at + 1 :])
+    return jnp.sum(runs, axis=(at + 1, at + 2), dtype=jnp.uint32)
+
+
+@functools.cache
+def _run(size: int) -> tuple[int, int]:
+    """The longest run that divides `size`, in two factors: XLA:CPU cuts a sum over more than 32 into passes.
+
+    The first is even where it can be, 8 times over at most, so that an axis over as many devices stays where it is.
+    """
+    runs = [d for d in range(1, FIELD_MAX + 1) if size and size % d == 0] or [1]
+    pairs = [(d // b, b) for d in runs for b in range(1, SHORT + 1) if d % b == 0 and d // b <= SHORT]
+    best = max(pairs, key=lambda pair: (math.prod(pair), math.gcd(pair[0], 8), pair[1]))
+    return best if math.prod(best) >= min(SHORT, runs[-1]) else (runs[-1], 1)
