@@ -21,12 +21,15 @@ from jaxtyping import Array, Bool, Float, Integer, UInt32
 
 from jaxprune import wide as words
 from jaxprune.checks import is_concrete
+from jaxprune.compat import present_forms
 
 TOP = 0xFFFFFFFF  # beyond every score's pattern, NaN's included: survives whatever k is
 FIELD = 10  # bits of a packed count
 FIELD_MAX = (1 << FIELD) - 1
 CUTS = 3  # compared with in one pass
 SHORT = 32  # a sum over at most as many is one loop on XLA:CPU
+VECTOR = 8  # numbers in a vector register, at least; a run that is shorter saves little
+DEVICES = 16  # over so many an axis stays where it is
 
 
 def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Float[Array, ""]:
@@ -231,7 +234,8 @@ def _search(
             at = jnp.where(passed > j, counts[:, j], at)
         return _Found(found.cut + (passed[0] << shift), at, above)
 
-    return lax.fori_loop(0, 16, narrow, _Found(jnp.zeros(shape, jnp.uint32), all_of, jnp.zeros_like(all_of)))
+    with present_forms():
+        return lax.fori_loop(0, 16, narrow, _Found(jnp.zeros(shape, jnp.uint32), all_of, jnp.zeros_like(all_of)))
 
 
 def _several(k: Array, counts: Array) -> Bool[Array, "..."]:
@@ -298,28 +302,39 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "...
 def _count(hits: Sequence[Array], shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
     """How often each of three is true, over `axes` (kept): (3, *contests)."""
     words_of = [hit.astype(jnp.uint32) << jnp.uint32(FIELD * j) for j, hit in enumerate(hits)]
-    packed = _partial_sums(functools.reduce(jnp.add, words_of), shape, axes[-1])
+    packed = _partial_sums(functools.reduce(jnp.add, words_of), axes)
     shifts = jnp.arange(0, FIELD * CUTS, FIELD, dtype=jnp.uint32).reshape(-1, *(1,) * len(shape))
     fields = (packed[None] >> shifts) & jnp.uint32(FIELD_MAX)
     return jnp.sum(fields, axis=axes, keepdims=True, dtype=jnp.uint32)
 
 
-def _partial_sums(packed: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Sums along `axis` in runs short enough for a field: three counts cost one reduction instead of three."""
-    size = shape[axis]
-    run, part = _run(size)
-    at = len(shape) + axis
-    runs = packed.reshape(*shape[:at], size // (run * part), run, part, *shape[at + 1 :])
+def _partial_sums(packed: Array, axes: tuple[int, ...]) -> Array:
+    """Sums along one of the axes in runs short enough for a field: three counts cost one reduction instead of three."""
+    axis, run, part = _runs(packed.shape, axes)
+    at = packed.ndim + axis
+    before, after = packed.shape[:at], packed.shape[at + 1 :]
+    runs = packed.reshape(*before, packed.shape[at] // (run * part), run, part, *after)
     return jnp.sum(runs, axis=(at + 1, at + 2), dtype=jnp.uint32)
 
 
 @functools.cache
-def _run(size: int) -> tuple[int, int]:
-    """The longest run that divides `size`, in two factors: XLA:CPU cuts a sum over more than 32 into passes.
+def _runs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]:
+    """An axis, and a run that divides it in two factors, since XLA:CPU cuts a sum over more than 32 into passes.
 
-    The first is even where it can be, 8 times over at most, so that an axis over as many devices stays where it is.
+    Sums over the last axis want to be of whole vectors, others to have these beside them. An axis over several devices
+    stays where it is if the number of its runs is a multiple of theirs, so that should have factors of two, up to 16.
     """
+
+    def worth(axis: int, run: int, part: int) -> tuple[int, ...]:
+        whole = part % VECTOR == 0 if axis == -1 else shape[-1] >= VECTOR
+        return min(run * part, VECTOR), whole, math.gcd(shape[axis] // (run * part), DEVICES)
+
+    splits = [(axis, run, part) for axis in axes for run, part in _factors(shape[axis])]
+    return max(splits, key=lambda split: (*worth(*split), split[0], split[1] * split[2], split[2]))
+
+
+def _factors(size: int) -> list[tuple[int, int]]:
+    """Pairs of factors, each at most `SHORT`, of the runs that divide an axis; the longest run alone if they are tiny."""
     runs = [d for d in range(1, FIELD_MAX + 1) if size and size % d == 0] or [1]
     pairs = [(d // b, b) for d in runs for b in range(1, SHORT + 1) if d % b == 0 and d // b <= SHORT]
-    best = max(pairs, key=lambda pair: (math.prod(pair), math.gcd(pair[0], 8), pair[1]))
-    return best if math.prod(best) >= min(SHORT, runs[-1]) else (runs[-1], 1)
+    return pairs if max(map(math.prod, pairs)) >= min(VECTOR, runs[-1]) else [(runs[-1], 1)]
