@@ -28,19 +28,21 @@ WANTED = {
 }
 QUICK = {option: value for option, value in WANTED.items() if _is_known(option, value)}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+_quick = jax.make_user_context(False)  # in the key of every cache of JAX's: programs compiled so are kept apart
 
 
 @contextlib.contextmanager
 def quickly():
-    """Everything in here compiles so; what was compiled is forgotten at the end."""
+    """Everything in here compiles so, and is seen in here alone."""
     real = compiler.get_compile_options
 
     def options(*args, env_options_overrides=None, **kwargs):
-        return real(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
+        always = QUICK if _quick.value else {}  # not in other threads, which are out of the context
+        return real(*args, env_options_overrides={**always, **(env_options_overrides or {})}, **kwargs)
 
     compiler.get_compile_options = options
     try:
-        yield
+        with _quick(True):
+            yield
     finally:
         compiler.get_compile_options = real
-        jax.clear_caches()

@@ -1,6 +1,7 @@
 """The house stands: imports go down only, siblings do not know each other, each library is known where it belongs."""
 
 import ast
+import functools
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -56,18 +57,18 @@ def imports(tree, module, is_package, modules):
     return found
 
 
-IMPORTS = {
-    name: imports(ast.parse(path.read_text()), name, path.name == "__init__.py", MODULES)
-    for name, path in MODULES.items()
-}
+@functools.cache
+def imports_of(module):
+    path = MODULES[module]
+    return imports(ast.parse(path.read_text()), module, path.name == "__init__.py", MODULES)
 
 
 def ours(module):
-    return {name for name in IMPORTS[module] if name.split(".")[0] == "jaxprune"}
+    return {name for name in imports_of(module) if name.split(".")[0] == "jaxprune"}
 
 
 def theirs(module):
-    return {name.split(".")[0] for name in IMPORTS[module]} - {"jaxprune"} - set(sys.stdlib_module_names)
+    return {name.split(".")[0] for name in imports_of(module)} - {"jaxprune"} - set(sys.stdlib_module_names)
 
 
 def room(module):
