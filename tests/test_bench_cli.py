@@ -22,6 +22,8 @@ from jaxprune.lab.bench import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch):
