@@ -1,7 +1,6 @@
 """Small experiments, ways to stop them, and what two runs are compared by; shared by the tests of the lab."""
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -9,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from quick import QUICK
 
 import jaxprune as jp
@@ -83,27 +80,6 @@ if how in ("fsync", "replace"):  # before the N-th of them inside a save
     setattr(os, how, counted(getattr(os, how)))
 sys.exit(cli.main(words))
 """
-
-
-@contextlib.contextmanager
-def compiled_once(factory):
-    """XLA compiles every program once for all the runs in here, of all modules; yields the folder where they lie."""
-    folder = factory.getbasetemp() / "programs"
-    wanted = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield folder
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def write_config(folder, text=TINY):

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 from bench_helpers import PNG, PROFILES, lines_of, nonzeros
-from lab_helpers import compiled_once, write_config
+from lab_helpers import write_config
 from sparse_helpers import needs_kernels
 
 from jaxprune import cli, sparse
@@ -21,6 +21,8 @@ from jaxprune.lab.bench import (
     sparsify,
     whole,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
@@ -229,10 +231,9 @@ def test_without_kernels_it_says_why_and_goes_on(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("relaxed")
-def test_the_model_of_a_finished_run(tmp_path, tmp_path_factory, capsys):
+def test_the_model_of_a_finished_run(tmp_path, capsys):
     config = write_config(tmp_path)
-    with compiled_once(tmp_path_factory):
-        assert cli.main(["run", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert cli.main(["run", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 0
     network = of_run.of_run(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert nonzeros(network.params) == {

@@ -1,6 +1,7 @@
 """The command line: help worth reading, problems in one line, exit codes for scripts."""
 
 import json
+import os
 import re
 import signal
 import struct
@@ -9,7 +10,7 @@ import sys
 import time
 
 import pytest
-from lab_helpers import TINY, assert_same_run, checkpoints, compiled_once, finish, spawn, write_config
+from lab_helpers import TINY, assert_same_run, checkpoints, finish, spawn, write_config
 
 from jaxprune import cli
 from jaxprune.lab import manifest, run
@@ -18,9 +19,8 @@ pytestmark = pytest.mark.usefixtures("relaxed")  # optax itself promotes
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory) as folder:
-        yield folder
+def programs():
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The house stands: imports go down only, siblings do not know each other, each library is known where it belongs."""
 
 import ast
+import functools
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -58,18 +59,18 @@ def imports(tree, module, is_package, modules):
     return found
 
 
-IMPORTS = {
-    name: imports(ast.parse(path.read_text()), name, path.name == "__init__.py", MODULES)
-    for name, path in MODULES.items()
-}
+@functools.cache
+def imports_of(module):
+    path = MODULES[module]
+    return imports(ast.parse(path.read_text()), module, path.name == "__init__.py", MODULES)
 
 
 def ours(module):
-    return {name for name in IMPORTS[module] if name.split(".")[0] == "jaxprune"}
+    return {name for name in imports_of(module) if name.split(".")[0] == "jaxprune"}
 
 
 def theirs(module):
-    return {name.split(".")[0] for name in IMPORTS[module]} - {"jaxprune"} - set(sys.stdlib_module_names)
+    return {name.split(".")[0] for name in imports_of(module)} - {"jaxprune"} - set(sys.stdlib_module_names)
 
 
 def room(module):
@@ -86,8 +87,31 @@ def test_imports_are_found_however_they_are_written():
     assert found == {"a.b", "jaxprune.tree", "jaxprune.sparse.y", "jaxprune.z"}
 
 
-@pytest.mark.parametrize("module", ROOMS_OF_ALL)
-def test_imports_go_down(module):
+def of_all(check, modules):
+    """All modules in one test, since each takes no time; every failure is named."""
+    wrong = []
+    for module in modules:
+        try:
+            check(module)
+        except AssertionError as error:
+            wrong.append(str(error).partition("\n")[0])
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_check_of_all_modules_names_every_failure():
+    def check(module):
+        assert "t" in module, f"{module} has no t."
+
+    of_all(check, ["tree", "tables"])
+    with pytest.raises(AssertionError, match=r"^masks has no t\.\s*wide has no t\."):
+        of_all(check, ["masks", "tree", "wide"])
+
+
+def test_imports_go_down():
+    of_all(imports_go_down, ROOMS_OF_ALL)
+
+
+def imports_go_down(module):
     floor = FLOOR[room(module)]
     for other in ours(module):
         if other == "jaxprune":
@@ -99,19 +123,25 @@ def test_imports_go_down(module):
         assert not (same_floor and floor == 2), f"{module} imports its sibling {other}."
 
 
-@pytest.mark.parametrize("module", [name for name in ROOMS_OF_ALL if name.split(".")[1] in ("sparse", "storage")])
-def test_the_sparse_wing_does_not_know_the_pruners(module):
+def test_the_sparse_wing_does_not_know_the_pruners():
+    of_all(knows_no_pruner, [name for name in ROOMS_OF_ALL if name.split(".")[1] in ("sparse", "storage")])
+
+
+def knows_no_pruner(module):
     for other in ours(module):
         assert any(other == name or other.startswith(name + ".") for name in SPARSE_KNOWS), f"{module} imports {other}."
 
 
-@pytest.mark.parametrize("module", list(MODULES))
-def test_libraries_are_known_where_they_belong(module):
+def test_libraries_are_known_where_they_belong():
+    of_all(libraries_are_where_they_belong, MODULES)
+
+
+def libraries_are_where_they_belong(module):
     wing = module.split(".")[1] if "." in module else ""
     if wing == "lab":
         return
     if wing == "cli":
-        assert theirs(module) <= CORE | LAB_ONLY
+        assert theirs(module) <= CORE | LAB_ONLY, f"{module} imports {theirs(module) - CORE - LAB_ONLY}."
         return
     # A value of quax is an Equinox module: quax brings Equinox along.
     allowed = CORE | ({"equinox"} if wing == "sparse" else set())

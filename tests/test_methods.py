@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from quick import quickly
 
 import jaxprune as jp
 
@@ -124,6 +125,7 @@ def named(tree):
     seed=st.integers(0, 5),
     sparsity=st.one_of(st.sampled_from([0.0, 0.5, 0.75]), st.floats(0, 0.75)),
 )
+@quickly()  # whole numbers: nothing is rounded, however it is compiled
 def test_every_composition(granularity, name, criterion, layout, kind, seed, sparsity):
     """Exact counts, ties to the lower index, and exact zeros: bit for bit the oracle's masks."""
     make, contest, takes = TAKES[name]

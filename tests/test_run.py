@@ -19,7 +19,6 @@ from lab_helpers import (
     assert_complete,
     assert_same_run,
     checkpoints,
-    compiled_once,
     last_arrays,
     metrics_of,
     params_and_masks,
@@ -34,12 +33,6 @@ from jaxprune.lab.config import ConfigError
 from jaxprune.lab.run import RunError
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from lab_helpers import (
     StopAt,
     Stopped,
     assert_same_run,
-    compiled_once,
     last_arrays,
     metrics_of,
     params_and_masks,
@@ -40,12 +39,6 @@ learning_rate = 3e-3
 """
 )
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "quickstart.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory):
-        yield
 
 
 def go(folder, text=STORED, watcher=None):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab_helpers import compiled_once
 from PIL import Image
 
 from jaxprune.lab import config, data, images, run, streams
@@ -161,7 +160,7 @@ def test_a_set_that_is_not_there_says_how_to_prepare_it(tmp_path):
 
 
 @pytest.mark.usefixtures("relaxed", "quick")
-def test_an_experiment_trains_on_it_to_the_same_digits(root, tmp_path, tmp_path_factory):
+def test_an_experiment_trains_on_it_to_the_same_digits(root, tmp_path):
     """The recipes' shape, with a small network: train, prune step by step, fine-tune, store; twice."""
     (tmp_path / "x.toml").write_text(f"""
         name = "x"
@@ -172,8 +171,7 @@ def test_an_experiment_trains_on_it_to_the_same_digits(root, tmp_path, tmp_path_
         finetune = {{ duration = "1 epoch", batch_size = 4 }}
     """)
     given = config.load(tmp_path / "x.toml")
-    with compiled_once(tmp_path_factory):
-        one, two = (run.run(given, tmp_path / name, "a command") for name in ("one", "two"))
+    one, two = (run.run(given, tmp_path / name, "a command") for name in ("one", "two"))
     assert one["dataset"] == {"name": "imagenet2012", "train": 8, "validation": 2, "test": TEST}
     assert (one["accuracy"], one["sparsity"]["mean"]) == (two["accuracy"], pytest.approx(0.5, abs=0.01))
     assert one["sparse"]["agreement"]["values"] == [1.0]

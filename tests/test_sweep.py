@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from lab_helpers import StopAt, Stopped, arrays_of, checkpoints, compiled_once, tiny, write_config
+from lab_helpers import StopAt, Stopped, arrays_of, checkpoints, tiny, write_config
 
 import jaxprune as jp
 from jaxprune import cli, storage
@@ -25,12 +25,6 @@ train.duration = "1 epoch"
 train.learning_rate = 1e-2
 finetune.duration = "5 steps"
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory):
-        yield
 
 
 def grid(folder, text, *words):

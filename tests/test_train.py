@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax._src.array import ArrayImpl
-from lab_helpers import Stopped, arrays_of, bits, checkpoints, compiled_once
+from lab_helpers import Stopped, arrays_of, bits, checkpoints
 
 import jaxprune as jp
 from jaxprune import tree
@@ -19,12 +19,6 @@ from jaxprune.lab.config import Model
 from jaxprune.lab.models import parts
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes: decay ** count
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    with compiled_once(tmp_path_factory):
-        yield
 
 
 N, SIDE, CLASSES = 23, 3, 4
