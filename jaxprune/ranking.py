@@ -334,7 +334,7 @@ def _runs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]
 
 
 def _factors(size: int) -> list[tuple[int, int]]:
-    """Pairs of factors, each at most `SHORT`, of the runs that divide an axis; the longest run alone if they are tiny."""
+    """Pairs of factors, at most `SHORT`, of the runs that divide an axis; the longest run alone where all are tiny."""
     runs = [d for d in range(1, FIELD_MAX + 1) if size and size % d == 0] or [1]
     pairs = [(d // b, b) for d in runs for b in range(1, SHORT + 1) if d % b == 0 and d // b <= SHORT]
     return pairs if max(map(math.prod, pairs)) >= min(VECTOR, runs[-1]) else [(runs[-1], 1)]

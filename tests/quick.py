@@ -23,6 +23,7 @@ def _is_known(option, value):
 
 WANTED = {
     "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,  # of jaxlib 0.10, where it saves most
     "xla_llvm_disable_expensive_passes": True,
 }
 QUICK = {option: value for option, value in WANTED.items() if _is_known(option, value)}
