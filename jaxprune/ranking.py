@@ -327,7 +327,8 @@ def _runs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]
 
     def worth(axis: int, run: int, part: int) -> tuple[int, ...]:
         whole = part % VECTOR == 0 if axis == -1 else shape[-1] >= VECTOR
-        return min(run * part, VECTOR), whole, math.gcd(shape[axis] // (run * part), DEVICES)
+        length = run * part
+        return min(length, VECTOR), whole, math.gcd(shape[axis] // length, DEVICES), min(length, SHORT)
 
     splits = [(axis, run, part) for axis in axes for run, part in _factors(shape[axis])]
     return max(splits, key=lambda split: (*worth(*split), split[0], split[1] * split[2], split[2]))
