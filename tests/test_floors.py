@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -157,3 +158,10 @@ def test_no_import_goes_in_circles():
 def test_what_the_lab_needs_besides_is_what_the_command_line_names():
     needed = {name for module in MODULES if module.startswith("jaxprune.lab") for name in theirs(module)}
     assert needed - CORE - {"equinox"} <= OF_THE_LAB
+
+
+def test_versions_of_jax_are_known_to_compat_alone():
+    private = {module for module in MODULES if any(name.startswith("jax._src") for name in imports_of(module))}
+    assert private == {"jaxprune.compat"}
+    compared = re.compile(r"(jax|jaxlib|flax)\.__version\w*\s*[<>=(]|version_info\s*[<>=]")
+    assert not [module for module, path in MODULES.items() if compared.search(path.read_text())]
