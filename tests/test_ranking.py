@@ -1,6 +1,7 @@
 """The k largest, exactly: against a stable sort, for every float that can be a score."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.ranking import kth_largest, top_k_mask, top_k_masks
 
@@ -213,3 +215,13 @@ def test_a_contest_too_large_to_count_is_refused():
     shape = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
     with pytest.raises(ValueError, match="at most 4294967295 groups, this one 4294967296"):
         jax.eval_shape(lambda scores: top_k_mask(scores, 1), shape)
+
+
+@pytest.mark.parametrize(("shape", "spec"), [((64, 11008), ("x", "y")), ((512, 1000), ("y", "x"))])
+def test_counts_move_nothing_of_a_sharded_array(shape, spec):
+    """11008 is 2^8 x 43: runs of 256 would leave 43 of them to four devices, and the array would be gathered."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+    one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    for contest in (lambda a: top_k_masks([a], 5), lambda a: top_k_mask(a, 5)):
+        text = jax.jit(contest).lower(one).compile().as_text()
+        assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)\(", text)
