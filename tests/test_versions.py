@@ -175,12 +175,15 @@ COMING = ("jax_scan3", "jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3")
 
 @pytest.fixture(params=COMING)
 def coming(request):
-    """One of the flags for forms of control flow that are to come."""
+    """One of the flags for forms of control flow that are to come, alone."""
     if not hasattr(jax.config, request.param):
         pytest.skip(f"this jax has no {request.param}")
-    jax.config.update(request.param, True)
+    before = {flag: getattr(jax.config, flag) for flag in COMING if hasattr(jax.config, flag)}
+    for flag in before:
+        jax.config.update(flag, flag == request.param)
     yield request.param
-    jax.config.update(request.param, False)
+    for flag, value in before.items():
+        jax.config.update(flag, value)
 
 
 def names(fn, *args):
