@@ -223,7 +223,7 @@ def _search(
     def narrow(i: Array, found: _Found) -> _Found:
         shift = (30 - 2 * i).astype(jnp.uint32)
         # The sort changes nothing. Without one jaxlib 0.12 makes a single function of a loop on CPU, of any size: it
-        # compiles in the square of the arrays' number and runs in one thread.
+        # compiles in the square of the arrays' number.
         steps = jnp.sort(jnp.arange(1, CUTS + 1, dtype=jnp.uint32) << shift)
         counts = count([found.cut + step for step in steps])
         passed = _total(enough(counts))
@@ -254,7 +254,7 @@ def _contests(array: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _reaching(wide: Sequence[Array], axes: tuple[int, ...], cuts: Sequence[Array]) -> UInt32[Array, "..."]:
     """How many of each array reach each cut."""
-    return jnp.stack([_count([p >= cut for cut in cuts], p.shape, axes) for p in wide])
+    return jnp.stack([_count([p >= cut for cut in cuts], axes) for p in wide])
 
 
 def _kept(
@@ -275,7 +275,7 @@ def _kept(
 
     def below(cuts: Sequence[Array]) -> UInt32[Array, "..."]:
         pairs = zip(wide, places, strict=True)
-        return jnp.stack([_count([(p == threshold) & (i < cut) for cut in cuts], p.shape, axes) for p, i in pairs])
+        return jnp.stack([_count([(p == threshold) & (i < cut) for cut in cuts], axes) for p, i in pairs])
 
     def ends(last: Array) -> tuple[Array, ...]:
         all_of = jnp.where(whole, jnp.uint32(TOP), jnp.where(split, last[None], jnp.uint32(0)))
@@ -299,11 +299,11 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "...
     return place
 
 
-def _count(hits: Sequence[Array], shape: tuple[int, ...], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
+def _count(hits: Sequence[Array], axes: tuple[int, ...]) -> UInt32[Array, "..."]:
     """How often each of three is true, over `axes` (kept): (3, *contests)."""
     words_of = [hit.astype(jnp.uint32) << jnp.uint32(FIELD * j) for j, hit in enumerate(hits)]
     packed = _partial_sums(functools.reduce(jnp.add, words_of), axes)
-    shifts = jnp.arange(0, FIELD * CUTS, FIELD, dtype=jnp.uint32).reshape(-1, *(1,) * len(shape))
+    shifts = jnp.arange(0, FIELD * CUTS, FIELD, dtype=jnp.uint32).reshape(-1, *(1,) * packed.ndim)
     fields = (packed[None] >> shifts) & jnp.uint32(FIELD_MAX)
     return jnp.sum(fields, axis=axes, keepdims=True, dtype=jnp.uint32)
 
