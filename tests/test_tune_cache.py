@@ -1,6 +1,8 @@
 """What `tune` keeps in files: a second call measures nothing, whatever differs is measured."""
 
+import concurrent.futures
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,54 @@ def test_a_write_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         cache.write(tmp_path, "name", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_recently_used_go(monkeypatch, tmp_path):
+    for place, name in enumerate("abcd"):
+        cache.write(tmp_path, name, "x" * 10)
+        os.utime(tmp_path / f"{name}.json", (place, place))
+    (tmp_path / ".left.tmp").write_text("half")
+    os.utime(tmp_path / ".left.tmp", (0, 0))
+    (tmp_path / ".young.tmp").write_text("another process writes")
+    assert cache.read(tmp_path, "a") == "x" * 10  # and is the youngest now
+    monkeypatch.setattr(cache, "MOST_BYTES", 20)
+    cache.trim(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".young.tmp", "a.json", "d.json"]
+
+
+def test_tune_keeps_its_folder_small(clock, monkeypatch, tmp_path):
+    clock(bcsr=0.1, planned=0.5)
+    monkeypatch.setattr(cache, "MOST_BYTES", 0)
+    tune(cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_share_a_folder(monkeypatch, tmp_path):
+    """Each writes, reads and trims what the others write, read and trim."""
+    monkeypatch.setattr(cache, "MOST_BYTES", 1000)
+
+    def work(seed):
+        for name in np.random.default_rng(seed).integers(0, 20, 200):
+            cache.write(tmp_path, f"{name}", "y" * 100)
+            assert cache.read(tmp_path, f"{name}") in (None, "y" * 100)
+            cache.trim(tmp_path)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+
+
+def test_the_users_folder_is_looked_for_when_called(clock, monkeypatch, tmp_path):
+    clock(bcsr=0.1, planned=0.5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune(cache=True)
+    assert sparse.user_cache() == tmp_path / "jaxprune" / "tune"
+    assert len(list(sparse.user_cache().iterdir())) == 3
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    tune(cache=True)  # nowhere to keep it: measured all the same
+    with pytest.raises(ValueError, match="cannot be made"):
+        tune(cache=tmp_path / "file" / "folder")
 
 
 def test_a_pattern_tells_blocks_from_draws():

@@ -30,7 +30,7 @@ measurements.
 from jaxprune.sparse import native, reference
 from jaxprune.sparse.apply import apply
 from jaxprune.sparse.blocks import BlockWeight
-from jaxprune.sparse.cache import USER_CACHE
+from jaxprune.sparse.cache import user_cache
 from jaxprune.sparse.compress import compress, decompress, nbytes
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
 from jaxprune.sparse.matmul import matmul, times, times_transposed
@@ -46,7 +46,6 @@ from jaxprune.sparse.tune import tune
 
 __all__ = [
     "FORMATS",
-    "USER_CACHE",
     "BCOOWeight",
     "BCSRWeight",
     "BlockWeight",
@@ -68,4 +67,5 @@ __all__ = [
     "times",
     "times_transposed",
     "tune",
+    "user_cache",
 ]

@@ -2,16 +2,20 @@
 
     file = sha256(everything that could change the timing) + ".json"
 
-A file is written beside and renamed, so it is whole or not there; one that cannot be read is as good as none. Values of
-weights are in no key and no file: of a leaf's zeros a key holds how many there are and, coarsely, how they lie.
+A file is written beside and renamed, so it is whole or not there; one that cannot be read is as good as none. Reading
+one makes it young again, and where all together are too large the oldest go, so several processes may share a folder.
+Values of weights are in no key and no file: of a leaf's zeros a key holds how many there are and, coarsely, how they
+lie.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,8 @@ from jaxtyping import Shaped
 from jaxprune.compat import ClosedJaxpr
 from jaxprune.sparse import native
 
-USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxprune" / "tune"
-"""Where `tune` keeps its timings unless told otherwise."""
+MOST_BYTES = 32 << 20
+"""Of all files of a folder, some tens of thousands of timings; the least recently used go first."""
 
 VERSION = 2
 BLOCKS = ((4, 4), (16, 16), (64, 64), (16, 1), (1, 16), (4, 1), (1, 4))
@@ -50,8 +54,11 @@ def read(folder: Path | None, name: str) -> str | None:
     """Text of an entry; None if there is none that can be read, or no folder."""
     if folder is None:
         return None
+    path = folder / f"{name}.json"
     try:
-        return (folder / f"{name}.json").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        os.utime(path)
+        return text
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -74,13 +81,45 @@ def write(folder: Path | None, name: str, text: str) -> None:
         raise
 
 
-def prepare(cache: str | os.PathLike[str] | None) -> Path | None:
+def trim(folder: Path | None) -> None:
+    """Remove the least recently used entries until what is left fits, and what a killed process left an hour ago."""
+    if folder is None:
+        return
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            status = entry.stat()
+            if entry.name.endswith(".json"):
+                found.append((status.st_mtime, status.st_size, entry.path))
+            elif entry.name.endswith(".tmp") and status.st_mtime < time.time() - 3600:
+                os.unlink(entry.path)
+    left = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if left <= MOST_BYTES:
+            return
+        Path(path).unlink(missing_ok=True)
+        left -= size
+
+
+def user_cache() -> Path:
+    """Where `tune` keeps its timings unless told otherwise, by the environment as it is now."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxprune" / "tune"
+
+
+def prepare(cache: str | os.PathLike[str] | bool | None) -> Path | None:
     """The folder, made if it is not there; None for none.
 
+    Args:
+        cache: the folder; True for the user's, or for none where that cannot be written; None or False for none.
+
     Raises:
-        ValueError: it cannot be made or written.
+        ValueError: a folder that was named cannot be made or written.
     """
-    if cache is None:
+    if cache is None or cache is False:
+        return None
+    if cache is True:
+        with contextlib.suppress(ValueError):
+            return prepare(user_cache())
         return None
     folder = Path(cache)
     try:

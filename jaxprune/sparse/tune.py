@@ -24,7 +24,6 @@ from jaxprune import tree
 from jaxprune.layout import FLAX, Axes, Layout
 from jaxprune.sparse import cache as files
 from jaxprune.sparse import machine, timing
-from jaxprune.sparse.cache import USER_CACHE
 from jaxprune.sparse.compress import compress
 from jaxprune.sparse.contest import REFUSALS, contest
 from jaxprune.sparse.formats import FORMATS, SparseWeight
@@ -61,7 +60,7 @@ def tune(
     formats: Iterable[str] | None = None,
     select: tree.Select = tree.weights,
     layout: Layout = FLAX,
-    cache: str | os.PathLike[str] | None = USER_CACHE,
+    cache: str | os.PathLike[str] | bool | None = True,
     repeats: int | None = None,
     seconds: float = 0.1,
     progress: Progress | None = None,
@@ -83,7 +82,8 @@ def tune(
         formats: names in `FORMATS`; all that do not round the weights, if None.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
         layout: which axes of a leaf are summed over, see `compress`.
-        cache: the folder of those files; None keeps nothing.
+        cache: the folder of those files, at most 32 MiB of them; True: the user's, `sparse.user_cache()`, or none where
+            that cannot be written; None keeps nothing.
         repeats: runs of each contestant; as many as fill `seconds`, from 5 to 50, if None.
         seconds: aim for all runs of one contestant at one site; the whole model is given ten times that.
         progress: called as (done, total, name) before each leaf, and before the whole model under the name "model".
@@ -125,6 +125,7 @@ def tune(
     leaves, attempts, reason = settle(leaves, model)
     plan = Plan(tuple(leaves), tuple(attempts), reason, setting.machine)
     files.write(folder, key, plan.to_json())
+    files.trim(folder)
     _report(progress, len(selected) + 1, len(selected) + 1, "model")
     return plan
 
