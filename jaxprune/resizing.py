@@ -75,22 +75,33 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
     Example:
         >>> model = jp.resized(lambda model, x: model(x), model, small, x)
     """
-    new = _arrays(model, small)
-    found = walk(inlined(jaxpr_of(fn, model, *args, **kwargs)), model)
+    arrays = {name: leaf for name, leaf in tree.named_leaves(model).items() if tree.is_array(leaf)}
+    new = _smaller_arrays(model, arrays, small)
+
+    def of_arrays(model: Any) -> Callable[..., Any]:
+        return lambda arrays, *args, **kwargs: fn(_with(model, arrays), *args, **kwargs)
+
+    found = walk(inlined(jaxpr_of(of_arrays(model), arrays, *args, **kwargs)), arrays)
     live = live_without(found, small.removed)
     _check_all_there(found, live, new)
-    nodes, options = _nodes(model, small.removed), _all_options(found, live, _nodes(model, small.removed), new)
-    wanted = inlined(jaxpr_of(smaller(fn, small.removed, model), _with(model, new), *args, **kwargs))
-    refused = ""
-    for choice in _choices(nodes, options):
-        other = _with(model, new)
-        for node, numbers in zip(_nodes(other, small.removed), choice, strict=True):
-            for word, number in numbers.items():
-                object.__setattr__(node.module, word, number)  # of a frozen dataclass too: nobody else has it yet
-        trouble = insists(fn, wanted, other, args, kwargs)
-        if not trouble:
-            return other
-        refused = refused or trouble
+    nodes, made = _nodes(model, small.removed), axes_made(found)
+    widths = [Widths(found, live, made, list(node.leaves.values())) for node in nodes]
+    wanted = inlined(jaxpr_of(smaller(of_arrays(model), small.removed, arrays), new, *args, **kwargs))
+    refused, tried = "", []
+    for most in (1, MOST_MADE):  # that a constructor makes these shapes of other numbers too is rare, and slow to find
+        options = _all_options(nodes, widths, new, most)
+        for choice in _choices(nodes, options):
+            if choice in tried:
+                continue
+            other = _with(model, new)
+            for node, numbers in zip(_nodes(other, small.removed), choice, strict=True):
+                for word, number in numbers.items():
+                    object.__setattr__(node.module, word, number)  # of a frozen dataclass too: nobody else has it yet
+            trouble = insists(of_arrays(other), wanted, new, args, kwargs)
+            if not trouble:
+                return other
+            refused = refused or trouble
+            tried.append(choice)
     raise ValueError(
         f"No numbers of its modules make the model compute what the smaller one does: {refused}. `small.apply` does it "
         f"all the same; for a new model, these are the likeliest numbers: {_told(nodes, options)}. "
@@ -98,11 +109,10 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
     )
 
 
-def _arrays(model: Any, small: Compacted) -> dict[str, Any]:
-    """Name -> array of the smaller params, all of which are the model's."""
+def _smaller_arrays(model: Any, arrays: Mapping[str, Any], small: Compacted) -> dict[str, Any]:
+    """The model's arrays by their names, those that are smaller in their places."""
     new = {name: leaf for name, leaf in tree.named_leaves(small.params).items() if name in small.removed}
-    leaves = {name: leaf for name, leaf in tree.named_leaves(model).items() if tree.is_array(leaf)}
-    if not leaves:
+    if not arrays:
         sizes = [f"{name} {np.shape(leaf)}" for name, leaf in new.items() if any(small.removed[name])]
         raise TypeError(
             f"A {type(model).__name__} holds no arrays, so that nothing of it can be made smaller: build one whose "
@@ -111,18 +121,18 @@ def _arrays(model: Any, small: Compacted) -> dict[str, Any]:
         )
     for name, leaf in new.items():
         old = shape_before(leaf, small.removed[name])
-        if name not in leaves or np.shape(leaves[name]) != old:
-            there = f"shape {np.shape(leaves[name])}" if name in leaves else f"leaves {tree.listed(leaves)}"
+        if name not in arrays or np.shape(arrays[name]) != old:
+            there = f"shape {np.shape(arrays[name])}" if name in arrays else f"leaves {tree.listed(arrays)}"
             raise ValueError(
                 f"The model is not the one that was made smaller: a leaf {name!r} of shape {old} was expected, it has "
                 f"{there}. Hand in the module as it was before `compact`."
             )
-    return new
+    return {**arrays, **new}
 
 
 def _check_all_there(found: Walk, live: Live, new: Mapping[str, Any]) -> None:
     for name, axes in found.leaves.items():
-        shape = np.shape(new[name]) if name in new else tuple(map(len, axes))
+        shape = np.shape(new[name])
         if shape != tuple(int(live[found.units.roots(ids)].sum()) for ids in axes):
             raise ValueError(
                 f"Leaf {name!r} belongs to channels that are gone, but its shape {shape} says that it has them. Hand "
@@ -159,29 +169,40 @@ def _is_number(value: Any) -> bool:
     return all(isinstance(one, int) and not isinstance(one, bool) for one in several)
 
 
-def _all_options(found: Walk, live: Live, nodes: Sequence[Node], new: Mapping[str, Any]) -> list[list[Numbers]]:
+def _all_options(
+    nodes: Sequence[Node], widths: Sequence[Widths], new: Mapping[str, Any], most: int
+) -> list[list[Numbers]]:
     """For each node `_options`; layers that are alike are asked once."""
-    made, known, options = axes_made(found), {}, []
-    for node in nodes:
-        shapes = {name: tuple(np.shape(new[whole])) for name, whole in node.leaves.items() if whole in new}
-        widths = Widths(found, live, made, [whole for whole in node.leaves.values() if whole in found.leaves])
-        word = f"{type(node.module)} {node.numbers} {shapes} {widths.made}"
+    known: dict[str, list[Numbers]] = {}
+    options = []
+    for node, width in zip(nodes, widths, strict=True):
+        shapes = {name: np.shape(new[whole]) for name, whole in node.leaves.items()}
+        word = f"{type(node.module)} {node.numbers} {shapes} {width.made}"
         if word not in known:
-            known[word] = _options(node, widths, shapes)
+            known[word] = _options(node, width, shapes, most)
         options.append(known[word])
     return options
 
 
-def _options(node: Node, widths: Widths, smaller: Shapes) -> list[Numbers]:
-    """What the numbers of a node may be now, likeliest first: what its constructor says, or else whatever they may."""
+def _options(node: Node, widths: Widths, wanted: Shapes, most: int) -> list[Numbers]:
+    """What the numbers of a node may be now, likeliest first: what its constructor says, or else whatever they may.
+
+    Args:
+        node: of the model before.
+        widths: of its leaves.
+        wanted: shapes of its leaves now.
+        most: how many that the constructor says; several are right where sizes are multiplied: eight heads of four are
+            four heads of eight.
+    """
     before = {name: np.shape(leaf) for name, leaf in tree.named_leaves(node.module).items() if tree.is_array(leaf)}
     may_be = {word: widths.of(number) for word, number in node.numbers.items()}
     asked = {word: may_be[word] for word in node.numbers if word in _arguments(type(node.module))}
     if asked and len(before) <= MOST_LEAVES and _constructed(node.module, {}) == (before, node.numbers):
         made = (_constructed(node.module, numbers) for numbers in itertools.islice(_combined(asked), MOST_MADE))
-        fits = [numbers for shapes, numbers in filter(None, made) if shapes == before | smaller]
-        if fits:  # several where sizes are multiplied: eight heads of four, four heads of eight
-            return fits
+        fits = (numbers for shapes, numbers in filter(None, made) if shapes == wanted)
+        found = list(itertools.islice(fits, most))
+        if found:
+            return found
     return list(_combined(may_be))
 
 
