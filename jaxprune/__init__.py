@@ -71,6 +71,7 @@ from jaxprune.permutation import Permuted, permute_channels, reorder
 from jaxprune.presets import Preset, presets
 from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
+from jaxprune.resizing import resized
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
 from jaxprune.sensitivity import sensitivity
 from jaxprune.splicing import splice
@@ -173,6 +174,7 @@ __all__ = [
     "regrow",
     "regrow_masks",
     "reorder",
+    "resized",
     "rewind",
     "rounds",
     "save",

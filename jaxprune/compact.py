@@ -23,8 +23,9 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxprune import tree
-from jaxprune.compat import primitive_name
+from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.masks import apply_masks
+from jaxprune.tables import columns
 from jaxprune.tracing.constant_rules import all_of, nothing
 from jaxprune.tracing.constants import constants
 from jaxprune.tracing.couplings import Walk, walk
@@ -39,7 +40,7 @@ Removed = Mapping[str, Sequence[Sequence[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Compacted:
-    """A smaller model.
+    """A smaller model; printed, the leaves that are smaller and their shapes before and now.
 
     Attributes:
         params: pytree of the structure of the params, arrays smaller.
@@ -53,6 +54,16 @@ class Compacted:
     apply: Callable[..., Any]
     removed: Removed
     insists: str
+
+    def __str__(self) -> str:
+        """A line for each leaf that is smaller; then `insists`."""
+        rows = [
+            (name, str(shape_before(leaf, self.removed[name])), str(np.shape(leaf)))
+            for name, leaf in tree.named_leaves(self.params).items()
+            if any(self.removed.get(name, ()))
+        ]
+        insists = f"\n\nThe function itself does not take them: {self.insists}" if self.insists else ""
+        return columns(("leaf", "before", "now"), rows, 3) + insists
 
 
 def compact(
@@ -94,7 +105,8 @@ def compact(
     small = tree.map_named(small_leaf, masked)
     removed = {name: tuple(tuple(map(int, np.flatnonzero(~keep))) for keep in axes) for name, axes in kept.items()}
     apply = smaller(apply_fn, removed, masked)
-    return Compacted(small, apply, removed, _insists(apply_fn, apply, small, args, kwargs))
+    wanted = inlined(jaxpr_of(apply, small, *args, **kwargs))
+    return Compacted(small, apply, removed, insists(apply_fn, wanted, small, args, kwargs))
 
 
 def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
@@ -117,14 +129,35 @@ def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> C
 
         jaxpr = inlined(jaxpr_of(traced, shapes, *args, **kwargs))
         found = walk(jaxpr, shapes)
-        live = np.ones(found.units.count, bool)
-        for name, axes in removed.items():
-            for ids, gone in zip(found.leaves[name], axes, strict=True):
-                live[found.units.roots(ids[list(gone)])] = False
+        live = live_without(found, removed)
         values, _ = arrays_of((small, args, kwargs))
         return jax.tree.unflatten(outputs[-1], Shrinker(found, live).run(jaxpr, values))
 
     return apply
+
+
+def live_without(found: Walk, removed: Removed) -> Live:
+    """For every unit of a program whether it is kept; of roots.
+
+    Args:
+        found: the program, walked.
+        removed: see `Compacted`; leaves that the program has not are passed over.
+    """
+    live = np.ones(found.units.count, bool)
+    for name, axes in removed.items():
+        for ids, gone in zip(found.leaves.get(name, ()), axes, strict=False):
+            live[found.units.roots(ids[list(gone)])] = False
+    return live
+
+
+def shape_before(leaf: Any, gone: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shape that a leaf had.
+
+    Args:
+        leaf: smaller.
+        gone: for each of its axes the indices that it lost.
+    """
+    return tuple(size + len(lost) for size, lost in zip(np.shape(leaf), gone, strict=True))
 
 
 def expand(small: Params, removed: Removed) -> Params:
@@ -172,18 +205,31 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
 
 
 def _check_left(found: Walk, live: Live) -> None:
-    for name, axes in found.leaves.items():
-        for axis, ids in enumerate(axes):
-            if len(ids) and not live[found.units.roots(ids)].any():
-                raise ValueError(
-                    f"The masks leave no channel of axis {axis} of leaf {name!r}: nothing that it has to do with is "
-                    "read by anybody. Prune that layer less, or take it out of the model."
-                )
+    empty = [
+        (name, axis)
+        for name, axes in found.leaves.items()
+        for axis, ids in enumerate(axes)
+        if len(ids) and not live[found.units.roots(ids)].any()
+    ]
+    if empty:
+        name, axis = max(empty, key=lambda place: len(found.leaves[place[0]]))  # a matrix before its bias
+        raise ValueError(
+            f"The masks leave no channel of axis {axis} of leaf {name!r}: nothing that it has to do with is read by "
+            "anybody. `Global(floor=0.1)` keeps a tenth of every layer, `Global(normalized=True)` has each compete by "
+            "its own measure, `Uniform()` takes the same share of all; or take the layer out of the model."
+        )
 
 
-def _insists(apply_fn: Callable[..., Any], apply: Callable[..., Any], small: Params, args: Any, kwargs: Any) -> str:
-    """Where the function itself does not do on smaller params what it should; "" if it does."""
-    wanted = inlined(jaxpr_of(apply, small, *args, **kwargs))
+def insists(apply_fn: Callable[..., Any], wanted: ClosedJaxpr, small: Params, args: Any, kwargs: Any) -> str:
+    """Where the function itself does not do on smaller params what it should; "" if it does.
+
+    Args:
+        apply_fn: the model, a function of its params.
+        wanted: what it should do, without calls.
+        small: params that are smaller.
+        args: further arguments of the function.
+        kwargs: likewise.
+    """
     try:
         own = inlined(jaxpr_of(apply_fn, small, *args, **kwargs))
     except Exception as error:  # whatever a user's function raises on shapes that it does not expect

@@ -121,11 +121,11 @@ def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
     if not callable(select):
         for pattern in _patterns(select):
             if not fnmatch.filter(leaves, pattern):
-                raise ValueError(f"`select` names {pattern!r}, which matches no leaf. There are: {_listed(leaves)}.")
+                raise ValueError(f"`select` names {pattern!r}, which matches no leaf. There are: {listed(leaves)}.")
     chosen = selector(select)
     selected = {name: leaf for name, leaf in leaves.items() if chosen(name, leaf)}
     if not selected:
-        raise ValueError(f"`select` chooses no leaf to prune. There are: {_listed(leaves)}.")
+        raise ValueError(f"`select` chooses no leaf to prune. There are: {listed(leaves)}.")
     for name, leaf in selected.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{name!r} is {leaf.dtype}, only floating leaves are pruned. Leave it out with `select`.")
@@ -141,12 +141,12 @@ def check_like(what: str, tree: Any, params: Any) -> None:
     ours, theirs = named_leaves(tree), named_leaves(params)
     for name, leaf in theirs.items():
         if name not in ours:
-            raise ValueError(f"{what} have no leaf {name!r}, the params do. They have: {_listed(ours)}.")
+            raise ValueError(f"{what} have no leaf {name!r}, the params do. They have: {listed(ours)}.")
         if jnp.shape(ours[name]) != jnp.shape(leaf):
             raise ValueError(f"{what} have shape {jnp.shape(ours[name])} at {name!r}, the params {jnp.shape(leaf)}.")
     extra = [name for name in ours if name not in theirs]
     if extra and not has_masked_nodes(params):
-        raise ValueError(f"{what} have a leaf {extra[0]!r}, the params do not. They have: {_listed(theirs)}.")
+        raise ValueError(f"{what} have a leaf {extra[0]!r}, the params do not. They have: {listed(theirs)}.")
 
 
 def match(tree: Any, params: Any) -> Any:
@@ -167,7 +167,13 @@ def _patterns(select: Any) -> tuple[str, ...]:
     return (select,) if isinstance(select, str) else tuple(select)
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names for an error: quoted, and how many more there are than are named.
+
+    Args:
+        names: any.
+        most: of them that are named.
+    """
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

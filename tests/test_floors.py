@@ -25,7 +25,7 @@ ROOMS = {
     ],
     4: [
         *("transforms", "splicing", "presets", "penalties", "loops", "oneshot"),
-        *("report", "sensitivity", "compact", "permutation", "targets", "storage", "sparse"),
+        *("report", "sensitivity", "compact", "resizing", "permutation", "targets", "storage", "sparse"),
     ],
     5: ["lab"],
     6: ["cli"],

@@ -6,14 +6,15 @@ Other granularities cut up one leaf at a time; this one pools the scores of all 
 they are, and its masks hold for every leaf, biases too, so that `jaxprune.compact` can take the channel away.
 """
 
-import collections
 import dataclasses
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxprune import tree
 from jaxprune.numerics import ordered_sum
 from jaxprune.tracing.couplings import STAYS, Couplings
 
@@ -27,28 +28,55 @@ class Channels:
     A channel is worth the mean score of the selected weights that it has. Channels of one layer compete as the outputs
     of one leaf do; the layer's name is that of its first matrix or kernel and the axis there, "conv1/kernel:3". Further
     layers along that axis, such as the other half of outputs that are split, are "conv1/kernel:3.1" and so on.
+    `print(couplings)` lists them.
 
     Attributes:
         couplings: of the model, from `jaxprune.couplings`.
+        ignore: patterns of names, of layers ("conv1/kernel:3") or of anything that belongs to one: a leaf
+            ("conv1/*"), or one of its axes ("*/value/kernel:2"). A layer with such a member keeps all its channels, in
+            every leaf. (`Method.select` says whose scores count, and lets a channel go by the scores of the others.)
+
+    Raises:
+        ValueError: a pattern matches nothing.
+
+    Example:
+        >>> heads = jp.Channels(couplings, ignore="*/value/kernel:2")  # whole heads, as large as they were
 
     References:
         Fang et al. 2023, DepGraph, arXiv:2301.12900 (importance of coupled groups, there summed).
     """
 
     couplings: Couplings
+    ignore: str | Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        leaves = self.couplings.channels.items()
+        known = [*self._names, *(name for leaf, axes in leaves for name in _calls(leaf, range(len(axes))))]
+        for pattern in self.ignore:
+            if not fnmatch.filter(known, pattern):
+                raise ValueError(
+                    f"`Channels(ignore=...)` names {pattern!r}, which matches no layer and no leaf. Layers are "
+                    f"{tree.listed(self._names)}; print the couplings for all that belongs to them."
+                )
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
-        """Layer -> its channels."""
-        found = {}
-        along = collections.Counter()
-        for group in self.couplings.layers:
-            members = self.couplings.members[group[0]]
-            name, axis = max(members, key=lambda member: len(self.couplings.channels[member[0]]) > 1)
-            number = f".{along[name, axis]}" if along[name, axis] else ""
-            found[f"{name}:{axis}{number}"] = group
-            along[name, axis] += 1
-        return found
+        """Layer -> its channels; without those that are ignored."""
+        named = zip(self._names.items(), self.couplings.layers, strict=True)
+        return {layer: group for (layer, names), group in named if not self._is_ignored(names)}
+
+    @property
+    def _names(self) -> dict[str, list[str]]:
+        """Layer -> what a pattern may call it by."""
+        members = [self.couplings.members[group[0]] for group in self.couplings.layers]
+        return {
+            layer: [layer, *(name for leaf, axis in found for name in _calls(leaf, [axis]))]
+            for layer, found in zip(self.couplings.names, members, strict=True)
+        }
+
+    def _is_ignored(self, names: list[str]) -> bool:
+        return any(fnmatch.filter(names, pattern) for pattern in self.ignore)
 
     def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]]) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
@@ -84,3 +112,7 @@ class Channels:
                 mask = mask & along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
             masks[name] = mask
         return masks
+
+
+def _calls(leaf: str, axes: Iterable[int]) -> list[str]:
+    return [leaf, *(f"{leaf}:{axis}" for axis in axes)]

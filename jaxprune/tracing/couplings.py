@@ -11,10 +11,12 @@ function, sums over channels (a mean divides by their number), and operations wi
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
@@ -26,6 +28,7 @@ from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.refusals import check_consumed
 from jaxprune.tracing.rules import RULES, barrier
+from jaxprune.tracing.told import table
 from jaxprune.tracing.units import AxisUnits, Ids, Units
 from jaxprune.types import Leaves
 
@@ -33,9 +36,9 @@ STAYS = -1
 """The number of an index that must stay."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Couplings:
-    """The channels of a model.
+    """The channels of a model; printed, a line for each layer of them, and then what must stay and why.
 
     Attributes:
         channels: leaf -> for each of its axes the channel of every index, `STAYS` where it must stay. Equal numbers
@@ -73,6 +76,34 @@ class Couplings:
         for channel, members in enumerate(self.members):
             found.setdefault(members, []).append(channel)
         return tuple(map(tuple, found.values()))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each of `layers`: its first weight and the axis there, "conv1/kernel:3".
+
+        A weight is what `jaxprune.weights` takes for one; where there is none, such as in a normalisation by itself,
+        it is the first leaf with the most axes. Further layers along that axis are "conv1/kernel:3.1" and so on.
+        """
+        along = Counter[str]()
+        names = []
+        for layer in self.layers:
+            leaf, axis = max(self.members[layer[0]], key=lambda member: self._weight(member[0]))
+            name = f"{leaf}:{axis}"
+            names.append(f"{name}.{along[name]}" if along[name] else name)
+            along[name] += 1
+        return tuple(names)
+
+    def _weight(self, leaf: str) -> tuple[bool, int]:
+        axes = self.channels[leaf]
+        known = tree.weights(leaf, jax.ShapeDtypeStruct(tuple(map(len, axes)), np.dtype(np.float32)))
+        return known, 0 if known else len(axes)
+
+    def __str__(self) -> str:
+        """The layers with their sizes and what goes with them, then what must stay and why, then barriers."""
+        return table(self.channels, self.layers, self.names, self.members, self.reasons, self.barriers)
+
+    def __repr__(self) -> str:
+        return f"<Couplings: {self.count} channels of {len(self.layers)} layers, {len(self.channels)} leaves>"
 
     def check(self, params: Leaves) -> None:
         """Refuses couplings of another model.
