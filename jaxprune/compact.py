@@ -76,7 +76,7 @@ def compact(
     jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
     found = walk(jaxpr, masked)
     leaves = tree.named_leaves(masked)
-    inputs = [all_of(leaves[name]) if _is_numeric(leaves[name]) else nothing(leaves[name]) for name in found.leaves]
+    inputs = [all_of(leaves[name]) for name in found.leaves]
     inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
     facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr, found)
     live = _rounded(live_units(sums, found, facts), found, round_to)
@@ -86,9 +86,9 @@ def compact(
     kept = {name: tuple(live[found.units.roots(ids)] for ids in axes) for name, axes in found.leaves.items()}
 
     def small_leaf(name: str, leaf: Any) -> Any:
-        if name not in kept or not _is_numeric(leaf):
+        if name not in kept or tree.is_key(leaf):
             return leaf
-        whole = leaf + jnp.asarray(extra[name], leaf.dtype) if name in extra else leaf
+        whole = leaf + extra[name].astype(leaf.dtype) if name in extra else leaf
         return jnp.asarray(np.asarray(whole)[np.ix_(*kept[name])])
 
     small = tree.map_named(small_leaf, masked)
@@ -144,11 +144,6 @@ def expand(small: Params, removed: Removed) -> Params:
         return leaf
 
     return tree.map_named(full, small)
-
-
-def _is_numeric(leaf: Any) -> bool:
-    """Whether it is numbers, and no key."""
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _shape_of(leaf: Any) -> Any:
