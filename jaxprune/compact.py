@@ -58,7 +58,7 @@ class Compacted:
 def compact(
     apply_fn: Callable[..., Any], params: Params, masks: Masks, *args: Any, round_to: int = 1, **kwargs: Any
 ) -> Compacted:
-    """Removes all channels that the masked model does not need.
+    """Removes all channels that the masked model does not need; of a layer that it does not need at all, all but one.
 
     Args:
         apply_fn: the model, a function of its params.
@@ -69,8 +69,7 @@ def compact(
         kwargs: likewise.
 
     Raises:
-        ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own; no
-            channel of a layer is left.
+        ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own.
     """
     masked = jax.jit(apply_masks)(params, masks)
     jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
@@ -79,8 +78,9 @@ def compact(
     inputs = [all_of(leaves[name]) for name in found.leaves]
     inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
     facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr, found)
-    live = _rounded(live_units(sums, found, facts), found, round_to)
-    _check_left(found, live)
+    live = live_units(sums, found, facts)
+    while not np.array_equal(more := _rounded(_one_of_each(live, found), found, round_to), live):
+        live = live_units(sums, found, facts, more)
     names = dict(zip(jaxpr.jaxpr.invars, found.leaves, strict=False))
     extra = {names[var]: vector for var, vector in folded(sums, found, facts, live).items()}
     kept = {name: tuple(live[found.units.roots(ids)] for ids in axes) for name, axes in found.leaves.items()}
@@ -150,6 +150,15 @@ def _shape_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if tree.is_array(leaf) else leaf
 
 
+def _one_of_each(live: Live, found: Walk) -> Live:
+    """With the first of the channels of every layer that has none left: arrays of no size are no layers."""
+    live = live.copy()
+    for roots in (found.units.roots(ids) for axes in found.leaves.values() for ids in axes):
+        if len(roots) and not live[roots].any():
+            live[roots[0]] = True
+    return live
+
+
 def _rounded(live: Live, found: Walk, round_to: int) -> Live:
     """With the first of the dead channels of every layer brought back, up to a multiple."""
     if round_to == 1:
@@ -164,16 +173,6 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
         wanted = min(-(-int(alive.sum()) // round_to) * round_to, len(roots))
         live[roots[~alive][: wanted - int(alive.sum())]] = True
     return live
-
-
-def _check_left(found: Walk, live: Live) -> None:
-    for name, axes in found.leaves.items():
-        for axis, ids in enumerate(axes):
-            if len(ids) and not live[found.units.roots(ids)].any():
-                raise ValueError(
-                    f"The masks leave no channel of axis {axis} of leaf {name!r}: nothing that it has to do with is "
-                    "read by anybody. Prune that layer less, or take it out of the model."
-                )
 
 
 def _insists(apply_fn: Callable[..., Any], apply: Callable[..., Any], small: Params, args: Any, kwargs: Any) -> str:

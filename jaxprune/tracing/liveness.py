@@ -96,32 +96,34 @@ def _placed(fold: Fold | None, eqn: Any, walk: Walk) -> Fold | None:
     return None
 
 
-def live_units(sums: list[Sum], walk: Walk, facts: Facts) -> Live:
-    """For every unit whether it must be kept; True at roots alone.
+def live_units(sums: list[Sum], walk: Walk, facts: Facts, spared: Live | None = None) -> Live:
+    """For every unit whether it is kept; True at roots alone.
 
     Args:
         sums: of `find_sums`.
         walk: the units of the same program.
         facts: what is known of its variables.
+        spared: units that are kept though nobody may read them. Those that are constants stay in their place.
     """
     live = walk.units.all_fixed()
+    spared = np.zeros_like(live) if spared is None else spared
     while True:
         before = int(live.sum())
         for one in sums:
             ids = walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])
             if not live[ids].all():
-                live[ids[_read(one, walk, facts, live)]] = True
+                live[ids[_read(one, walk, facts, live, spared[ids])]] = True
         if int(live.sum()) == before:
-            return live
+            return live | spared
 
 
-def _read(one: Sum, walk: Walk, facts: Facts, live: Live) -> Any:
+def _read(one: Sum, walk: Walk, facts: Facts, live: Live, spared: Any) -> Any:
     read: Any = True
     for atom, axis, others in zip(one.eqn.invars, one.axes, one.others, strict=True):
         alive = [live[walk.units.roots(ids)] for ids in walk.of(atom)]
         alive = [np.ones_like(a) if other in others else a for other, a in enumerate(alive)]
         read = read & _somewhere(~_fact(atom, facts).zero, alive, axis)
-    return read if one.fold is None else read & ~_constant(one, facts)[1]
+    return read if one.fold is None else read & ~(_constant(one, facts)[1] & ~spared)
 
 
 def _somewhere(found: Any, live: list[Bool[np.ndarray, " _"]], axis: int) -> Any:
