@@ -13,7 +13,7 @@ References:
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jax.extend import source_info_util
 from jaxprune import tree
 from jaxprune.compat import primitive_name
 from jaxprune.masks import apply_masks
+from jaxprune.tracing.choices import Removed
 from jaxprune.tracing.constant_rules import all_of, nothing
 from jaxprune.tracing.constants import constants
 from jaxprune.tracing.couplings import Walk, walk
@@ -33,8 +34,6 @@ from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.liveness import Live, find_sums, folded, live_units
 from jaxprune.tracing.shrunk import Shrinker
 from jaxprune.types import Leaves, Masks, Params
-
-Removed = Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +115,8 @@ def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> C
             return leaves
 
         jaxpr = inlined(jaxpr_of(traced, shapes, *args, **kwargs))
-        found = walk(jaxpr, shapes)
-        live = np.ones(found.units.count, bool)
-        for name, axes in removed.items():
-            for ids, gone in zip(found.leaves[name], axes, strict=True):
-                live[found.units.roots(ids[list(gone)])] = False
+        found = walk(jaxpr, shapes, removed)
+        live = ~found.units.gone(np.arange(found.units.count))
         values, _ = arrays_of((small, args, kwargs))
         return jax.tree.unflatten(outputs[-1], Shrinker(found, live).run(jaxpr, values))
 
