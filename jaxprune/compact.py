@@ -33,6 +33,7 @@ from jaxprune.tracing.finder import arrays_of, jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.liveness import Live, find_sums, folded, live_units
 from jaxprune.tracing.shrunk import Shrinker
+from jaxprune.tracing.symbolic import at_numbers
 from jaxprune.types import Leaves, Masks, Params
 
 
@@ -71,7 +72,7 @@ def compact(
         ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own.
     """
     masked = jax.jit(apply_masks)(params, masks)
-    jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
+    jaxpr, _ = at_numbers(inlined(jaxpr_of(apply_fn, masked, *args, **kwargs)))
     found = walk(jaxpr, masked)
     leaves = tree.named_leaves(masked)
     inputs = [all_of(leaves[name]) for name in found.leaves]
@@ -97,7 +98,7 @@ def compact(
 
 
 def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
-    """`apply_fn` for params from which channels are removed.
+    """`apply_fn` for params from which channels are removed; for arguments of symbolic sizes too, see `jax.export`.
 
     Args:
         apply_fn: the model, a function of its params.

@@ -1,12 +1,13 @@
-"""Compaction whatever the operands are: numbers of any kind, written in the function or not, and keys."""
+"""Compaction whatever the operands are: numbers of any kind, written in the function or not, keys, symbolic sizes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compact_helpers import all_alive, all_equal_the_masked_model, beside_the_masked_model
+from compact_helpers import all_alive, all_equal_the_masked_model, beside_the_masked_model, halved
+from compact_models import MODELS, make_input
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from trace_helpers import normal
 
 import jaxprune as jp
@@ -221,3 +222,44 @@ def test_a_whole_state_with_keys_is_summed_up():
     rows = {leaf.name: leaf for leaf in jp.summarize(state).leaves}
     assert (rows["a/kernel"].nnz, rows["drop/rngs/key"].weights, rows["drop/rngs/key"].nnz) == (40, 1, 1)
     assert jp.summarize(state, jp.nonzero_masks(state)).total == jp.summarize(state).total
+
+
+# Batches of any size.
+
+
+def merged_with_the_batch(p, x):
+    """Channels of images become images: of a size times the batch's."""
+    h = jax.nn.relu(x @ p["a"])
+    h = jnp.moveaxis(h, -1, 1).reshape(-1, *x.shape[1:-1])
+    h = (h - jnp.mean(x)).reshape(x.shape[0], -1, *x.shape[1:-1])
+    return jnp.moveaxis(h, 1, -1) @ p["b"]
+
+
+SYMBOLIC = {
+    "flattened": ("b, 6, 6, 2", (3, 6, 6, 2)),
+    "grouped_query_attention": ("b, t", (3, 4)),
+    "stacked_layers": ("2 * b, 6", (8, 6)),
+    "merged with the batch": ("b, t, 5", (3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_smaller_models_are_exported_for_batches_of_any_size(name):
+    symbols, size = SYMBOLIC[name]
+    if name in MODELS:
+        params, fn, shape = MODELS[name]()
+    else:
+        params, fn, shape = {"a": normal(5, 6), "b": normal(6, 3)}, merged_with_the_batch, (2, 2, 5)
+    x = make_input(shape)
+    masks = halved(fn, params, x)
+    if name not in MODELS:
+        masks["b"] = masks["b"].at[2:].set(False)
+    small = jp.compact(fn, params, masks, x)
+    assert any(any(axes) for axes in small.removed.values())
+    like = jax.ShapeDtypeStruct(export.symbolic_shape(symbols), x.dtype)
+    told = export.export(jax.jit(small.apply))(small.params, like)
+    more = jnp.resize(x, size)
+    all_equal_the_masked_model(fn, params, masks, more, (lambda p, x: told.call(p, x), small.params))
+    by_symbols = jp.compact(fn, params, masks, like)
+    assert by_symbols.removed == small.removed
+    assert jp.couplings(fn, params, like).members == jp.couplings(fn, params, x).members

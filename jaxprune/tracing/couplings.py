@@ -28,6 +28,7 @@ from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.refusals import check_consumed
 from jaxprune.tracing.reshapes import reshape
 from jaxprune.tracing.rules import RULES, barrier
+from jaxprune.tracing.symbolic import at_numbers
 from jaxprune.tracing.units import AxisUnits, Ids
 from jaxprune.types import Leaves
 
@@ -117,8 +118,9 @@ class Walk(Walked):
         barriers: see `Couplings`.
     """
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choices: Choices, same: Mapping[Var, Var]) -> None:
         super().__init__(choices)
+        self._same = same  # variable of the program as it was -> of the one with numbers for symbolic sizes
         self.axes: dict[Var, AxisUnits] = {}
         self.barriers: list[str] = []
         self._constants: list[tuple[AxisUnits, Any]] = []
@@ -128,7 +130,7 @@ class Walk(Walked):
     def of(self, atom: Any) -> AxisUnits:
         """Units of the axes of an operand."""
         if not isinstance(atom, Literal):
-            return self.axes[atom]
+            return self.axes[self._same.get(atom, atom)]
         axes = self._apart(atom)
         if axes:
             self._constants.append((axes, atom.val))
@@ -258,7 +260,7 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves, removed: Removed | None = None) -> 
         ValueError: see `jaxprune.trace`; what is removed does not go together.
     """
     leaves = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
-    run = partial(_walked, jaxpr, leaves, removed or {})
+    run = partial(_walked, *at_numbers(jaxpr), leaves, removed or {})
     if removed is None:
         return best_walk(run)
     found = fitting_walk(run, removed)
@@ -271,8 +273,10 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves, removed: Removed | None = None) -> 
     return found
 
 
-def _walked(jaxpr: ClosedJaxpr, leaves: Mapping[str, Any], removed: Removed, choices: Choices) -> Walk:
-    found = Walk(choices)
+def _walked(
+    jaxpr: ClosedJaxpr, same: Mapping[Var, Var], leaves: Mapping[str, Any], removed: Removed, choices: Choices
+) -> Walk:
+    found = Walk(choices, same)
     units = found.units
     for name, leaf in leaves.items():
         gone = removed.get(name, ((),) * len(leaf.shape))

@@ -279,6 +279,6 @@ RULES: dict[str, Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     **dict.fromkeys(("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in"), barrier),
-    **dict.fromkeys(("random_split", "rng_bit_generator", "threefry2x32"), barrier),
+    **dict.fromkeys(("random_split", "rng_bit_generator", "threefry2x32", "dim_as_value"), barrier),
 }
 """Operations whose effect on channels is known, besides loops, branches and reshapes; all others are named barriers."""
