@@ -54,7 +54,7 @@ def with_constants(dtype, window=(), bias=None):
     return params, masks, draw(dtype, 4, *([3] * len(window)), 5, seed=9)
 
 
-DTYPES = ("complex64", "bfloat16", "int8", "int32", "uint32")
+DTYPES = ("complex64", "bfloat16", "int8", "uint32")
 
 
 @pytest.mark.parametrize(("dtype", "window"), [*((dtype, ()) for dtype in DTYPES), ("complex64", (1, 1))])
@@ -82,8 +82,7 @@ def test_a_matrix_of_one_part_is_not_empty(part):
 
 
 @pytest.mark.parametrize(("bias", "dtype", "folds"), [
-    ("int32", "float32", False), ("float32", "complex64", False), ("float32", "int32", False),
-    ("int8", "int32", False), ("bfloat16", "float32", True),
+    ("int32", "float32", False), ("float32", "complex64", False), ("bfloat16", "float32", True),
 ])  # fmt: skip
 def test_constants_go_into_no_bias_that_cannot_hold_them(bias, dtype, folds):
     params, masks, x = with_constants(dtype, bias=bias)
@@ -137,15 +136,26 @@ LITERALS = {
 }
 
 
-@pytest.mark.parametrize("case", LITERALS)
-def test_numbers_written_in_the_function(case):
+def test_numbers_written_in_the_function():
     params, x = {"a": normal(5, 6), "b": normal(6, 3, seed=1), "c": normal(6, 5, seed=2)}, normal(4, 5, seed=3)
-    fn, masks = LITERALS[case], all_alive(params)
+    masks = all_alive(params)
     masks["b"] = masks["b"].at[:2].set(False)
-    small = jp.compact(fn, params, masks, x)
-    all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
-    assert jp.peak_activations(fn, params, x)
-    assert jp.costs(jp.trace(fn, params, x), masks).total.macs
+    smalls = {case: jp.compact(fn, params, masks, x) for case, fn in LITERALS.items()}
+    assert smalls["taken from one"].params["a"].shape == (5, 4)
+    assert smalls["added"].params["a"].shape == (5, 4)
+    all_equal_the_masked_model(
+        lambda p, x: {case: fn(p, x) for case, fn in LITERALS.items()},
+        params,
+        masks,
+        x,
+        (
+            lambda p, x: {case: small.apply(p[case], x) for case, small in smalls.items()},
+            {c: s.params for c, s in smalls.items()},
+        ),
+    )
+    for fn in LITERALS.values():
+        assert jp.peak_activations(fn, params, x)
+        assert jp.costs(jp.trace(fn, params, x), masks).total.macs
 
 
 def test_channels_are_permuted_beside_numbers_written_in_the_function():
@@ -175,28 +185,25 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("case", KEYS)
 @pytest.mark.parametrize("where", ["closed over", "among the params"])
-def test_keys(case, where):
+def test_keys(where):
     key, x = jax.random.key(0), normal(4, 5)
-    params, fn = {"a": normal(5, 6), "b": normal(6, 3)}, KEYS[case](key)
-    if where == "among the params":
-        params["key"], fn = key, lambda p, x: KEYS[case](p["key"])(p, x)
+    params = {"a": normal(5, 6), "b": normal(6, 3), "key": key}
+    fns = {case: lambda p, x, of_key=of_key: of_key(p["key"])(p, x) for case, of_key in KEYS.items()}
+    if where == "closed over":
+        params, fns = {"a": params["a"], "b": params["b"]}, {case: of_key(key) for case, of_key in KEYS.items()}
     masks = jp.nonzero_masks(params)
     masks["b"] = masks["b"].at[:2].set(False)
-    small = jp.compact(fn, params, masks, x)
-    assert small.params["a"].shape == (5, 4)
-    all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
-    assert jp.costs(jp.trace(fn, params, x), masks, params=params).total.bytes
-
-
-class Dropped(nnx.Module):
-    def __init__(self, rngs):
-        self.a, self.b = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, broadcast_dims=(1,), rngs=rngs)
-
-    def __call__(self, x):
-        return self.b(self.drop(nnx.relu(self.a(x))))
+    smalls = {case: jp.compact(fn, params, masks, x) for case, fn in fns.items()}
+    assert {small.params["a"].shape for small in smalls.values()} == {(5, 4)}
+    all_equal_the_masked_model(
+        lambda p, x: {case: fn(p, x) for case, fn in fns.items()},
+        params,
+        masks,
+        x,
+        (lambda p, x: {case: small.apply(p, x) for case, small in smalls.items()}, smalls["one"].params),
+    )
+    assert jp.costs(jp.trace(fns["one"], params, x), masks, params=params).total.bytes
 
 
 class Recurrent(nnx.Module):
@@ -207,20 +214,19 @@ class Recurrent(nnx.Module):
         return self.b(self.rnn(x)[:, -1])
 
 
-@pytest.mark.parametrize(("module", "shape"), [(Dropped, (4, 5)), (Recurrent, (4, 3, 5))])
-def test_modules_with_keys_in_the_rest(module, shape, relaxed):
-    graph, params, rest = nnx.split(module(nnx.Rngs(0)), nnx.Param, ...)
+def test_a_module_with_keys_in_the_rest(relaxed):
+    graph, params, rest = nnx.split(Recurrent(nnx.Rngs(0)), nnx.Param, ...)
     fn = lambda p, x: nnx.merge(graph, p, rest, copy=True)(x)  # noqa: E731
-    masks, x = jp.nonzero_masks(params), normal(*shape)
+    masks, x = jp.nonzero_masks(params), normal(4, 3, 5)
     masks["b"]["kernel"][...] = masks["b"]["kernel"][...].at[:2].set(False)
     small = jp.compact(fn, params, masks, x)
     all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
 
 
 def test_a_whole_state_with_keys_is_summed_up():
-    state = nnx.state(Dropped(nnx.Rngs(0)))
+    state = nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     rows = {leaf.name: leaf for leaf in jp.summarize(state).leaves}
-    assert (rows["a/kernel"].nnz, rows["drop/rngs/key"].weights, rows["drop/rngs/key"].nnz) == (40, 1, 1)
+    assert (rows["rngs/key"].weights, rows["rngs/key"].nnz) == (1, 1)
     assert jp.summarize(state, jp.nonzero_masks(state)).total == jp.summarize(state).total
 
 
@@ -236,9 +242,7 @@ def merged_with_the_batch(p, x):
 
 
 SYMBOLIC = {
-    "flattened": ("b, 6, 6, 2", (3, 6, 6, 2)),
-    "grouped_query_attention": ("b, t", (3, 4)),
-    "stacked_layers": ("2 * b, 6", (8, 6)),
+    "grouped_query_attention": ("2 * b, t", (4, 3)),
     "merged with the batch": ("b, t, 5", (3, 4, 5)),
 }
 

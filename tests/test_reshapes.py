@@ -87,7 +87,7 @@ places = st.lists(st.integers(2, 4), min_size=2, max_size=4).flatmap(
 )
 
 
-@hypothesis.settings(max_examples=16)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(st.sampled_from(WAYS), places)
 def test_every_axis_is_found(way, place):
     shape, channel = place
@@ -108,7 +108,7 @@ def check_smaller(way, place, seed):
 
 
 drawn = hypothesis.given(st.sampled_from(WAYS), places, st.integers(0, 99))
-test_smaller_models_compute_the_same = hypothesis.settings(max_examples=5)(drawn(check_smaller))
+test_smaller_models_compute_the_same = hypothesis.settings(max_examples=4)(drawn(check_smaller))
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def attention(order, heads, dim, how):
 orders = st.permutations(WORDS)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(orders, st.integers(2, 5), st.integers(2, 7))
 def test_heads_are_found_in_any_order(order, heads, dim):
     params, fn, size = attention(order, heads, dim, "reshape")
@@ -161,7 +161,7 @@ def test_heads_are_found_in_any_order(order, heads, dim):
         assert jp.couplings(fn, params, normal(*size)).count == heads
 
 
-@pytest.mark.parametrize("order", [("which", "head", "dim"), ("dim", "which", "head")])
+@pytest.mark.parametrize("order", [("which", "head", "dim")])
 def test_heads_go(order):
     params, fn, size = attention(order, 4, 3, "reshape")
     x = normal(*size)

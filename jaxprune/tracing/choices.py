@@ -146,8 +146,9 @@ def _search(run: Callable[[Choices], W], worth: Callable[[W], Any], is_done: Cal
             return walks[-1]
         walks.append(run(Choices(rank)))
     best = max(walks, key=worth)
-    if len(walks) > 1:
-        best = max(best, run(Choices(best.choices.rank, _one_by_one(walks))), key=worth)
+    mixed = _one_by_one(walks)
+    if not mixed.items() <= best.choices.chosen.items():
+        best = max(best, run(Choices(best.choices.rank, mixed)), key=worth)
     for key in list(best.choices.met):
         for axis in best.choices.met.get(key, ()):
             if axis != best.choices.chosen[key] and not is_done(best, key):
