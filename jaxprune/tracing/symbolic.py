@@ -53,8 +53,8 @@ class _Numbers:
 
     def _equation(self, eqn: JaxprEqn) -> JaxprEqn:
         params = {word: self._value(value) for word, value in with_bodies(eqn, self.of_program).items()}
-        atoms = {word: list(map(self._atom, getattr(eqn, word))) for word in ("invars", "outvars")}
-        return eqn.replace(params=params, **atoms)
+        invars, outvars = (list(map(self._atom, atoms)) for atoms in (eqn.invars, eqn.outvars))
+        return eqn.replace(params=params, invars=invars, outvars=outvars)
 
     def _atom(self, atom: Any) -> Any:
         if isinstance(atom, Literal) or not any(map(is_symbolic_dim, atom.aval.shape)):
