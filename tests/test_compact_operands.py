@@ -8,6 +8,7 @@ from compact_helpers import all_alive, all_equal_the_masked_model, beside_the_ma
 from compact_models import MODELS, make_input
 from flax import nnx
 from jax import export, lax
+from jax._src.config import use_simplified_jaxpr_constants as simplified_constants
 from trace_helpers import normal
 
 import jaxprune as jp
@@ -156,6 +157,18 @@ def test_numbers_written_in_the_function():
     for fn in LITERALS.values():
         assert jp.peak_activations(fn, params, x)
         assert jp.costs(jp.trace(fn, params, x), masks).total.macs
+
+
+def test_arrays_written_in_the_function():
+    """Which JAX keeps as literals too, if it is told to."""
+    params, x, own = {"a": normal(5, 6), "b": normal(6, 3)}, normal(4, 5), normal(1, 6)
+    fn = lambda p, x: jnp.tanh(x @ p["a"] * np.float32([[1, 2, 3, 4, 5, 6]]) + own) @ p["b"]  # noqa: E731
+    masks = all_alive(params)
+    masks["b"] = masks["b"].at[:2].set(False)
+    with simplified_constants(True):
+        small = jp.compact(fn, params, masks, x)
+        assert small.params["a"].shape == (5, 4)
+        all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
 
 
 def test_channels_are_permuted_beside_numbers_written_in_the_function():

@@ -6,7 +6,8 @@ Every index along every axis of every array in the model is a unit (`jaxprune.tr
 units are the same (`jaxprune.tracing.rules`). What is left are the groups that can be removed as one: a filter, its
 bias and its normalisation, and all that reads it, through additions, concatenations, flattening, heads, stacked layers.
 
-Only shapes are looked at. What cannot be followed is a barrier that keeps its channels: inputs and outputs of the
+Where a reshape leaves open along which axis channels lie, that is taken which leaves most of them free
+(`jaxprune.tracing.choices`). Only shapes are looked at. What cannot be followed is a barrier that keeps its channels: inputs and outputs of the
 function, sums over channels (a mean divides by their number), and operations without a rule.
 """
 
@@ -123,6 +124,7 @@ class Walk(Walked):
         self._same = same  # variable of the program as it was -> of the one with numbers for symbolic sizes
         self.axes: dict[Var, AxisUnits] = {}
         self.barriers: list[str] = []
+        self._literals: dict[int, AxisUnits] = {}  # by their place in the program: equal ones may be cut differently
         self._constants: list[tuple[AxisUnits, Any]] = []
         self._steps: list[tuple[JaxprEqn, list[AxisUnits], list[AxisUnits]]] = []
         self._activations: set[Var] = set()
@@ -131,10 +133,10 @@ class Walk(Walked):
         """Units of the axes of an operand."""
         if not isinstance(atom, Literal):
             return self.axes[self._same.get(atom, atom)]
-        axes = self._apart(atom)
-        if axes:
-            self._constants.append((axes, atom.val))
-        return axes
+        if id(atom) not in self._literals:
+            self._literals[id(atom)] = axes = self._apart(atom)
+            self._constants += [(axes, atom.val)] if axes else []
+        return self._literals[id(atom)]
 
     def couplings(self) -> Couplings:
         """What the units come to for the leaves."""

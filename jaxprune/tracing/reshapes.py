@@ -2,6 +2,7 @@
 
 (n, h, w, c) -> (n, h * w * c)      a channel becomes a run of inputs
 (n, t, heads * dim) -> (n, t, heads, dim)      a head is a run of channels, which go together
+(n, t, 3 * heads * dim) -> (n, t, 3, heads, dim)      a head is three runs, here the channels are along the second axis
 """
 
 import math

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Bool
 
 from jaxprune.compat import ClosedJaxpr, closed
@@ -49,6 +49,10 @@ class Shrinker:
 
     def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, dict(eqn.params)
+        values = [
+            taken(value, self.kept(atom)) if isinstance(atom, Literal) else value
+            for atom, value in zip(eqn.invars, values, strict=True)
+        ]
         if name in BODIES:
             return self._bodies(eqn, values)
         given, results = [self.kept(atom) for atom in eqn.invars], [self.kept(var) for var in eqn.outvars]
