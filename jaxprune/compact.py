@@ -13,7 +13,7 @@ References:
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxprune import tree
 from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.masks import apply_masks
 from jaxprune.tables import columns
+from jaxprune.tracing.choices import Removed
 from jaxprune.tracing.constant_rules import all_of, nothing
 from jaxprune.tracing.constants import constants
 from jaxprune.tracing.couplings import Walk, walk
@@ -33,9 +34,8 @@ from jaxprune.tracing.finder import arrays_of, jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.liveness import Live, find_sums, folded, live_units
 from jaxprune.tracing.shrunk import Shrinker
+from jaxprune.tracing.symbolic import at_numbers
 from jaxprune.types import Leaves, Masks, Params
-
-Removed = Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Compacted:
 def compact(
     apply_fn: Callable[..., Any], params: Params, masks: Masks, *args: Any, round_to: int = 1, **kwargs: Any
 ) -> Compacted:
-    """Removes all channels that the masked model does not need.
+    """Removes all channels that the masked model does not need; of a layer that it does not need at all, all but one.
 
     Args:
         apply_fn: the model, a function of its params.
@@ -80,26 +80,26 @@ def compact(
         kwargs: likewise.
 
     Raises:
-        ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own; no
-            channel of a layer is left.
+        ValueError: the masks do not fit; `apply_fn` consumes none of the params, or holds weights of its own.
     """
     masked = jax.jit(apply_masks)(params, masks)
-    jaxpr = inlined(jaxpr_of(apply_fn, masked, *args, **kwargs))
+    jaxpr, _ = at_numbers(inlined(jaxpr_of(apply_fn, masked, *args, **kwargs)))
     found = walk(jaxpr, masked)
     leaves = tree.named_leaves(masked)
-    inputs = [all_of(leaves[name]) if _is_numeric(leaves[name]) else nothing(leaves[name]) for name in found.leaves]
+    inputs = [all_of(leaves[name]) for name in found.leaves]
     inputs += [nothing(var.aval) for var in jaxpr.jaxpr.invars[len(inputs) :]]
     facts, sums = constants(jaxpr, inputs), find_sums(jaxpr.jaxpr, found)
-    live = _rounded(live_units(sums, found, facts), found, round_to)
-    _check_left(found, live)
+    live = live_units(sums, found, facts)
+    while not np.array_equal(more := _rounded(_one_of_each(live, found), found, round_to), live):
+        live = live_units(sums, found, facts, more)
     names = dict(zip(jaxpr.jaxpr.invars, found.leaves, strict=False))
     extra = {names[var]: vector for var, vector in folded(sums, found, facts, live).items()}
     kept = {name: tuple(live[found.units.roots(ids)] for ids in axes) for name, axes in found.leaves.items()}
 
     def small_leaf(name: str, leaf: Any) -> Any:
-        if name not in kept or not _is_numeric(leaf):
+        if name not in kept or tree.is_key(leaf):
             return leaf
-        whole = leaf + jnp.asarray(extra[name], leaf.dtype) if name in extra else leaf
+        whole = leaf + extra[name].astype(leaf.dtype) if name in extra else leaf
         return jnp.asarray(np.asarray(whole)[np.ix_(*kept[name])])
 
     small = tree.map_named(small_leaf, masked)
@@ -110,7 +110,7 @@ def compact(
 
 
 def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
-    """`apply_fn` for params from which channels are removed.
+    """`apply_fn` for params from which channels are removed; for arguments of symbolic sizes too, see `jax.export`.
 
     Args:
         apply_fn: the model, a function of its params.
@@ -128,26 +128,16 @@ def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> C
             return leaves
 
         jaxpr = inlined(jaxpr_of(traced, shapes, *args, **kwargs))
-        found = walk(jaxpr, shapes)
-        live = live_without(found, removed)
+        found = walk(jaxpr, shapes, removed)
         values, _ = arrays_of((small, args, kwargs))
-        return jax.tree.unflatten(outputs[-1], Shrinker(found, live).run(jaxpr, values))
+        return jax.tree.unflatten(outputs[-1], Shrinker(found, live_without(found)).run(jaxpr, values))
 
     return apply
 
 
-def live_without(found: Walk, removed: Removed) -> Live:
-    """For every unit of a program whether it is kept; of roots.
-
-    Args:
-        found: the program, walked.
-        removed: see `Compacted`; leaves that the program has not are passed over.
-    """
-    live = np.ones(found.units.count, bool)
-    for name, axes in removed.items():
-        for ids, gone in zip(found.leaves.get(name, ()), axes, strict=False):
-            live[found.units.roots(ids[list(gone)])] = False
-    return live
+def live_without(found: Walk) -> Live:
+    """For every unit of a program walked with what is removed, whether it is kept."""
+    return ~found.units.gone(np.arange(found.units.count))
 
 
 def shape_before(leaf: Any, gone: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -179,13 +169,17 @@ def expand(small: Params, removed: Removed) -> Params:
     return tree.map_named(full, small)
 
 
-def _is_numeric(leaf: Any) -> bool:
-    """Whether it is numbers, and no key."""
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-
-
 def _shape_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if tree.is_array(leaf) else leaf
+
+
+def _one_of_each(live: Live, found: Walk) -> Live:
+    """With the first of the channels of every layer that has none left: arrays of no size are no layers."""
+    live = live.copy()
+    for roots in (found.units.roots(ids) for axes in found.leaves.values() for ids in axes):
+        if len(roots) and not live[roots].any():
+            live[roots[0]] = True
+    return live
 
 
 def _rounded(live: Live, found: Walk, round_to: int) -> Live:
@@ -202,22 +196,6 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
         wanted = min(-(-int(alive.sum()) // round_to) * round_to, len(roots))
         live[roots[~alive][: wanted - int(alive.sum())]] = True
     return live
-
-
-def _check_left(found: Walk, live: Live) -> None:
-    empty = [
-        (name, axis)
-        for name, axes in found.leaves.items()
-        for axis, ids in enumerate(axes)
-        if len(ids) and not live[found.units.roots(ids)].any()
-    ]
-    if empty:
-        name, axis = max(empty, key=lambda place: len(found.leaves[place[0]]))  # a matrix before its bias
-        raise ValueError(
-            f"The masks leave no channel of axis {axis} of leaf {name!r}: nothing that it has to do with is read by "
-            "anybody. `Global(floor=0.1)` keeps a tenth of every layer, `Global(normalized=True)` has each compete by "
-            "its own measure, `Uniform()` takes the same share of all; or take the layer out of the model."
-        )
 
 
 def insists(apply_fn: Callable[..., Any], wanted: ClosedJaxpr, small: Params, args: Any, kwargs: Any) -> str:

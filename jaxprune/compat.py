@@ -5,7 +5,7 @@ versions in them: what a name stands for has not changed so far.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax.extend.core
@@ -60,3 +60,13 @@ def scan_groups(scan: JaxprEqn) -> tuple[int, int]:
         consts, carry, _ = scan.params["ft_in"].unpack()
         return len(list(consts)), len(list(carry))
     return scan.params["num_consts"], scan.params["num_carry"]
+
+
+def size_at(size: Any, number: Callable[[str], int]) -> int:
+    """A symbolic size with numbers for its symbols.
+
+    Args:
+        size: such as `jax.export.symbolic_shape` makes.
+        number: symbol -> number.
+    """
+    return int(size._evaluate({symbol: number(symbol) for symbol in size._get_vars()}))

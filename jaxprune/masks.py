@@ -68,11 +68,16 @@ def _keep_straight_jvp(primals, tangents):
 
 
 def nonzero_masks(params: Params) -> Masks:
-    """Masks of what is not zero: how a pruned tree from elsewhere, or from a file, gets its masks back."""
+    """Masks of what is not zero: how a pruned tree from elsewhere, or from a file, gets its masks back.
+
+    Keys for random numbers are alive.
+    """
     return jax.tree.map(_nonzero, params)
 
 
 def _nonzero(param: Array) -> Array:
+    if tree.is_key(param):
+        return jnp.ones(param.shape, bool)
     if not jnp.issubdtype(param.dtype, jnp.floating) or param.dtype.itemsize == 1:
         return param.astype(bool)
     # By the bits but the sign's: processors that flush denormal numbers find them equal to zero.

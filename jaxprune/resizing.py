@@ -20,10 +20,10 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.compact import Compacted, Removed, insists, live_without, shape_before, smaller
+from jaxprune.compat import ClosedJaxpr
 from jaxprune.tracing.couplings import Walk, walk
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
-from jaxprune.tracing.liveness import Live
 from jaxprune.tracing.widths import Number, Widths, axes_made
 
 Numbers = dict[str, Number]
@@ -81,9 +81,8 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
     def of_arrays(model: Any) -> Callable[..., Any]:
         return lambda arrays, *args, **kwargs: fn(_with(model, arrays), *args, **kwargs)
 
-    found = walk(inlined(jaxpr_of(of_arrays(model), arrays, *args, **kwargs)), arrays)
-    live = live_without(found, small.removed)
-    _check_all_there(found, live, new)
+    found = _walked(inlined(jaxpr_of(of_arrays(model), arrays, *args, **kwargs)), arrays, small.removed)
+    live = live_without(found)
     nodes, made = _nodes(model, small.removed), axes_made(found)
     widths = [Widths(found, live, made, list(node.leaves.values())) for node in nodes]
     wanted = inlined(jaxpr_of(smaller(of_arrays(model), small.removed, arrays), new, *args, **kwargs))
@@ -130,14 +129,17 @@ def _smaller_arrays(model: Any, arrays: Mapping[str, Any], small: Compacted) -> 
     return {**arrays, **new}
 
 
-def _check_all_there(found: Walk, live: Live, new: Mapping[str, Any]) -> None:
-    for name, axes in found.leaves.items():
-        shape = np.shape(new[name])
-        if shape != tuple(int(live[found.units.roots(ids)].sum()) for ids in axes):
-            raise ValueError(
-                f"Leaf {name!r} belongs to channels that are gone, but its shape {shape} says that it has them. Hand "
-                "`compact` all arrays of the model, statistics of batches too, and the same function."
-            )
+def _walked(jaxpr: ClosedJaxpr, arrays: Mapping[str, Any], removed: Removed) -> Walk:
+    try:
+        return walk(jaxpr, arrays, removed)
+    except ValueError as error:
+        unknown = [name for name in arrays if name not in removed]
+        if not unknown:
+            raise
+        raise ValueError(
+            f"{error} The params that `compact` was handed had no leaf {unknown[0]!r}: hand it all arrays of the "
+            "model, statistics of batches too, and the same function."
+        ) from None
 
 
 def _with(model: Any, new: Mapping[str, Any]) -> Any:

@@ -104,6 +104,11 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of keys for random numbers, which are no numbers, or the shape and dtype of one."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
 def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
     """Leaf name -> leaf for the selected leaves, in the order of the tree.
 

@@ -94,6 +94,32 @@ def attention(draw, size, side, width):
     return params, fn, size, side
 
 
+def fused_attention(draw, size, side, width):
+    """Two heads whose queries, keys and values come from one matrix, (3, heads, width); see `attention`."""
+    params = draw.layer(size, 3 * 2 * width), draw.layer(2 * width, size)
+
+    def fn(ops, p, x):
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        q, k, v = jnp.moveaxis(ops(p[0], tokens).reshape(*tokens.shape[:2], 3, -1, width), 2, 0)
+        scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.float32(np.sqrt(width)))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, v)
+        return x + ops(p[1], mixed.reshape(*mixed.shape[:2], -1)).reshape(x.shape)
+
+    return params, fn, size, side
+
+
+def shuffle(draw, size, side, width):
+    """Channels become pixels, as TensorFlow orders them, of which the largest of four stay."""
+    if not side:
+        return None
+
+    def fn(ops, p, x):
+        x = ops(p, x).reshape(-1, side, side, 2, 2, width)
+        return max_pool(jnp.swapaxes(x, 2, 3).reshape(-1, 2 * side, 2 * side, width))
+
+    return draw.layer(*shape(side, size, 4 * width)), fn, width, side
+
+
 def stacked(draw, size, side, width):
     """Two residual layers in a scan; over pixels where there are some."""
     params = {"up": draw(2, size, width), "down": draw(2, width, size)}
@@ -139,7 +165,7 @@ def elementwise(fn, params=lambda draw, size: ()):
 
 STEPS = {
     **{step.__name__: step for step in (layer, residual, dense_block, gate, depthwise, grouped, group_norm)},
-    **{step.__name__: step for step in (attention, stacked, tied, branch, pool, flatten)},
+    **{step.__name__: step for step in (attention, fused_attention, shuffle, stacked, tied, branch, pool, flatten)},
     "relu": elementwise(lambda p, x: jax.nn.relu(x)),
     "tanh": elementwise(lambda p, x: jnp.tanh(x)),
     "gelu": elementwise(lambda p, x: jax.nn.gelu(x)),

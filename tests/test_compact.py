@@ -122,11 +122,7 @@ def check_random_architecture(steps, seed, of):
     x = make_input((2, 8, 8, 2), seed)
     masks = at_random(params, 0.7, seed) if of == "at random" else halved(fn, params, x)
     masks = kernels_alone(masks) if of == "kernels alone" else masks
-    try:
-        small = jp.compact(fn, params, masks, x)
-    except ValueError as error:
-        hypothesis.assume(of != "at random" or "no channel" not in str(error))
-        raise
+    small = jp.compact(fn, params, masks, x)
     all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
     assert sum(site.macs for site in jp.trace(fn, params, x)) == ops.macs
     if small.insists == "":  # then the function counts the smaller model's, too
@@ -192,12 +188,38 @@ def test_weights_that_are_no_arguments():
         jp.couplings(lambda _, x: x, params, x)
 
 
-def test_masks_that_leave_no_channel():
-    params, fn, shape = MODELS["mlp"]()
-    masks = all_alive(params)
-    masks[1] = jax.tree.map(jnp.zeros_like, masks[1])
-    with pytest.raises(ValueError, match=r"axis 1 of leaf '0/kernel'.*Global\(floor=0.1\).*normalized=True"):
-        jp.compact(fn, params, masks, make_input(shape))
+@pytest.mark.parametrize("name", ["residual", "folded_constants"])
+def test_a_layer_that_is_pruned_whole_keeps_a_channel(name):
+    params, fn, shape = MODELS[name]()
+    x = make_input(shape)
+    emptied = [
+        tree.map_named(lambda leaf, array, layer=layer: jnp.full(array.shape, leaf.split("/")[0] != layer), params)
+        for layer in params
+    ]
+    smalls = [jp.compact(fn, params, masks, x, round_to=1 + i % 2) for i, masks in enumerate(emptied)]
+    for layer, small in zip(params, smalls, strict=True):
+        assert all(leaf.size for leaf in jax.tree.leaves(small.params))
+        assert weights(small.params) < weights(params), layer
+    got, want = quick_jit(lambda smaller, masked: (
+        [small.apply(p, x) for small, p in zip(smalls, smaller, strict=True)], [fn(p, x) for p in masked]
+    ))([small.params for small in smalls], [jp.apply_masks(params, masks) for masks in emptied])  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_constants_that_rounding_brings_back_keep_what_they_are_made_of():
+    draw = Draw()
+    params = {"a": draw.layer(6, 5), "b": draw(5, 4), "c": draw.layer(4, 3)}
+
+    def fn(p, x):  # no bias behind b: its constants are where they are made
+        return dense(p["c"], jax.nn.sigmoid(jax.nn.sigmoid(dense(p["a"], x)) @ p["b"]))
+
+    x, masks = make_input((5, 6)), all_alive(params)
+    masks["a"]["kernel"] = masks["a"]["kernel"].at[:, 0].set(False)
+    masks["b"] = masks["b"].at[0, 1:].set(False).at[1:, 0].set(False)  # one constant of another
+    assert jp.compact(fn, params, masks, x).params["b"].shape == (4, 3)
+    small = jp.compact(fn, params, masks, x, round_to=4)
+    assert small.params["b"].shape == (5, 4)
+    all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
 
 
 def test_masks_of_another_shape():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from jaxprune import tree
 from jaxprune.tracing.inlined import bind
 from jaxprune.tracing.reshapes import runs
 
@@ -36,14 +37,25 @@ class Known(NamedTuple):
 
 
 def nothing(aval: Any) -> Known:
-    """An array of which nothing is known."""
+    """An array, of this shape, of which nothing is known."""
     ones = (1,) * len(aval.shape)
-    return Known(np.zeros(ones, np.float32), np.zeros(ones, bool))
+    return Known(np.zeros(ones, np.float32 if tree.is_key(aval) else aval.dtype), np.zeros(ones, bool))
 
 
 def all_of(value: Any) -> Known:
-    """An array that is known."""
+    """An array that is known; nothing of keys, which are no numbers."""
+    if tree.is_key(value):
+        return nothing(value)
     return Known(np.asarray(value), np.ones(np.shape(value), bool))
+
+
+def exact(array: Any) -> Any:
+    """The same numbers in a dtype of their kind that NumPy sums well in: whole numbers in 64 bits, as they wrap."""
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(np.int64)
+    wide = array.dtype.itemsize > (8 if jnp.issubdtype(array.dtype, jnp.complexfloating) else 4)
+    kind = np.complex64 if jnp.issubdtype(array.dtype, jnp.complexfloating) else np.float32
+    return array if wide else array.astype(kind)
 
 
 def in_all(several: Sequence[Known]) -> Known:
@@ -60,7 +72,7 @@ def elementwise(eqn: Any, given: list[Known]) -> Known:
     """Corresponding numbers, known where all operands are, or where a product has a zero."""
     rank = len(eqn.outvars[0].aval.shape)
     dtypes = [atom.aval.dtype for atom in eqn.invars]
-    if not any(one.known.any() for one in given):
+    if not any(one.known.any() for one in given) or any(map(tree.is_key, (atom.aval for atom in eqn.invars))):
         return nothing(eqn.outvars[0].aval)
     shape = np.broadcast_shapes(*(one.value.shape for one in given if one.value.ndim == rank), (1,) * rank)
     full = [Known(*(np.broadcast_to(a, shape) if one.value.ndim == rank else a for a in one)) for one in given]
@@ -239,7 +251,7 @@ def _product(lhs: Known, rhs: Known, sums: str, dtype: Any, *, zeros_alone: bool
     """
 
     def total(a: Any, b: Any) -> Any:
-        return np.einsum(sums, a.astype(np.float32), b.astype(np.float32), optimize=True)
+        return np.einsum(sums, exact(a), exact(b), optimize=True)
 
     if not (lhs.known.any() or rhs.known.any()):
         shape = total(lhs.known, rhs.known).shape

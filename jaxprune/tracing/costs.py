@@ -221,12 +221,12 @@ def byte_costs(params: Leaves, select: tree.Select = tree.weights) -> dict[str, 
 
 def _cost(name: str, uses: list[Site], param: Any, mask: Any) -> Cost:
     shape = uses[0].leaf_shape if uses else tuple((mask if param is None else param).shape)
-    dtype = uses[0].leaf_dtype if uses else getattr(param, "dtype", None)
+    dtype = jnp.dtype(uses[0].leaf_dtype) if uses else getattr(param, "dtype", None)  # of keys it is none of NumPy's
     weights, macs = math.prod(shape), sum(site.macs for site in uses)
     nnz, left = weights, macs
     if mask is not None:
         nnz, left = _count(mask), sum(_macs_left(site, jnp.asarray(mask)) for site in uses)
-    return Cost(name, shape, weights, nnz, macs, left, None if dtype is None else weights * jnp.dtype(dtype).itemsize)
+    return Cost(name, shape, weights, nnz, macs, left, None if dtype is None else weights * dtype.itemsize)
 
 
 def _macs_left(site: Site, mask: Shaped[Array, "..."]) -> int:

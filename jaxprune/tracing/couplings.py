@@ -6,14 +6,15 @@ Every index along every axis of every array in the model is a unit (`jaxprune.tr
 units are the same (`jaxprune.tracing.rules`). What is left are the groups that can be removed as one: a filter, its
 bias and its normalisation, and all that reads it, through additions, concatenations, flattening, heads, stacked layers.
 
-Only shapes are looked at. What cannot be followed is a barrier that keeps its channels: inputs and outputs of the
-function, sums over channels (a mean divides by their number), and operations without a rule.
+Where a reshape leaves open along which axis channels lie, that is taken which leaves most of them free
+(`jaxprune.tracing.choices`). Only shapes are looked at. What cannot be followed is a barrier that keeps its channels:
+inputs and outputs of the function, sums over channels (a mean divides by their number), and operations without a rule.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -24,12 +25,15 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jaxprune import tree
 from jaxprune.compat import ClosedJaxpr, primitive_name, scan_groups
 from jaxprune.tracing.alike import Alike
+from jaxprune.tracing.choices import Choices, Removed, Walked, best_walk, fitting_walk, torn
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
 from jaxprune.tracing.refusals import check_consumed
+from jaxprune.tracing.reshapes import reshape
 from jaxprune.tracing.rules import RULES, barrier
+from jaxprune.tracing.symbolic import at_numbers
 from jaxprune.tracing.told import table
-from jaxprune.tracing.units import AxisUnits, Ids, Units
+from jaxprune.tracing.units import AxisUnits, Ids
 from jaxprune.types import Leaves
 
 STAYS = -1
@@ -138,21 +142,20 @@ def couplings(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any)
     return walk(inlined(jaxpr_of(fn, params, *args, **kwargs)), params).couplings()
 
 
-class Walk:
+class Walk(Walked):
     """The units of every array in a program without calls.
 
     Attributes:
-        units: of the whole program.
         axes: variable -> units of its axes, those of bodies of loops too.
-        leaves: leaf -> units of its axes.
         barriers: see `Couplings`.
     """
 
-    def __init__(self) -> None:
-        self.units = Units()
+    def __init__(self, choices: Choices, same: Mapping[Var, Var]) -> None:
+        super().__init__(choices)
+        self._same = same  # variable of the program as it was -> of the one with numbers for symbolic sizes
         self.axes: dict[Var, AxisUnits] = {}
-        self.leaves: dict[str, AxisUnits] = {}
         self.barriers: list[str] = []
+        self._literals: dict[int, AxisUnits] = {}  # by their place in the program: equal ones may be cut differently
         self._constants: list[tuple[AxisUnits, Any]] = []
         self._steps: list[tuple[JaxprEqn, list[AxisUnits], list[AxisUnits]]] = []
         self._activations: set[Var] = set()
@@ -160,11 +163,11 @@ class Walk:
     def of(self, atom: Any) -> AxisUnits:
         """Units of the axes of an operand."""
         if not isinstance(atom, Literal):
-            return self.axes[atom]
-        axes = self._apart(atom)
-        if axes:
-            self._constants.append((axes, atom.val))
-        return axes
+            return self.axes[self._same.get(atom, atom)]
+        if id(atom) not in self._literals:
+            self._literals[id(atom)] = axes = self._apart(atom)
+            self._constants += [(axes, atom.val)] if axes else []
+        return self._literals[id(atom)]
 
     def couplings(self) -> Couplings:
         """What the units come to for the leaves."""
@@ -241,6 +244,8 @@ class Walk:
         if name == "dot_general" and all(map(self._is_activation, eqn.invars)):
             for ids in (given[0][axis] for axis in eqn.params["dimension_numbers"][0][0]):
                 self.units.fix(ids, "two activations are multiplied along it, which are often scaled by its size")
+        if name == "reshape":
+            return reshape(self.units, eqn, given, partial(self.choices.pick, eqn))
         if name in RULES:
             return RULES[name](self.units, eqn, given)
         self.barriers.append(f"{primitive_name(eqn)} at {source_info_util.summarize(eqn.source_info)}")
@@ -276,22 +281,41 @@ class Walk:
                 self.units.unite(ids, more, reason)
 
 
-def walk(jaxpr: ClosedJaxpr, params: Leaves) -> Walk:
+def walk(jaxpr: ClosedJaxpr, params: Leaves, removed: Removed | None = None) -> Walk:
     """The units of a program that `jaxpr_of` and `inlined` made with these params.
 
     Args:
         jaxpr: of the model, without calls.
         params: the same pytree.
+        removed: leaf -> for each of its axes the indices that are gone, if any are, and these together.
 
     Raises:
-        ValueError: see `jaxprune.trace`.
+        ValueError: see `jaxprune.trace`; what is removed does not go together.
     """
-    found = Walk()
+    leaves = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
+    run = partial(_walked, *at_numbers(jaxpr), leaves, removed or {})
+    if removed is None:
+        return best_walk(run)
+    found = fitting_walk(run, removed)
+    for name, axis in torn(found, removed):
+        raise ValueError(
+            f"What is removed of leaf {name!r} along axis {axis} does not go together with the rest of what is "
+            "removed: other indices would have to go with it. Was it found for this function, and arguments of these "
+            "kinds?"
+        )
+    return found
+
+
+def _walked(
+    jaxpr: ClosedJaxpr, same: Mapping[Var, Var], leaves: Mapping[str, Any], removed: Removed, choices: Choices
+) -> Walk:
+    found = Walk(choices, same)
     units = found.units
-    leaves = tree.named_leaves(params)
     for name, leaf in leaves.items():
-        if tree.is_array(leaf):
-            found.leaves[name] = tuple(units.fresh(size, of_leaf=True) for size in leaf.shape)
+        gone = removed.get(name, ((),) * len(leaf.shape))
+        found.leaves[name] = tuple(
+            units.fresh(size, of_leaf=True, gone=indices) for size, indices in zip(leaf.shape, gone, strict=True)
+        )
     inputs = list(found.leaves.values())
     for var in jaxpr.jaxpr.invars[len(inputs) :]:
         inputs.append(tuple(units.fresh(size) for size in var.aval.shape))
@@ -305,7 +329,7 @@ def walk(jaxpr: ClosedJaxpr, params: Leaves) -> Walk:
     used = {atom for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
     used.update(atom for atom in jaxpr.jaxpr.outvars if not isinstance(atom, Literal))
     unused = [name for name, var in zip(found.leaves, jaxpr.jaxpr.invars, strict=False) if var not in used]
-    check_consumed(jaxpr.jaxpr, {name: leaves[name] for name in found.leaves}, unused, strict=False)
+    check_consumed(jaxpr.jaxpr, leaves, unused, strict=False)
     for ids in (ids for name in unused for ids in found.leaves[name]):
         units.fix(ids, "the function does not use it")
     return found

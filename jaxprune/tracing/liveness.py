@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Inexact, Int
 
-from jaxprune.tracing.constant_rules import Known, all_of
+from jaxprune.tracing.constant_rules import Known, all_of, exact
 from jaxprune.tracing.couplings import Walk
 from jaxprune.tracing.inlined import bodies
 
 Facts = Mapping[Var, Known]
 Live = Bool[np.ndarray, " units"]
-_RENAMES = frozenset(("broadcast_in_dim", "reshape", "convert_element_type", "copy", "squeeze"))
+Vector = Inexact[np.ndarray, " outputs"] | Int[np.ndarray, " outputs"]
+_RENAMES = frozenset(("broadcast_in_dim", "reshape", "copy", "squeeze"))
 
 
 class Fold(NamedTuple):
@@ -94,32 +96,34 @@ def _placed(fold: Fold | None, eqn: Any, walk: Walk) -> Fold | None:
     return None
 
 
-def live_units(sums: list[Sum], walk: Walk, facts: Facts) -> Live:
-    """For every unit whether it must be kept; True at roots alone.
+def live_units(sums: list[Sum], walk: Walk, facts: Facts, spared: Live | None = None) -> Live:
+    """For every unit whether it is kept; True at roots alone.
 
     Args:
         sums: of `find_sums`.
         walk: the units of the same program.
         facts: what is known of its variables.
+        spared: units that are kept though nobody may read them. Those that are constants stay in their place.
     """
     live = walk.units.all_fixed()
+    spared = np.zeros_like(live) if spared is None else spared
     while True:
         before = int(live.sum())
         for one in sums:
             ids = walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])
             if not live[ids].all():
-                live[ids[_read(one, walk, facts, live)]] = True
+                live[ids[_read(one, walk, facts, live, spared[ids])]] = True
         if int(live.sum()) == before:
-            return live
+            return live | spared
 
 
-def _read(one: Sum, walk: Walk, facts: Facts, live: Live) -> Any:
+def _read(one: Sum, walk: Walk, facts: Facts, live: Live, spared: Any) -> Any:
     read: Any = True
     for atom, axis, others in zip(one.eqn.invars, one.axes, one.others, strict=True):
         alive = [live[walk.units.roots(ids)] for ids in walk.of(atom)]
         alive = [np.ones_like(a) if other in others else a for other, a in enumerate(alive)]
         read = read & _somewhere(~_fact(atom, facts).zero, alive, axis)
-    return read if one.fold is None else read & ~_constant(one, facts)[1]
+    return read if one.fold is None else read & ~(_constant(one, facts)[1] & ~spared)
 
 
 def _somewhere(found: Any, live: list[Bool[np.ndarray, " _"]], axis: int) -> Any:
@@ -150,7 +154,7 @@ def _fact(atom: Any, facts: Facts) -> Known:
     return all_of(atom.val) if isinstance(atom, Literal) else facts[atom]
 
 
-def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, Float[np.ndarray, " outputs"]]:
+def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, Vector]:
     """What to add to leaves of the program in the place of the constants that are removed.
 
     Args:
@@ -166,11 +170,17 @@ def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, F
         value, known = _constant(one, facts)
         gone = known & ~live[walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])]
         if gone.any():
-            weights = _fact(one.eqn.invars[one.fold.weight], facts).value.astype(np.float64)
+            weights, values = map(_widest, (_fact(one.eqn.invars[one.fold.weight], facts).value, value[gone]))
             rows = np.moveaxis(weights, (one.axes[one.fold.weight], one.fold.outputs), (0, -1))[gone]
             each = rows.reshape(len(rows), -1, rows.shape[-1]).sum(1)  # over the window
-            found[one.fold.leaf] = one.fold.sign * value[gone].astype(np.float64) @ each
+            found[one.fold.leaf] = one.fold.sign * values @ each
     return found
+
+
+def _widest(array: Any) -> Any:
+    """Numbers of the same kind in 64 bits, or twice 64."""
+    array = exact(array)
+    return array if array.dtype.kind == "i" else array.astype(np.result_type(array.dtype, np.float64))
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -200,8 +210,17 @@ def _find_folds(jaxpr: Any) -> dict[Var, Fold]:
         if step.primitive.name not in ("add", "sub"):
             continue
         other = step.invars[1 if step.invars[0] is var else 0]
-        while other in maker and uses[other] == 1 and maker[other].primitive.name in _RENAMES:
+        while isinstance(other, Var) and other in maker and uses[other] == 1 and _is_renamed(maker[other]):
             other = maker[other].invars[0]
         if isinstance(other, Var) and other in jaxpr.invars and uses[other] == len(_shape(other)) == 1:
             found[var] = Fold(other, -1 if step.primitive.name == "sub" else 1)
     return found
+
+
+def _is_renamed(eqn: Any) -> bool:
+    """Whether what is added to the operand arrives in the result: casts to another kind of numbers drop some of it."""
+    if eqn.primitive.name != "convert_element_type":
+        return eqn.primitive.name in _RENAMES
+    before, after = (eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
+    kinds = (jnp.floating, jnp.complexfloating)
+    return any(jnp.issubdtype(before, kind) and jnp.issubdtype(after, kind) for kind in kinds)

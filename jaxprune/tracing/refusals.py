@@ -97,9 +97,9 @@ def _described(lost: Lost) -> str:
 
 
 def _constants(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Floating matrices, and arrays of more axes, that a program holds."""
+    """Matrices of numbers that are no integers, and arrays of more axes, that a program holds."""
     avals: list[Any] = [var.aval for var in jaxpr.constvars]
-    yield from (aval for aval in avals if len(aval.shape) > 1 and jnp.issubdtype(aval.dtype, jnp.floating))
+    yield from (aval for aval in avals if len(aval.shape) > 1 and jnp.issubdtype(aval.dtype, jnp.inexact))
     for inner in subjaxprs(jaxpr):
         yield from _constants(inner)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from jaxprune.tracing.reshapes import reshape
 from jaxprune.tracing.units import AxisUnits, Ids, Units, fixed_axes, without
 
 Rule = Callable[[Units, JaxprEqn, list[AxisUnits]], list[AxisUnits]]
@@ -279,8 +278,7 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
-    "reshape": reshape,
     **dict.fromkeys(("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in"), barrier),
-    **dict.fromkeys(("random_split", "rng_bit_generator", "threefry2x32"), barrier),
+    **dict.fromkeys(("random_split", "rng_bit_generator", "threefry2x32", "dim_as_value"), barrier),
 }
-"""Operations whose effect on channels is known; all others are barriers that are named."""
+"""Operations whose effect on channels is known, besides loops, branches and reshapes; all others are named barriers."""

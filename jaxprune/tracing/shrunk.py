@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Bool
 
 from jaxprune.compat import ClosedJaxpr, closed
@@ -49,6 +49,10 @@ class Shrinker:
 
     def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, dict(eqn.params)
+        values = [
+            taken(value, self.kept(atom)) if isinstance(atom, Literal) else value
+            for atom, value in zip(eqn.invars, values, strict=True)
+        ]
         if name in BODIES:
             return self._bodies(eqn, values)
         given, results = [self.kept(atom) for atom in eqn.invars], [self.kept(var) for var in eqn.outvars]
@@ -63,8 +67,7 @@ class Shrinker:
     def _bodies(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         def smaller(body: ClosedJaxpr) -> ClosedJaxpr:
             shapes = [
-                jax.ShapeDtypeStruct(tuple(int(kept.sum()) for kept in self.kept(var)), var.aval.dtype)
-                for var in body.jaxpr.invars
+                jax.ShapeDtypeStruct(_left(var.aval.shape, self.kept(var)), var.aval.dtype) for var in body.jaxpr.invars
             ]
             return jax.make_jaxpr(lambda *inputs: self.run(body, inputs))(*shapes)
 
@@ -85,11 +88,12 @@ def _slice(params: dict[str, Any], value: Any, kept: Kept) -> Any:
     for axis, (keep, *cut) in enumerate(
         zip(kept, params["start_indices"], params["limit_indices"], steps, strict=True)
     ):
-        wanted = np.arange(*cut)
-        places = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]  # in the smaller array
         if keep.all():
             cuts.append(cut)
-        elif len(places) and np.all(np.diff(places) == 1):
+            continue
+        wanted = np.arange(*cut)
+        places = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]  # in the smaller array
+        if len(places) and np.all(np.diff(places) == 1):
             cuts.append((int(places[0]), int(places[-1]) + 1, 1))
         else:
             value = jnp.take(value, places, axis)
@@ -98,12 +102,15 @@ def _slice(params: dict[str, Any], value: Any, kept: Kept) -> Any:
     return lax.slice(value, starts, stops, None if params["strides"] is None else steps)
 
 
-def _sizes(kept: Kept) -> tuple[int, ...]:
-    return tuple(int(keep.sum()) for keep in kept)
+def _left(sizes: Sequence[Any], kept: Kept) -> tuple[Any, ...]:
+    """What is left of sizes, symbolic ones too: with these, channels are merged as often as it says."""
+    return tuple(
+        size if keep.all() else size * int(keep.sum()) // len(keep) for size, keep in zip(sizes, kept, strict=True)
+    )
 
 
 def _shape(word: str) -> Callable[..., dict[str, Any]]:
-    return lambda params, given, results: {word: _sizes(results[0])}
+    return lambda params, given, results: {word: _left(params[word], results[0])}
 
 
 def _groups(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
@@ -115,6 +122,8 @@ def _padding(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> 
     config = list(params["padding_config"])
     for axis, (low, high, inside) in enumerate(config):
         keep = results[0][axis]
+        if keep.all():
+            continue
         if low > 0 or high > 0:
             config[axis] = (int(keep[: max(low, 0)].sum()), int(keep[len(keep) - max(high, 0) :].sum()), inside)
         if low < 0 or high < 0 or inside:
@@ -123,13 +132,14 @@ def _padding(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> 
 
 
 def _parts(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
-    return {"sizes": tuple(int(kept[params["axis"]].sum()) for kept in results)}
+    axis = params["axis"]
+    return {"sizes": _left(params["sizes"], tuple(kept[axis] for kept in results))}
 
 
 def _gathered(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
     """Axes that are taken whole stay whole."""
     sizes = zip(params["slice_sizes"], given[0], strict=True)
-    return {"slice_sizes": tuple(int(keep.sum()) if size == len(keep) else size for size, keep in sizes)}
+    return {"slice_sizes": tuple(size if keep.all() or size != len(keep) else int(keep.sum()) for size, keep in sizes)}
 
 
 _RESIZED: Mapping[str, Callable[..., dict[str, Any]]] = {

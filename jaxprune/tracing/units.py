@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 Ids = Int[np.ndarray, " _"]
 AxisUnits = tuple[Ids, ...]
 """Units of every axis of an array."""
+OF_LEAF, GONE = np.uint8(1), np.uint8(2)
 
 
 class Units:
@@ -32,7 +33,7 @@ class Units:
         self.axes: list[tuple[int, int]] = []
         self._parent = np.zeros(1, np.int64)
         self._why = np.ones(1, np.int32)  # of a root: which of `_reasons` keeps it, 0 for none
-        self._of_leaf = np.zeros(1, bool)  # of a root: whether an axis of a leaf belongs to it
+        self._marks = np.zeros(1, np.uint8)  # of a root: whether it is of a leaf, and whether it is removed
         self._reasons = ["", "it is no axis of channels"]
         self._count = 1
 
@@ -41,12 +42,13 @@ class Units:
         """How many units were made; they are numbered below."""
         return self._count
 
-    def fresh(self, size: int, *, of_leaf: bool = False) -> Ids:
+    def fresh(self, size: int, *, of_leaf: bool = False, gone: Sequence[int] = ()) -> Ids:
         """Units of a new axis.
 
         Args:
             size: of the axis.
             of_leaf: whether it is the axis of a leaf, and not one that an operation made.
+            gone: indices that are known to be removed.
         """
         self.axes.append((self._count, size))
         ids = np.arange(self._count, self._count + size)
@@ -54,8 +56,9 @@ class Units:
         while self._count > len(self._parent):
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
             self._why = np.concatenate([self._why, np.zeros_like(self._why)])
-            self._of_leaf = np.concatenate([self._of_leaf, np.zeros_like(self._of_leaf)])
-        self._of_leaf[ids] = of_leaf
+            self._marks = np.concatenate([self._marks, np.zeros_like(self._marks)])
+        self._marks[ids] = OF_LEAF * of_leaf
+        self._marks[ids[list(gone)]] |= GONE
         return ids
 
     def roots(self, ids: Ids) -> Ids:
@@ -88,7 +91,7 @@ class Units:
             np.minimum.at(self._parent, high, low)
             # A root that lost its place hands on what is known of it, wherever its new root lies by now.
             now = self.roots(high)
-            np.logical_or.at(self._of_leaf, now, self._of_leaf[high])
+            np.bitwise_or.at(self._marks, now, self._marks[high])
             free = self._why[now] == 0
             np.maximum.at(self._why, now[free], self._why[high[free]])
 
@@ -111,7 +114,11 @@ class Units:
 
     def of_leaf(self, ids: Ids) -> Bool[np.ndarray, " _"]:
         """Which of these are indices of some leaf."""
-        return self._of_leaf[self.roots(ids)]
+        return (self._marks[self.roots(ids)] & OF_LEAF) != 0
+
+    def gone(self, ids: Ids) -> Bool[np.ndarray, " _"]:
+        """Which of these are known to be removed."""
+        return (self._marks[self.roots(ids)] & GONE) != 0
 
     def why(self, unit: int) -> str:
         """Why this one must stay; "" if it need not."""
