@@ -304,5 +304,5 @@ def test_statistics_that_were_left_out_are_refused():
         return nnx.merge(graph, params, statistics)(x)
 
     small = jp.compact(fn, params, halved(fn, params, x), x)
-    with pytest.raises(ValueError, match="had no leaf 'norm/(mean|var)': hand it all arrays of the model"):
+    with pytest.raises(ValueError, match=r"had no leaf 'norm/(mean|var)': hand it all arrays of the model"):
         jp.resized(call, model, small, x)
