@@ -43,6 +43,11 @@ def as_schedule(sparsity: Schedule | float | None) -> Schedule:
     return constant(sparsity)
 
 
+def as_update_when(update_when: UpdateWhen | Bool[Array, ""] | bool) -> UpdateWhen:
+    """A function of the step as it is; a bool, known or traced, as that at every step."""
+    return update_when if callable(update_when) else lambda step: update_when
+
+
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
     """0 before `step`, `sparsity` from it on.
 
