@@ -63,10 +63,12 @@ def update_inner(
     seen, known = masked(params, copies(masks, params)), functions_of(extra, view)
     if "grad_fn" in known:
         known["grad_fn"] = _then(view, known["grad_fn"])
+    fresh = inner.init(seen)
+    inner_state = _fresh_where_dead(fresh, inner_state, params, masks)  # for masks that are new
     alive, inner_state, known = evaluated(view(updates), inner_state, model_of(seen), known, due)
     known |= {"grad": view(known["grad"])} if "grad" in known else {}
     steps, state = inner.update(alive, inner_state, seen, **known)
-    return steps, _fresh_where_dead(inner.init(seen), state, params, masks)
+    return steps, _fresh_where_dead(fresh, state, params, masks)  # for optimizers that move all weights
 
 
 def functions_of(extra: dict[str, Any], view: View) -> dict[str, Any]:

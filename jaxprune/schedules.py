@@ -22,7 +22,7 @@ def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
     return jnp.where(jnp.asarray(step) >= end, jnp.float32(1.0), jnp.clip(done, 0.0, 1.0))
 
 
-def constant(sparsity: float) -> Schedule:
+def constant(sparsity: Float[Array, ""] | float) -> Schedule:
     """The same sparsity at every step.
 
     Raises:
@@ -32,7 +32,7 @@ def constant(sparsity: float) -> Schedule:
     return lambda step: jnp.float32(sparsity)
 
 
-def as_schedule(sparsity: Schedule | float | None) -> Schedule:
+def as_schedule(sparsity: Schedule | Float[Array, ""] | float | None) -> Schedule:
     """A schedule as it is; a number as that sparsity at every step; None, for distributions that decide, as None.
 
     Raises:

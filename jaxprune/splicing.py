@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
@@ -48,10 +48,10 @@ def splice(
     inner: optax.GradientTransformation,
     method: Method,
     *,
-    sparsity: Schedule | float | None = None,
-    update_when: UpdateWhen | bool = schedules.every(100),
-    margin: float = 0.0,
-    decay: float = 0.0,
+    sparsity: Schedule | Float[Array, ""] | float | None = None,
+    update_when: UpdateWhen | Bool[Array, ""] | bool = schedules.every(100),
+    margin: Float[Array, ""] | float = 0.0,
+    decay: Float[Array, ""] | float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`inner`, on dense weights of which the model sees the survivors.
@@ -115,7 +115,7 @@ def splice(
         masks = if_due(due, compute, state.masks)
         extra = functions_of(extra, functools.partial(straight_through, masks=masks))
         updates, inner_state, extra = evaluated(updates, state.inner_state, weights, extra, due)
-        drawn = jax.tree.map(lambda g, w, m: jnp.where(m, g, g + (decay * w).astype(g.dtype)), updates, weights, masks)
+        drawn = jax.tree.map(functools.partial(_drawn, decay=decay), updates, weights, masks)
         extra |= {"grad": drawn} if "grad" in extra else {}
         steps, inner_state = inner.update(drawn, inner_state, latent, **extra)
         latent = optax.apply_updates(latent, steps)
@@ -127,7 +127,7 @@ def splice(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _favouring(criterion: Criterion | Any, margin: float) -> Criterion:
+def _favouring(criterion: Criterion | Any, margin: Float[Array, ""] | float) -> Criterion:
     def favouring(params: Any, /, *, alive: Any, **evidence: Any) -> Scores:
         scores = criterion(params, **evidence)
         return {
@@ -136,6 +136,10 @@ def _favouring(criterion: Criterion | Any, margin: float) -> Criterion:
         }
 
     return favouring
+
+
+def _drawn(grad: Array, weight: Array, mask: Array, *, decay: Float[Array, ""] | float) -> Array:
+    return jnp.where(mask, grad, grad + (jnp.asarray(decay, weight.dtype) * weight).astype(grad.dtype))
 
 
 def _difference(latent: Array, param: Array) -> Array:

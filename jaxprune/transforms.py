@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
@@ -72,8 +72,8 @@ def prune(
     inner: optax.GradientTransformation,
     method: Method,
     *,
-    sparsity: Schedule | float | None = None,
-    update_when: UpdateWhen | bool = schedules.every(100),
+    sparsity: Schedule | Float[Array, ""] | float | None = None,
+    update_when: UpdateWhen | Bool[Array, ""] | bool = schedules.every(100),
     masks: Masks | None = None,
     key: Key[Array, ""] | None = None,
     packed: bool = False,
@@ -188,11 +188,11 @@ def regrow(
     inner: optax.GradientTransformation,
     method: Method,
     *,
-    sparsity: float,
+    sparsity: Float[Array, ""] | float,
     key: Key[Array, ""],
-    drop_fraction: Schedule | float = 0.3,
+    drop_fraction: Schedule | Float[Array, ""] | float = 0.3,
     grow: Criterion | Any = gradient,
-    update_when: UpdateWhen | bool = schedules.every(100),
+    update_when: UpdateWhen | Bool[Array, ""] | bool = schedules.every(100),
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, on a model that is sparse from the first step on, and whose living weights move.
 
