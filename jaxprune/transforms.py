@@ -168,8 +168,8 @@ def _check_end(method: Method, schedule: Schedule, masks: Masks) -> None:
     if not all(map(is_concrete, jax.tree.leaves(masks))):
         return
     with jax.ensure_compile_time_eval():
-        last = schedule(jnp.int32(jnp.iinfo(jnp.int32).max))
-        if last is None or not is_concrete(last):
+        last = schedule(jnp.int32(2**30))
+        if last is None or not is_concrete(last) or not 0 <= last < 1:  # one that goes on beyond its end says nothing
             return
         ones = jax.tree.map(lambda mask: jnp.asarray(mask, jnp.float32), masks)
         chosen = tree.selected_leaves(method.select, ones)

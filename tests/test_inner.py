@@ -267,7 +267,9 @@ def test_what_is_dead_at_the_beginning_stays_dead(packed, method, schedule):
     assert counts[0] == 20 or not callable(schedule)
 
 
-@pytest.mark.parametrize("schedule", [0.3, jp.cubic(0.45, begin=2, end=9), jp.one_shot(0.2, 4)])
+@pytest.mark.parametrize(
+    "schedule", [0.3, jp.cubic(0.45, begin=2, end=9), jp.one_shot(0.2, 4), jp.rounds(0.4, count=2, length=1)]
+)
 def test_a_schedule_below_the_sparsity_that_is_there_says_so(schedule):
     tx = jp.prune(optax.sgd(0.1), METHOD, sparsity=schedule, masks=HALF)
     with pytest.raises(ValueError, match=r"have 0\.5 of .* removed already, `sparsity` ends at 0\.[234]"):
