@@ -1,8 +1,8 @@
 """What an optimizer inside one that prunes gets to see: the model as it is once the dead weights are zero.
 
 Its params and gradients are masked, and so are the functions of params that it calls, such as the `value_fn` of a line
-search: what it remembers of a point is true of the point where the update lands. Where a weight is dead its state is
-that of a fresh start at zero, so that averages of params have the zeros of the params.
+search: what it remembers of a point is true of the point where the update lands. Weights that it keeps in its state are
+zero where they are dead, so that averages of params have the zeros of the params.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.extend.core import Literal
 from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import tree
@@ -63,7 +64,7 @@ def update_inner(
     seen, known = masked(params, copies(masks, params)), functions_of(extra, view)
     if "grad_fn" in known:
         known["grad_fn"] = _then(view, known["grad_fn"])
-    fresh = inner.init(seen)
+    fresh = _kept_weights(inner.init, seen)
     inner_state = _fresh_where_dead(fresh, inner_state, params, masks)  # for masks that are new
     alive, inner_state, known = evaluated(view(updates), inner_state, model_of(seen), known, due)
     known |= {"grad": view(known["grad"])} if "grad" in known else {}
@@ -120,18 +121,37 @@ def _moved(state: Any, params: Params, grads: Any) -> Any:
     return jax.tree.map(moved, state, is_leaf=lambda node: isinstance(node, optax.ScaleByLBFGSState))
 
 
-def _fresh_where_dead(fresh: Any, state: Any, params: Params, masks: Masks) -> Any:
-    """Of every leaf that lies in the state as a param lies in the params, the fresh values where the weight is dead."""
+def _kept_weights(init: Callable[[Params], Any], params: Params) -> dict[Any, Any]:
+    """Path -> leaf of the states that are made from the values of the params: averages, starting points.
+
+    Moments begin with the same zeros whatever the params are. They are left alone: gradients of the dead are zero.
+    """
+    jaxpr = jax.make_jaxpr(init)(params).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(operand in reached for operand in eqn.invars if not isinstance(operand, Literal)):
+            reached |= set(eqn.outvars)
+    made = [not isinstance(out, Literal) and out in reached for out in jaxpr.outvars]
+    if not any(made):
+        return {}
+    leaves = jax.tree_util.tree_leaves_with_path(init(params))
+    return {path: leaf for (path, leaf), from_params in zip(leaves, made, strict=True) if from_params}
+
+
+def _fresh_where_dead(fresh: dict[Any, Any], state: Any, params: Params, masks: Masks) -> Any:
+    """The state, with fresh values where a weight is dead in leaves that have the name and shape of a param's."""
+    if not fresh:
+        return state
     shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(model_of(params)).items()}
-    alive, begun = tree.named_leaves(masks), dict(jax.tree_util.tree_leaves_with_path(fresh))
+    alive = tree.named_leaves(masks)
 
     def mixed(path: Any, old: Any) -> Any:
         name = _ending(tree.leaf_name(path), shapes)
-        if name is None or path not in begun or not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
+        if name is None or path not in fresh or not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
             return old
-        if not jnp.shape(old) == jnp.shape(begun[path]) == shapes[name]:
+        if not jnp.shape(old) == jnp.shape(fresh[path]) == shapes[name]:
             return old
-        return jnp.where(alive[name], old, jnp.asarray(begun[path], jnp.result_type(old)))
+        return jnp.where(alive[name], old, jnp.asarray(fresh[path], jnp.result_type(old)))
 
     return jax.tree_util.tree_map_with_path(mixed, state)
 

@@ -32,7 +32,7 @@ class PruneState(NamedTuple):
         masks: True = alive, structure of the params; packed on request, see `prune`.
         key: the key handed in, for criteria that draw; () if none.
         statistics: what a `Running` criterion remembers; () for any other.
-        inner_state: the inner optimizer's; where a weight is dead, that of a fresh start at zero.
+        inner_state: the inner optimizer's; weights that it keeps are zero where they are dead.
         start: the masks handed in, packed like the others; () if none.
     """
 
@@ -81,8 +81,8 @@ def prune(
     """`inner`, on a model that `method` prunes as it trains.
 
     At steps where `update_when` says so, masks are computed from the params, the gradients and `sparsity(step)`. To
-    `inner` the model is pruned: dead weights, their gradients and their state are zero, so that norms, momentum,
-    averages and statistics are those of the weights that are left, and a line search looks at the loss without them.
+    `inner` the model is pruned: dead weights and their gradients are zero, so that norms, momentum, averages of weights
+    and statistics are those of what is left, and a line search looks at the loss without them.
 
     Args:
         inner: the optimizer, its whole chain.

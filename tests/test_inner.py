@@ -1,4 +1,4 @@
-"""What an optimizer inside one that prunes sees: masked params and functions, and a state that is fresh where dead."""
+"""What an optimizer inside one that prunes sees: masked params and functions; what it keeps of weights is masked."""
 
 import functools
 
@@ -194,16 +194,15 @@ def test_distances_are_those_of_the_pruned_model():
     assert optax.tree.get(state, "max_dist") < 0.1 < optax.tree.norm(optax.tree.sub(params, WEIGHT))
 
 
-def test_state_is_fresh_where_dead_and_as_it_was_elsewhere():
-    tx, plain = jp.prune(optax.rprop(0.1), METHOD, masks=HALF, update_when=False), optax.rprop(0.1)
-    state, other = tx.init(WEIGHT), plain.init(WEIGHT)
-    for grad in (WEIGHT, {"w": -WEIGHT["w"]}, WEIGHT):
-        _, state = tx.update(grad, state, WEIGHT)
-        _, other = plain.update(grad, other, WEIGHT)
-    for key, fresh in (("step_sizes", 0.1), ("prev_updates", 0.0)):
-        found, want = (optax.tree.get(one, key)["w"] for one in (state.inner_state, other))
-        assert np.array_equal(bits(found), bits(jnp.where(HALF["w"], want, jnp.float32(fresh))))
-        assert not np.array_equal(found, want)
+def test_weights_in_a_state_are_zero_where_dead_and_the_rest_is_left_alone():
+    """A point that is kept (Mechanic's start) loses its dead weights; step sizes, which begin at 0.1, do not."""
+    inner = optax.chain(optax.scale_by_rprop(0.1), optax.contrib.mechanize(optax.sgd(0.1)))
+    tx, alive = jp.prune(inner, METHOD, masks=HALF, update_when=False), np.asarray(HALF["w"])
+    params, state = make_step(tx)(WEIGHT, tx.init(WEIGHT), WEIGHT)
+    start, sizes = (np.asarray(optax.tree.get(state.inner_state, key)["w"]) for key in ("x0", "step_sizes"))
+    assert np.array_equal(bits(start), bits(jnp.where(alive, WEIGHT["w"], 0)))
+    assert np.all(sizes[~alive] > 0)
+    assert not np.any(bits(params["w"])[~alive])
 
 
 # ---- optax's wrappers around
