@@ -21,9 +21,9 @@ from jaxprune import tree
 from jaxprune.checks import check_sparsity, is_concrete
 from jaxprune.criteria import squared_magnitude
 from jaxprune.granularity import Granularity, Output
+from jaxprune.inner import if_due
 from jaxprune.methods import Method, compute_masks, group_scores, init_statistics, update_statistics
 from jaxprune.numerics import at_least_float32, settled
-from jaxprune.transforms import if_due
 from jaxprune.types import Masks, Params, Schedule
 
 Slopes = dict[str, Array]

@@ -58,7 +58,7 @@ class Preset:
         *,
         sparsity: float | None,
         steps: int,
-        every: int = 100,
+        every: int | None = None,
         rounds: int = 5,
         key: Key[Array, ""] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
@@ -68,7 +68,8 @@ class Preset:
             inner: the optimizer, its whole chain.
             sparsity: reached at the end; None for distributions that decide themselves.
             steps: length of the training.
-            every: updates between masks; of an alternating preset, length of a phase.
+            every: updates between masks; of an alternating preset, length of a phase. None: 100, and a tenth of a
+                training of less than 1000 steps, which would otherwise jump to its sparsity.
             rounds: of an iterative preset, which here goes on with its weights and its learning rate; for others see
                 `jaxprune.iterative`.
             key: needed by presets that draw.
@@ -77,6 +78,7 @@ class Preset:
             ValueError: a one-shot preset; a length below 1; phases longer than the training; what `prune`, `regrow` and
                 `splice` raise.
         """
+        every = min(100, max(steps // 10, 1)) if every is None else every
         if steps < 1 or every < 1 or rounds < 1:
             raise ValueError(f"`optimizer` needs steps, every and rounds of 1 or more; got {steps}, {every}, {rounds}.")
         last = (steps - 1) // every * every

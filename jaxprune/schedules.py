@@ -22,7 +22,7 @@ def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
     return jnp.where(jnp.asarray(step) >= end, jnp.float32(1.0), jnp.clip(done, 0.0, 1.0))
 
 
-def constant(sparsity: float) -> Schedule:
+def constant(sparsity: Float[Array, ""] | float) -> Schedule:
     """The same sparsity at every step.
 
     Raises:
@@ -32,7 +32,7 @@ def constant(sparsity: float) -> Schedule:
     return lambda step: jnp.float32(sparsity)
 
 
-def as_schedule(sparsity: Schedule | float | None) -> Schedule:
+def as_schedule(sparsity: Schedule | Float[Array, ""] | float | None) -> Schedule:
     """A schedule as it is; a number as that sparsity at every step; None, for distributions that decide, as None.
 
     Raises:
@@ -41,6 +41,11 @@ def as_schedule(sparsity: Schedule | float | None) -> Schedule:
     if sparsity is None or callable(sparsity):
         return sparsity or (lambda step: None)
     return constant(sparsity)
+
+
+def as_update_when(update_when: UpdateWhen | Bool[Array, ""] | bool) -> UpdateWhen:
+    """A function of the step as it is; a bool, known or traced, as that at every step."""
+    return update_when if callable(update_when) else lambda step: update_when
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:

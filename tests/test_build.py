@@ -255,6 +255,36 @@ def test_a_gradual_ramp_ends_at_its_sparsity_inside_the_stage(length, every, spa
     assert ramp[0] == (np.float32(sparsity) if len(ramp) == 1 else 0)
 
 
+@given(length=st.integers(1, 3000), sparsity=st.sampled_from([0.5, 0.999]))
+def test_a_ramp_without_a_period_has_several_steps_however_short(length, sparsity):
+    """Every 100 steps where that is often enough, and else ten times; the last masks are those asked for."""
+    prune = cfg.Prune(how="gradual", sparsity=sparsity, duration=steps_(length))
+    with pytest.MonkeyPatch.context() as patch:
+        updates = updates_of(patch, prune)
+    assert len(updates) >= min(length, 10)
+    assert updates[-1][1] == np.float32(sparsity)
+    assert length < 1000 or [step for step, _ in updates] == list(range(0, length, 100))
+    assert build.too_few_updates(prune, 10) == "" or length < 3
+
+
+@pytest.mark.parametrize("how", ["gradual", "regrow", "splice"])
+@pytest.mark.parametrize(("length", "every", "count"), [(100, 100, 1), (10, 200, 1), (200, 100, 2), (201, 100, 3)])
+def test_a_period_too_long_for_its_stage_says_so(how, length, every, count):
+    prune = cfg.Prune(how=how, sparsity=0.5, duration=steps_(length), update_every=steps_(every))
+    said = build.too_few_updates(prune, 10)
+    assert (f"masks are computed {count} time(s) in the {length} steps" in said) == (count < 3)
+    assert said == "" or said.startswith(f'prune.update_every: with "{every} steps"')
+    if how == "gradual":
+        with pytest.MonkeyPatch.context() as patch:
+            assert len(updates_of(patch, prune)) == count
+
+
+def test_a_stage_of_two_steps_says_so():
+    said = build.too_few_updates(cfg.Prune(how="gradual", sparsity=0.5, duration=steps_(2)), 10)
+    assert said.startswith('prune.duration: with "2 steps" masks are computed 2 time(s)')
+    assert build.too_few_updates(cfg.Prune(sparsity=0.5), 10) == ""
+
+
 @settings(max_examples=15)
 @given(length=st.integers(1, 20), rounds=st.integers(1, 6), sparsity=st.sampled_from([0.0, 0.5, 0.99]))
 def test_every_iterative_round_keeps_the_same_share(length, rounds, sparsity):

@@ -346,6 +346,15 @@ def test_hash_sees_the_order_of_rules(write):
     assert one != two
 
 
+def test_hash_knows_a_period_given_from_one_that_follows_the_length(write):
+    """What was not given is still named as it was: long stages compute the same."""
+    gradual = 'name = "x"\n[prune]\nhow = "gradual"\nsparsity = 0.5\n'
+    hashes = [config_hash(load(write(gradual + more))) for more in ("", 'update_every = "100 steps"')]
+    assert hashes[0] != hashes[1]
+    assert hashes[0] == "0359483c"
+    assert "update_every" not in dump(load(write(gradual)))
+
+
 def test_hash_is_the_same_tomorrow():
     """Run folders carry it: a change of this value makes finished runs start anew, so change it knowingly."""
     assert config_hash(lab.Config(name="x")) == "14fb9ccd"

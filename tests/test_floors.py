@@ -17,6 +17,7 @@ ROOMS = {
     1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide"],
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [
+        "inner",
         "methods",
         "regrowth",
         "tracing",

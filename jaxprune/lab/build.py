@@ -129,7 +129,7 @@ def pruning_optimizer(
         inner,
         sparsity=prune.sparsity,
         steps=prune_steps(prune, steps_per_epoch),
-        every=max(prune.update_every.steps(steps_per_epoch), 1),
+        every=None if prune.update_every is None else max(prune.update_every.steps(steps_per_epoch), 1),
         rounds=prune.rounds,
         key=key,
     )
@@ -147,6 +147,21 @@ def prune_steps(prune: cfg.Prune, steps_per_epoch: int) -> int:
             f'prune.duration: "{prune.duration}" comes to 0 steps, at least 1 is needed to prune {prune.how}.'
         )
     return {"one-shot": 0, "iterative": len(levels(prune)) * length}.get(prune.how, length)
+
+
+def too_few_updates(prune: cfg.Prune, steps_per_epoch: int) -> str:
+    """What to tell of a stage that computes masks fewer than three times though it prunes step by step, else ""."""
+    steps = prune_steps(prune, steps_per_epoch)
+    every = 1 if prune.update_every is None else max(prune.update_every.steps(steps_per_epoch), 1)
+    count = (steps - 1) // every + 1
+    if prune.how not in ("gradual", "regrow", "splice") or count >= 3:
+        return ""
+    way = "Choose a longer prune.duration." if every == 1 else "Leave it out, or choose fewer steps."
+    key, value = ("duration", prune.duration) if every == 1 else ("update_every", prune.update_every)
+    return (
+        f'prune.{key}: with "{value}" masks are computed {count} time(s) in the {steps} steps of the stage, which is '
+        f"hardly {prune.how}. {way}"
+    )
 
 
 def levels(prune: cfg.Prune) -> list[Any]:

@@ -303,6 +303,7 @@ def dump(config: Config) -> str:
 _BEFORE = {"schedule": "cubic", "iterations": 1, "rewind": "none", "normalized": False, "along": "inputs", "shift": 0}
 _BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "in_turn": False, "freeze": True, "pooled": False, "patience": 1}
 _BEFORE |= {"adjust_dropout": False, "compact": False, "flip": False}
+_PERIODIC = ("gradual", "alternating", "regrow", "splice")
 
 
 def config_hash(config: Config) -> str:
@@ -313,6 +314,9 @@ def config_hash(config: Config) -> str:
     apart = dict.fromkeys(("name", "title", "checkpoint", "published"), True)
     tree = config.model_dump(mode="json", exclude={**apart, "data": {"data_dir"}})
     tree["prune"].pop("preset", None)
+    if config.prune.how in _PERIODIC:  # not given it was 100 steps, and still is in long stages
+        given = tree["prune"].pop("update_every", None)
+        tree["prune"]["update_every"] = {None: "100 steps", "100 steps": "100 steps, given"}.get(given, given)
     for section in ("store", "distill"):
         if getattr(config, section) == type(config).model_fields[section].default:
             del tree[section]

@@ -110,8 +110,8 @@ class Prune(Table):
     this much below the dense validation accuracy does not count, and ends the rounds of its group, or the stage; of n
     groups one after the other the i-th may lose i/n of it. `patience`: rounds in a row that a group in turn may fail
     before it has ended; it tries the same again at its next turn. `learning_rate`: of the stage, whose optimizer is
-    [train]'s but for that. `update_every`: between masks; of alternating phases, the length. `margin`, `decay`: see
-    `jaxprune.splice`.
+    [train]'s but for that. `update_every`: between masks; of alternating phases, the length; without it 100 steps, or a
+    tenth of a stage of less than 1000. `margin`, `decay`: see `jaxprune.splice`.
     """
 
     preset: Annotated[str | None, _word("preset")] = None
@@ -141,9 +141,7 @@ class Prune(Table):
     learning_rate: Annotated[
         float | None, Field(gt=0), Only(("how", "gradual", "iterative", "alternating", "regrow", "splice"))
     ] = None
-    update_every: Annotated[Period, Only(("how", "gradual", "alternating", "regrow", "splice"))] = Duration(
-        100, "steps"
-    )
+    update_every: Annotated[Period | None, Only(("how", "gradual", "alternating", "regrow", "splice"))] = None
 
     def idle(self) -> set[str]:
         """Levels are as many as they are."""

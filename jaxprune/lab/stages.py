@@ -158,6 +158,8 @@ class _SeedStages:
             masks = self._one_shot(dense, method)
             dense, tx = jp.apply_masks(dense, masks), jp.keep_params_sparse(masks)
         else:
+            if text := build.too_few_updates(prune, self._per_epoch(phase)):
+                self.watcher.note(text)
             inner = build.optimizer(phase, steps)
             tx = build.pruning_optimizer(inner, prune, self._per_epoch(phase), self.keys["prune"])
         state = self._run("prune", phase, tx, steps, dense)
