@@ -112,8 +112,6 @@ def _compressed(
     positions, values = stored.nonzeros()
     if np.isnan(values).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it has no sparse form. Load it dense, with `select`.")
-    kept = values != 0  # a -0.0 is stored, but is no weight here
-    positions, values = positions[kept], values[kept]
     shape = stored.record.shape
     if outputs_last:
         cols, rows = np.divmod(positions, shape[-1])
