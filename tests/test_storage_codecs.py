@@ -367,6 +367,11 @@ class Pair(NamedTuple):
     second: Any
 
 
+class Value(NamedTuple):
+    value: Any
+    rest: Any
+
+
 class Linear(eqx.Module):
     weight: Any
     bias: Any
@@ -396,9 +401,11 @@ TREES = {
     "frozen": (flax.core.freeze({"params": {"kernel": W}}), {"params": {"kernel": W}}),
     "state": (
         nnx.State({"first": {"kernel": nnx.Param(W), "bias": nnx.Param(B)}, "layers": {0: {"scale": nnx.Param(V)}}}),
-        {"first": {"kernel": {"value": W}, "bias": {"value": B}}, "layers": {0: {"scale": {"value": V}}}},
+        {"first": {"kernel": W, "bias": B}, "layers": {0: {"scale": V}}},
     ),
-    "variable": (nnx.Param(W), {"value": W}),
+    "variable": (nnx.Param(W), W),
+    "value": ({"value": W, "a": {"value": V}}, None),
+    "value of a tuple": ([Value(W, B), Value(V, None)], [{"value": W, "rest": B}, {"value": V}]),
     "module": ([Linear(W, B, "one"), Linear(V, None, "two")], [{"weight": W, "bias": B}, {"weight": V}]),
 }
 

@@ -59,7 +59,7 @@ def save(
     Args:
         path: where; its folder is made, an old file replaced.
         params: any pytree of arrays, of jax or NumPy, some leaves perhaps quantized (`jaxprune.storage.to_codebooks`,
-            `to_integers`).
+            `to_integers`); of an NNX model `nnx.state(model)`, for `nnx.Param` alone has no statistics of batch norms.
         masks: which weights are alive, dead ones being zero; without, those that are not zero. Only where a living
             weight may be zero do they say more than the weights.
         encoding: "auto" takes the smallest for each tensor; a name (see `jaxprune.storage.encodings`) is for matrices
@@ -125,7 +125,8 @@ def _host(name: str, leaf: Any) -> values.Leaf:
     if leaf.dtype.name not in values.DTYPES:
         raise TypeError(
             f"Leaf {name!r} is {leaf.dtype}, which has no place in a file. There are: {', '.join(values.DTYPES)}. Take "
-            "it apart (`jax.random.key_data`, real and imaginary parts), or leave it out."
+            "it apart (`jax.random.key_data`, real and imaginary parts), or leave it out, in Flax NNX dropout's keys "
+            "with `nnx.state(model, nnx.Not(nnx.RngState))`."
         )
     if is_quantized(leaf):
         return leaf
