@@ -273,7 +273,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab import convert
 
     kind = convert.kind_of(arguments.target, arguments.to)
-    model = convert.read(arguments.source)
+    model = convert.read(arguments.source, everything=arguments.everything)
     if arguments.quantize:
         model = convert.quantized(model, arguments.quantize, tuple(arguments.select))
     convert.write(arguments.target, model, kind, encoding=arguments.encoding, deflate=arguments.deflate)

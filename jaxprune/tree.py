@@ -22,9 +22,13 @@ NOT_WEIGHTS = ("bias", "scale", "embedding")
 
 def leaf_name(path: tuple[Any, ...]) -> str:
     """Name of the leaf at a key path, such as "layers/0/kernel"; "" for a tree that is a single leaf."""
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(unwrapped(path), simple=True, separator="/")
+
+
+def unwrapped(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the "value" that Flax NNX's Variables have at its end."""
+    wrapped = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    return path[:-1] if wrapped else path
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

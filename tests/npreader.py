@@ -39,7 +39,7 @@ def tensor(name, record, body):
         scale, zero = (np.broadcast_to(one, shape).reshape(-1)[places] for one in (scale, zero))
         values = (np.float32(codes - 2 ** (int(kind[-1]) - 1) - zero) * scale).astype(dtype)
     weight, mask = np.zeros(math.prod(shape), dtype), np.zeros(math.prod(shape), bool)
-    alive = (values.view(f"u{dtype.itemsize}") != 0) | (record.get("alive", "stored") == "stored")
+    alive = np.array([bool(value) for value in values], bool) | (record.get("alive", "stored") == "stored")
     weight[places], mask[places] = values, alive
     return record.get("path", name.split("/")), weight.reshape(shape), mask.reshape(shape)
 

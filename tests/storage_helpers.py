@@ -110,7 +110,7 @@ def everything(rng=None, scale=1):
 def everything_file(path, **kwargs):
     """Writes `everything`; hands back the params."""
     params, rules = everything(**kwargs)
-    jp.save(path, params, encoding=rules, metadata={"accuracy": 0.5})
+    jp.save(path, params, encoding=rules, signed_zeros=True, metadata={"accuracy": 0.5})
     return params
 
 

@@ -161,7 +161,7 @@ def test_select(linear, tmp_path, capsys):
 def test_orbax_reads_it_and_it_comes_back(linear, tmp_path, capsys):
     call(capsys, "convert", linear[0], tmp_path / "orbax", "--to", "orbax")
     with ocp.PyTreeCheckpointer() as checkpointer:
-        kernel = np.asarray(checkpointer.restore(tmp_path / "orbax")["layers"]["0"]["kernel"])
+        kernel = np.asarray(checkpointer.restore(tmp_path / "orbax")["layers"][0]["kernel"])
     assert np.array_equal(kernel, linear[1]["layers"][0]["kernel"])
     call(capsys, "convert", tmp_path / "orbax", tmp_path / "b.jaxprune")
     same(tmp_path / "b.jaxprune", linear[1])

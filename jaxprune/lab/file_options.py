@@ -14,7 +14,8 @@ against dense; the whole file, header included; and what it says of itself. Plai
 CONVERT = """\
 Write a model as another file. IN is a file of jaxprune, plain safetensors, a checkpoint of a run, a PyTree checkpoint
 of Orbax, or a folder with Keras's ResNet-50 (ResNet50/model.json and assets/labels.json of TensorFlow.js). OUT is, by
-its suffix or --to, a file of jaxprune, dense safetensors, or an Orbax checkpoint. Masks and metadata go along.
+its suffix or --to, a file of jaxprune, dense safetensors, or an Orbax checkpoint. Masks and metadata go along. Of a
+checkpoint of training, the model is taken: params, and statistics of batch norms beside them.
 
   jaxprune convert model.safetensors model.jaxprune
   jaxprune convert model.jaxprune smaller.jaxprune --quantize codebook4
@@ -68,6 +69,8 @@ def _add_convert(commands: argparse._SubParsersAction, style: dict[str, Any], do
                          help="of matrices and kernels: dense, bitmask, csr16, csr32, gaps4, ... (default: auto, the "
                          "smallest of each)")  # fmt: skip
     convert.add_argument("--no-deflate", dest="deflate", action="store_false", help="leave all bytes as they are")
+    convert.add_argument("--everything", action="store_true",
+                         help="of a checkpoint of training all arrays (default: the model's alone)")  # fmt: skip
     convert.add_argument("--quantize", metavar="FORM", choices=FORMS, default="",
                          help="codebook1 to codebook8, int8, int4, bfloat16, float16; none: floats")  # fmt: skip
     convert.add_argument("--select", metavar="PATTERN", nargs="+", default=[],

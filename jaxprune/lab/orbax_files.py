@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+_MARK = "_METADATA"
+"""The file in each folder that holds a PyTree."""
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -48,6 +51,11 @@ def read_tree(folder: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: it is no such folder, or damaged.
     """
+    inside = [] if (folder / _MARK).exists() else [*folder.glob(f"*/{_MARK}"), *folder.glob(f"*/*/{_MARK}")]
+    if inside:
+        raise ValueError(
+            f"{folder} has its arrays further down. Name one: {', '.join(str(one.parent) for one in inside)}."
+        )
     try:
         with quiet(), opened() as (ocp, checkpointer):
             described = checkpointer.metadata(folder.absolute()).item_metadata
@@ -64,13 +72,24 @@ def write_tree(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
     """A PyTree checkpoint as Orbax reads it.
 
     Raises:
-        ValueError: the folder is there already; an array has no elements, which Orbax does not save.
+        ValueError: the folder is there already; an array has no elements, or there is none, which Orbax does not save;
+            two leaves have one name in its files, of which it would keep one, and say nothing.
         OSError: it cannot be written.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already. Delete it, or choose another folder.")
+    names: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where, name = jax.tree_util.keystr(path), jax.tree_util.keystr(path, simple=True, separator=".")
         if not leaf.size:
-            raise ValueError(f"Orbax saves no arrays without elements: {jax.tree_util.keystr(path)} {leaf.shape}.")
+            raise ValueError(f"Orbax saves no arrays without elements: {where} {leaf.shape}.")
+        if name in names:
+            raise ValueError(
+                f"The leaves {names[name]} and {where} are both named {name!r} in Orbax's files, which keep one of "
+                "them. Rename one of the keys, or write another kind of file."
+            )
+        names[name] = where
+    if not names:
+        raise ValueError("Orbax saves no tree without elements.")
     with quiet(), opened() as (ocp, checkpointer):
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, custom_metadata=metadata))

@@ -219,6 +219,15 @@ class SparseWeight(quax.ArrayValue):
             object.__setattr__(new, field.name, fields.get(field.name, getattr(self, field.name)))
         return new
 
+    def __getitem__(self, _: Any) -> Any:
+        """Refused, as products are: only in `apply` a compressed leaf stands for its array."""
+        raise SparseUseError(
+            f"Leaf {self.name!r} is compressed and was used outside of `jaxprune.sparse.apply`, or by a function there "
+            "that closes over it. Hand it in: `apply(lambda model, x: model(x))(model, x)`."
+        )
+
+    __matmul__ = __rmatmul__ = __getitem__
+
     def materialise(self) -> ArrayLike:
         """The dense leaf, if the weight is marked `unsupported="dense"`.
 

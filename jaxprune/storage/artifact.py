@@ -24,7 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.storage import container, memory, paths, records, values
+from jaxprune.storage import container, memory, passes, paths, records, values
 from jaxprune.storage.container import FileError, Header
 from jaxprune.storage.encodings import pattern_of
 from jaxprune.storage.patterns import PatternError
@@ -48,27 +48,30 @@ def save(
     masks: Any = None,
     encoding: str | Mapping[str, str] = "auto",
     deflate: bool = True,
+    signed_zeros: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write params to a file, whole or not at all.
 
-    Every bit comes back with `load`, of quantized leaves that of their codes.
+    Every bit comes back with `load`, of quantized leaves that of their codes; -0.0 comes back as 0.0, which dead
+    weights are after `w * mask`, unless signs are asked for.
 
     Args:
         path: where; its folder is made, an old file replaced.
         params: any pytree of arrays, of jax or NumPy, some leaves perhaps quantized (`jaxprune.storage.to_codebooks`,
-            `to_integers`).
+            `to_integers`); of an NNX model `nnx.state(model)`, for `nnx.Param` alone has no statistics of batch norms.
         masks: which weights are alive, dead ones being zero; without, those that are not zero. Only where a living
             weight may be zero do they say more than the weights.
         encoding: "auto" takes the smallest for each tensor; a name (see `jaxprune.storage.encodings`) is for matrices
             and convolution kernels, all others are dense then; or rules name pattern -> encoding, first match wins.
         deflate: whether bytes are deflated where that makes them fewer: smaller by a tenth to a third, and slower.
+        signed_zeros: whether a -0.0 is stored, and comes back; a weight is as dead as with 0.0.
         metadata: free plain data, such as config, metrics and where the model comes from.
 
     Raises:
         TypeError: a leaf is no array, or of a dtype that has no place in the format; metadata that are no plain data.
         ValueError: an encoding that a tensor does not have, masks that do not fit or that have a dead weight which is
-            not zero, leaves of one name.
+            not zero (with `signed_zeros`, a dead -0.0 beside a living zero), leaves of one name.
         OSError: disk full, no permission; an old file is untouched.
     """
     where, names = Path(path), tree.named_leaves(params)
@@ -80,6 +83,7 @@ def save(
     def encoded(item: tuple[str, tuple[Any, Any]]) -> tuple[str, Record, Pieces]:
         name, (keys, leaf) = item
         host = _host(name, leaf)
+        host = passes.without_signs(host) if isinstance(host, np.ndarray) and not signed_zeros else host
         mask = np.asarray(of_mask[name], bool) if name in of_mask else None
         try:
             paths.check(keys, name)
@@ -121,7 +125,8 @@ def _host(name: str, leaf: Any) -> values.Leaf:
     if leaf.dtype.name not in values.DTYPES:
         raise TypeError(
             f"Leaf {name!r} is {leaf.dtype}, which has no place in a file. There are: {', '.join(values.DTYPES)}. Take "
-            "it apart (`jax.random.key_data`, real and imaginary parts), or leave it out."
+            "it apart (`jax.random.key_data`, real and imaginary parts), or leave it out, in Flax NNX dropout's keys "
+            "with `nnx.state(model, nnx.Not(nnx.RngState))`."
         )
     if is_quantized(leaf):
         return leaf

@@ -40,8 +40,9 @@ def load(
         to: "dense" arrays; "masks", all True where nothing was pruned; "quantized", the leaves as they were saved; or a
             sparse format ("bcsr", "native", ...): what `sparse.compress` makes of the selected leaves, without a dense
             array in between.
-        like: a tree (arrays, or `jax.ShapeDtypeStruct`s) whose structure the result has, leaves paired by name.
-            Without, dicts, lists and tuples come back as they were, and other containers as dicts.
+        like: a tree (arrays, or `jax.ShapeDtypeStruct`s) whose structure the result has, leaves paired by name, such as
+            an Equinox module, or `nnx.state(model)`. Without, dicts, lists and tuples come back as they were, other
+            containers as dicts, and NNX's Variables as their arrays: either is what `nnx.update` takes.
         select: leaves that become sparse, as in `sparse.compress`.
         layout: likewise.
         unsupported: likewise, for selected leaves without a sparse form.
@@ -54,6 +55,9 @@ def load(
         FileError: damaged, of a newer version, or larger than allowed; the message names the tensor.
         ValueError: the file's leaves are not those of `like`; an unknown `to`; a selected leaf without a sparse form.
         OSError: it cannot be read.
+
+    Example:
+        >>> nnx.update(model, load("model.jaxprune", like=nnx.state(model)))
     """
     check_unsupported(unsupported)
     if to not in ("dense", "masks", "quantized", *FORMATS):
@@ -62,7 +66,7 @@ def load(
         file.check_memory(file.records, max_bytes)
         shapes = {name: jax.ShapeDtypeStruct(record.shape, record.dtype) for name, record in file.records.items()}
         if like is not None:
-            tree.check_like(f"The tensors of {file.path}", shapes, like)
+            _check_like(file, shapes, like)
         try:
             paths.nested({record.path: None for record in file.records.values()})
         except RecordError as error:
@@ -74,6 +78,16 @@ def load(
         if like is not None:
             return tree.map_named(lambda name, _: leaves[name], like)
         return paths.nested({file.records[name].path: leaf for name, leaf in leaves.items()})
+
+
+def _check_like(file: Artifact, shapes: dict[str, jax.ShapeDtypeStruct], like: Any) -> None:
+    try:
+        tree.check_like(f"The tensors of {file.path}", shapes, like)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Hand in as `like` a tree with the leaves that were saved, no more and no fewer, of an NNX model "
+            "`nnx.state(model)` with the filter that it was saved with."
+        ) from None
 
 
 def _sparse_forms(
@@ -112,8 +126,6 @@ def _compressed(
     positions, values = stored.nonzeros()
     if np.isnan(values).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it has no sparse form. Load it dense, with `select`.")
-    kept = values != 0  # a -0.0 is stored, but is no weight here
-    positions, values = positions[kept], values[kept]
     shape = stored.record.shape
     if outputs_last:
         cols, rows = np.divmod(positions, shape[-1])

@@ -5,6 +5,7 @@
 ["tuple", 3]    an index of a tuple              ["key", 3]    a key of a dict that is a number
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,19 +19,23 @@ Keys = tuple[Any, ...]
 
 
 def flattened(params: Any) -> dict[str, tuple[Keys, Any]]:
-    """Leaf name -> (its keys, the leaf).
+    """Leaf name -> (its keys, the leaf). Flax NNX's Variables stand for their arrays, as in its pure dicts.
 
     Raises:
         ValueError: two leaves have the same name.
     """
     names = tree.named_leaves(params)  # refuses doubles
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return {name: (_keys(params, path), leaf) for (name, leaf), path in zip(names.items(), paths, strict=True)}
+    under = Counter(path[:end] for path in paths for end in range(len(path)))
+    keys = [_keys(params, path, alone=under[tree.unwrapped(path)] < 2) for path in paths]
+    return {name: (one, leaf) for (name, leaf), one in zip(names.items(), keys, strict=True)}
 
 
-def _keys(node: Any, path: tuple[Any, ...]) -> Keys:
-    keys = []
-    for key in path:
+def _keys(node: Any, path: tuple[Any, ...], *, alone: bool) -> Keys:
+    keys, own = [], len(tree.unwrapped(path))
+    for place, key in enumerate(path):
+        if place == own and alone and not isinstance(node, tuple):
+            break  # the "value" of a Variable
         match key:
             case SequenceKey(idx=index):
                 keys.append(("tuple", index) if type(node) is tuple else index)

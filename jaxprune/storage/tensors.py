@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 from jaxprune.storage import memory, passes, records, streams, values
 from jaxprune.storage.bits import ones
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
-from jaxprune.storage.passes import nonzero
+from jaxprune.storage.passes import any_bit, has_negative_zeros, nonzero
 from jaxprune.storage.patterns import Bitmask, Dense, Pattern, PatternError
 from jaxprune.storage.positions import Gaps
 from jaxprune.storage.quantize import Affine, Codebook
@@ -36,13 +36,14 @@ def encode(
     Args:
         path: keys, as they stand in the file.
         leaf: an array in host memory, or a quantized one.
-        mask: which weights are alive; None: a quantized leaf knows, of an array those whose bits are not all zero.
+        mask: which weights are alive; None: a quantized leaf knows, of an array those that are not zero. A -0.0 is
+            stored, alive or not.
         encoding: a name, or "auto".
         deflate: whether streams may be deflated.
 
     Raises:
-        PatternError: no such encoding, one that these weights do not have or that would lose the mask, or a dead weight
-            that is not zero.
+        PatternError: no such encoding, one that these weights do not have or that would lose the mask, a dead weight
+            that is not zero, or a dead -0.0 beside a living zero.
     """
     if encoding != "auto" and (made := _nonzeros_in(path, leaf, mask, pattern_of(encoding), deflate)):
         return made
@@ -54,22 +55,26 @@ def encode(
     if (living & ~alive).any():
         raise PatternError("a weight that the mask has dead is not zero, and would be lost. Call `apply_masks` first")
     exact = quantized or not np.array_equal(alive, living)
-    # What is alive, coded: the same in every pattern that stores just that, in order, so it is done once.
-    living_coded = functools.cache(lambda deflate: values.encode(leaf, alive.reshape(-1), deflate=deflate))
+    kept = alive if quantized or not has_negative_zeros(leaf) else np.asarray(alive | any_bit(leaf))
+    if exact and not np.array_equal(kept, alive):
+        raise PatternError("a zero is alive and a -0.0 is dead, of which a file keeps one. Leave out `signed_zeros`")
+    count = int(np.count_nonzero(alive))
+    # What is kept, coded: the same in every pattern that stores just that, in order, so it is done once.
+    kept_coded = functools.cache(lambda deflate: values.encode(leaf, kept.reshape(-1), deflate=deflate))
     if encoding != "auto":
-        return _in_pattern(path, leaf, alive, _usable(encoding, alive, exact), deflate, living_coded)
-    found = smallest(alive, values.bits_of(leaf), exact=exact)
+        return _in_pattern(path, leaf, kept, count, _usable(encoding, kept, exact), deflate, kept_coded)
+    found = smallest(kept, values.bits_of(leaf), exact=exact)
     # Which is the smallest once it is deflated cannot be told beforehand; these two deflate best.
     tried: dict[Pattern, None] = dict.fromkeys([found, *([Bitmask(), Gaps(8)] if deflate else [])])
-    ways = (_in_pattern(path, leaf, alive, one, deflate, living_coded) for one in tried)
+    ways = (_in_pattern(path, leaf, kept, count, one, deflate, kept_coded) for one in tried)
     return min(ways, key=lambda made: made[0].stored_bytes)
 
 
-def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
+def _usable(encoding: str, kept: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
     pattern = pattern_of(encoding)
-    if why_not := pattern.why_not(alive):
+    if why_not := pattern.why_not(kept):
         raise PatternError(f"it cannot be encoded as {encoding!r}: {why_not}. Choose another, or 'auto'")
-    if exact and not stores_just(pattern, alive):
+    if exact and not stores_just(pattern, kept):
         raise PatternError(
             f"{encoding!r} stores dead weights beside the living ones and would lose the mask, since a living weight "
             'is zero here, or weights are quantized. Choose "auto", "bitmask", "csr16" or "gaps5"'
@@ -78,18 +83,18 @@ def _usable(encoding: str, alive: Bool[np.ndarray, "..."], exact: bool) -> Patte
 
 
 def _in_pattern(
-    path: tuple[Any, ...], leaf: Leaf, alive: Bool[np.ndarray, "..."], pattern: Pattern, deflate: bool,
-    living_coded: Callable[[bool], dict[str, Stream]],
+    path: tuple[Any, ...], leaf: Leaf, kept: Bool[np.ndarray, "..."], alive: int, pattern: Pattern, deflate: bool,
+    kept_coded: Callable[[bool], dict[str, Stream]],
 ) -> tuple[Record, Pieces]:  # fmt: skip
-    count = pattern.sizes(alive)[1]
+    count = pattern.sizes(kept)[1]
     what = Record(
         path=path,
-        shape=alive.shape,
+        shape=kept.shape,
         dtype=leaf.dtype.name,
         encoding=pattern.name,
         values=values.kind_of(leaf),
         count=count,
-        alive="stored" if count == np.count_nonzero(alive) else "nonzero",
+        alive="stored" if count == alive else "nonzero",
         parts=(),
         scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
         crc32=None,
@@ -97,8 +102,8 @@ def _in_pattern(
 
     def made(deflate: bool) -> dict[str, Stream]:
         if not pattern.in_order or pattern == Dense():
-            return _coded(pattern.encode(alive), deflate) | values.encode(leaf, pattern.stored(alive), deflate=deflate)
-        return _coded(pattern.encode_bits(np.packbits(alive), alive.shape), deflate) | living_coded(deflate)
+            return _coded(pattern.encode(kept), deflate) | values.encode(leaf, pattern.stored(kept), deflate=deflate)
+        return _coded(pattern.encode_bits(np.packbits(kept), kept.shape), deflate) | kept_coded(deflate)
 
     return _joined(what, made, deflate)
 
@@ -111,9 +116,10 @@ def _nonzeros_in(
         return None
     flat = leaf.reshape(-1)
     bits, found = (np.packbits(nonzero(flat)), flat) if pattern == Dense() else passes.gather(flat)
-    if mask is not None and not np.array_equal(np.packbits(mask), bits):
+    signed = pattern != Dense() and has_negative_zeros(found)  # its bits are not those of the living then
+    if mask is not None and (signed or not np.array_equal(np.packbits(mask), bits)):
         return None
-    alive = "stored" if ones(bits) == len(found) else "nonzero"
+    alive = "stored" if ones(bits) == len(found) and not signed else "nonzero"
     what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive, (), (), None)
     parts = pattern.encode_bits(bits, leaf.shape) | {"values": found}
     return _joined(what, functools.partial(_coded, parts), deflate)
