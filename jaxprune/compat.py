@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import jax.extend.core
 from jax._src import config
 from jax.extend.core import Jaxpr, JaxprEqn
@@ -48,6 +49,12 @@ def kind_of(primitive: Any, params: dict[str, Any]) -> str:
 def closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> ClosedJaxpr:
     """A jaxpr with constants for its `constvars`."""
     return ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportCallIssue]
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map` over which a value varies from device to device; none where this is not checked."""
+    kind = jax.typeof(value)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
 
 
 def scan_groups(scan: JaxprEqn) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
 from jaxprune.criteria import gradient, random
 from jaxprune.masks import pack_masks, unpack_masks
-from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
+from jaxprune.meshes import placed
+from jaxprune.methods import Method, compute_masks, init_statistics, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
