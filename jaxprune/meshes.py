@@ -47,9 +47,7 @@ def lying_like(argument: str) -> Callable[[F], F]:
             mesh = _explicit_mesh((args, kwargs))
             if mesh is None:
                 return fn(*args, **kwargs)
-            types = {name: kind for name, kind in _axis_types(mesh) if kind is AxisType.Explicit}
-            automatic = mesh.update_axis_types(dict.fromkeys(types, AxisType.Auto))
-            with jax.sharding.use_abstract_mesh(automatic):
+            with jax.sharding.use_abstract_mesh(_automatic(mesh)):
                 inside, inside_by_name = jax.tree.map(_left_to_the_compiler, (args, kwargs))
                 result = fn(*inside, **inside_by_name)
             like = tree.named_leaves(signature.bind(*args, **kwargs).arguments[argument])
@@ -58,6 +56,24 @@ def lying_like(argument: str) -> Callable[[F], F]:
         return on_any_mesh  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def lying_as_dense(sparse: Callable[..., Array], dense: Callable[[Any], Array], weight: Any, x: Any) -> Array:
+    """sparse(weight, x), which lies where dense(x) would on explicit axes; inside of `sparse` these are automatic.
+
+    Args:
+        sparse: (weight, x) -> result.
+        dense: x -> result of the same shape, only traced.
+        weight: a pytree of arrays, whole on every device.
+        x: an array.
+    """
+    mesh = _explicit_mesh((weight, x))
+    if mesh is None:
+        return sparse(weight, x)
+    sharding = jax.eval_shape(dense, x).sharding
+    with jax.sharding.use_abstract_mesh(_automatic(mesh)):
+        result = sparse(*jax.tree.map(_left_to_the_compiler, (weight, x)))
+    return jax.sharding.reshard(result, sharding or NamedSharding(mesh, PartitionSpec()))
 
 
 def placed(mask: Shaped[Array, "..."], leaf: Any) -> Shaped[Array, "..."]:
@@ -80,8 +96,10 @@ def _explicit_mesh(values: Any) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
-def _axis_types(mesh: Any) -> list[tuple[str, AxisType]]:
-    return list(zip(mesh.axis_names, mesh.axis_types, strict=True))
+def _automatic(mesh: Any) -> Any:
+    """The mesh with its explicit axes automatic."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh.update_axis_types({name: AxisType.Auto for name, kind in kinds if kind is AxisType.Explicit})
 
 
 def _left_to_the_compiler(leaf: Any) -> Any:

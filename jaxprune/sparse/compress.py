@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import tree
 from jaxprune.layout import FLAX, Layout
@@ -110,9 +111,12 @@ def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Lay
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
     outputs_last = layout.axes(name, leaf.shape).outputs == (leaf.ndim - 1,)
     weight = format.from_leaf(host, outputs_last=outputs_last, name=name)
-    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
-    # A sharded leaf is gathered: its non-zeros do not fall evenly on its devices.
-    return jax.device_put(weight, next(iter(devices))) if len(devices) == 1 else weight
+    if not isinstance(leaf, jax.Array) or not leaf.committed:
+        return weight
+    if isinstance(leaf.sharding, NamedSharding):
+        # Of a sharded leaf each device gets all: its non-zeros do not fall evenly on them.
+        return jax.device_put(weight, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    return jax.device_put(weight, leaf.sharding) if len(leaf.devices()) == 1 else weight
 
 
 def decompress(params: Params) -> Params:

@@ -222,7 +222,7 @@ class NativeInt8Weight(NativeWeight):
 
     def aval(self) -> ShapedArray:
         """See `SparseWeight.aval`."""
-        return ShapedArray(self.leaf_shape, jnp.dtype(self.leaf_dtype))
+        return type_like(self.leaf_shape, self.leaf_dtype, self.values)
 
     def astype(self, dtype: Any) -> SparseWeight:
         """See `SparseWeight.astype`; the stored values stay."""
