@@ -15,8 +15,8 @@ from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity
 from jaxprune.criteria import Running, magnitude
-from jaxprune.distributions import Budget, ByRule, Distribution, Global
-from jaxprune.granularity import Element, Granularity, GranularityByRule, granularities
+from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
+from jaxprune.granularity import Block, Element, Granularity, GranularityByRule, granularities
 from jaxprune.meshes import lying_like, placed
 from jaxprune.numerics import settled
 from jaxprune.tracing.channels import Channels
@@ -151,7 +151,19 @@ def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, lay
     """The selected leaves, their axes, and their views."""
     leaves = tree.selected_leaves(method.select, params)
     axes = {name: method.layout.axes(name, jnp.shape(leaf)) for name, leaf in leaves.items()}
+    for name in _by_axes(method, leaves):
+        method.layout.check_known(name, jnp.shape(leaves[name]))
     return leaves, axes, {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
+
+
+def _by_axes(method: Method, leaves: dict[str, Any]) -> list[str]:
+    """The leaves whose inputs and outputs as a whole matter; single weights and tiles are the same in any layer."""
+    if isinstance(method.granularity, Channels):
+        return []
+    if any(isinstance(rule, PerOutput) for rule in (method.distribution, *_rules(method.distribution))):
+        return list(leaves)
+    by_leaf = granularities(method.granularity, leaves)
+    return [name for name, granularity in by_leaf.items() if not isinstance(granularity, Element | Block)]
 
 
 def _channel_masks(

@@ -40,8 +40,8 @@ def compress(
             "refuse", or "dense" to leave it as it is.
 
     Raises:
-        ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN;
-            nothing is selected.
+        ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
+            be stacked layers as well as a convolution; nothing is selected.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)
@@ -87,6 +87,8 @@ def has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, u
     """
     axes = layout.axes(name, leaf.shape)
     convolution = bool(axes.spatial)
+    if convolution and unsupported == "refuse":
+        layout.check_known(name, leaf.shape)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
     if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
         why_not = format.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))

@@ -19,6 +19,7 @@ from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8, UInt16
 
+from jaxprune.compat import type_like
 from jaxprune.sparse.formats import FORMATS, SparseWeight, out_in
 
 # Density from which on a tile of so many inputs was the fastest (Zen 4, 32 KiB and 1 MiB of cache).
