@@ -8,9 +8,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import jax.extend.core
-from jax._src import config
+import jax.numpy as jnp
+from jax._src import config, core
+from jax.core import ShapedArray
 from jax.extend.core import Jaxpr, JaxprEqn
+from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     ClosedJaxpr: TypeAlias = Any  # one version's is no other's
@@ -19,6 +23,9 @@ else:
 
 _COMING = ("scan3", "remat3", "custom_jvp3", "custom_vjp3")
 """Flags of jax that make `scan`, `remat` and functions with custom derivatives other primitives."""
+
+pvary_p = core.pvary_p
+"""What makes a value vary over axes of `jax.shard_map`, so that it meets others that do."""
 
 
 @contextlib.contextmanager
@@ -48,6 +55,22 @@ def kind_of(primitive: Any, params: dict[str, Any]) -> str:
 def closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> ClosedJaxpr:
     """A jaxpr with constants for its `constvars`."""
     return ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportCallIssue]
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map` over which a value varies from device to device; none where this is not checked."""
+    kind = value if isinstance(value, ShapedArray) else jax.typeof(value)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
+
+
+def type_like(shape: tuple[int, ...], dtype: Any, *others: Any) -> ShapedArray:
+    """The type of an array that varies over the axes of `jax.shard_map` that one of the others varies over."""
+    kinds = [other if isinstance(other, ShapedArray) else jax.typeof(other) for other in others]
+    most = max(kinds, key=lambda kind: len(varying_axes(kind)))
+    if not varying_axes(most):
+        return ShapedArray(shape, dtype)
+    whole = NamedSharding(most.sharding.mesh, PartitionSpec())
+    return most.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=whole)
 
 
 def scan_groups(scan: JaxprEqn) -> tuple[int, int]:

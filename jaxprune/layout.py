@@ -68,6 +68,25 @@ class Layout:
             return Axes(spatial=axes[:-2], inputs=axes[-2:-1], outputs=axes[-1:])
         return Axes(spatial=axes[2:], inputs=axes[1:2], outputs=axes[:1])
 
+    def check_known(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a leaf of three axes that only their number makes a convolution: no rule, no "conv" in its name.
+
+        Stacked layers of a scan are as likely, and attention kernels whose heads are an axis; for what looks at inputs
+        or outputs as a whole it is not the same.
+
+        Raises:
+            ValueError: it is such a leaf.
+        """
+        if len(shape) != 3 or first_match(self.rules, name) is not None or "conv" in name.lower():
+            return
+        way = "Axes(layers=(0,), inputs=(1,), outputs=(2,))" if self.outputs_last else "Axes((0,), (), (2,), (1,))"
+        raise ValueError(
+            f"Leaf {name!r} {tuple(shape)} may be stacked layers of a scan, a 1-D convolution, or an attention kernel, "
+            "and which of its axes are inputs and outputs depends on that. The model says it, "
+            "`layout=layout_of(trace(apply_fn, params, x))`, or a rule, for stacked layers "
+            f"`layout.with_rules({{{name!r}: {way}}})`."
+        )
+
 
 FLAX = Layout(outputs_last=True)
 """Matrices (in, out), convolutions HWIO: Flax, Haiku, Keras."""

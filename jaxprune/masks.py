@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from jaxprune import tree
+from jaxprune.meshes import lying_like
 from jaxprune.types import Masks, Params
 
 
@@ -126,11 +127,13 @@ def _count(leaves: list[Array]) -> Float[Array, ""]:
     return jnp.sum(jnp.stack([jnp.sum(leaf, dtype=jnp.uint32).astype(jnp.float32) for leaf in leaves]))
 
 
+@lying_like("masks")
 def pack_masks(masks: Masks) -> PyTree[UInt8[Array, "_"]]:
     """One bit a weight: leaves of ceil(weights / 8) bytes, the first weight in the highest bit, flat in C order."""
     return jax.tree.map(lambda mask: jnp.packbits(jnp.ravel(mask)), masks)
 
 
+@lying_like("like")
 def unpack_masks(
     packed: PyTree[UInt8[Array, "_"]],
     like: PyTree[Shaped[Array, "..."] | jax.ShapeDtypeStruct],

@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.checks import check_leaves, check_sparsity, is_concrete
+from jaxprune.checks import check_leaves, check_sparsity
 from jaxprune.criteria import Running, magnitude
-from jaxprune.distributions import Budget, ByRule, Distribution, Global
-from jaxprune.granularity import Element, Granularity, GranularityByRule, granularities
+from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
+from jaxprune.granularity import Block, Element, Granularity, GranularityByRule, granularities
+from jaxprune.meshes import lying_like, placed
 from jaxprune.numerics import settled
 from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
@@ -41,6 +42,7 @@ class Method:
     layout: layouts.Layout = layouts.FLAX
 
 
+@lying_like("params")
 def compute_masks(
     method: Method, params: Params, sparsity: Sparsity | None = None, *, masks: Masks | None = None, **evidence: Any
 ) -> Masks:
@@ -86,6 +88,7 @@ def compute_masks(
     return tree.map_named(mask_of, params)
 
 
+@lying_like("params")
 def group_scores(
     method: Method, params: Params, **evidence: Any
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
@@ -94,6 +97,7 @@ def group_scores(
     return leaves, axes, _pooled(granularities(method.granularity, leaves), scores)
 
 
+@lying_like("params")
 def init_statistics(method: Method, params: Params) -> Any:
     """What a `Running` criterion remembers before the first step, leaf name -> array; () for any other criterion."""
     if not isinstance(method.criterion, Running) or not jax.tree.leaves(params):
@@ -105,6 +109,7 @@ def init_statistics(method: Method, params: Params) -> Any:
     }
 
 
+@lying_like("params")
 def update_statistics(method: Method, statistics: Any, params: Params, **evidence: Any) -> Any:
     """What it remembers after a step; `compute_masks` takes it as `statistics`.
 
@@ -146,7 +151,19 @@ def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, lay
     """The selected leaves, their axes, and their views."""
     leaves = tree.selected_leaves(method.select, params)
     axes = {name: method.layout.axes(name, jnp.shape(leaf)) for name, leaf in leaves.items()}
+    for name in _by_axes(method, leaves):
+        method.layout.check_known(name, jnp.shape(leaves[name]))
     return leaves, axes, {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
+
+
+def _by_axes(method: Method, leaves: dict[str, Any]) -> list[str]:
+    """The leaves whose inputs and outputs as a whole matter; single weights and tiles are the same in any layer."""
+    if isinstance(method.granularity, Channels):
+        return []
+    if any(isinstance(rule, PerOutput) for rule in (method.distribution, *_rules(method.distribution))):
+        return list(leaves)
+    by_leaf = granularities(method.granularity, leaves)
+    return [name for name, granularity in by_leaf.items() if not isinstance(granularity, Element | Block)]
 
 
 def _channel_masks(
@@ -200,10 +217,3 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
     named = {name: jnp.asarray(scores[name]) for name in views}
     check_leaves("score", named, non_negative=True)
     return {name: settled(score) for name, score in named.items()}
-
-
-def placed(mask: Shaped[Array, "..."], leaf: Any) -> Shaped[Array, "..."]:
-    """A mask, or another array, laid out over devices as its leaf is; under jit that is the compiler's to decide."""
-    if is_concrete(mask) and is_concrete(leaf) and isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding:
-        return jax.device_put(mask, leaf.sharding)
-    return mask

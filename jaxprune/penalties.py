@@ -22,6 +22,7 @@ from jaxprune.checks import check_sparsity, is_concrete
 from jaxprune.criteria import squared_magnitude
 from jaxprune.granularity import Granularity, Output
 from jaxprune.inner import if_due
+from jaxprune.meshes import lying_like
 from jaxprune.methods import Method, compute_masks, group_scores, init_statistics, update_statistics
 from jaxprune.numerics import at_least_float32, settled
 from jaxprune.types import Masks, Params, Schedule
@@ -115,6 +116,7 @@ def group_lasso(
         )
     method = Method(squared_magnitude, granularity, select=select, layout=layout)
 
+    @lying_like("params")
     def slopes(params: Params) -> Slopes:
         leaves, axes, squares = group_scores(method, params)
         return {name: _over_group(leaf, axes[name], granularity, squares[name]) for name, leaf in leaves.items()}

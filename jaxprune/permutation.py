@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.distributions import NM
-from jaxprune.methods import Method, group_scores, placed
+from jaxprune.meshes import lying_like, placed
+from jaxprune.methods import Method, group_scores
 from jaxprune.regrouping import regroup
 from jaxprune.tracing.alike import slots
 from jaxprune.tracing.channels import Channels
@@ -142,6 +143,7 @@ def reorder(params: Params, couplings: Couplings, orders: Orders) -> Params:
     return _moved(params, couplings, source)
 
 
+@lying_like("params")
 def _moved(params: Params, couplings: Couplings, source: Ids) -> Params:
     """With `source[c]` in the places of channel c."""
 

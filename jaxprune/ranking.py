@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Integer, UInt32
 from jaxprune import wide as words
 from jaxprune.checks import is_concrete
 from jaxprune.compat import present_forms
+from jaxprune.meshes import lying_like, varying_like
 
 TOP = 0xFFFFFFFF  # beyond every score's pattern, NaN's included: survives whatever k is
 FIELD = 10  # bits of a packed count
@@ -32,6 +33,7 @@ VECTOR = 8  # numbers in a vector register, at least; a run that is shorter save
 DEVICES = 16  # over so many an axis stays where it is
 
 
+@lying_like("scores")
 def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Float[Array, ""]:
     """The k-th largest score, exactly: `jnp.sort(scores, axis=None)[-k]`.
 
@@ -52,6 +54,7 @@ def kth_largest(scores: Float[Array, "..."], k: Integer[Array, ""] | int) -> Flo
     return jnp.where(jnp.asarray(k) == 0, jnp.float32(jnp.inf), value).astype(scores.dtype)
 
 
+@lying_like("scores")
 def top_k_mask(
     scores: Float[Array, "..."], k: Integer[Array, "..."] | int, axes: tuple[int, ...] | None = None
 ) -> Bool[Array, "..."]:
@@ -78,6 +81,7 @@ def top_k_mask(
     return _masks((scores,), jnp.asarray(k, jnp.uint32), None, axes)[0]
 
 
+@lying_like("scores")
 def top_k_masks(
     scores: Sequence[Float[Array, "..."]],
     k: Integer[Array, ""] | int,
@@ -96,6 +100,7 @@ def top_k_masks(
     return list(_masks(tuple(scores), jnp.asarray(k, jnp.uint32), tuple(safe) if safe else None, None))
 
 
+@lying_like("scores")
 def fitting_masks(
     scores: Sequence[Float[Array, "..."]], costs: Sequence[int], budget: words.Wide
 ) -> list[Bool[Array, "..."]]:
@@ -137,7 +142,7 @@ def _kth(scores: Array, k: Array) -> UInt32[Array, ""]:
     pattern = jnp.atleast_1d(_pattern(scores))
     axes = tuple(range(-pattern.ndim, 0))
     enough = partial(_several, jnp.broadcast_to(k, (1,) * (pattern.ndim + 1)))
-    found = _search(partial(_reaching, [pattern], axes), enough, [pattern], axes)
+    found = _search(partial(_reaching, [pattern], axes), enough, [pattern], axes, k)
     return found.cut.reshape(())
 
 
@@ -149,7 +154,7 @@ def _masks(scores: tuple[Array, ...], k: Array, safe: tuple[Array, ...] | None, 
     wide, rank = _of_one_rank(patterns)
     axes = tuple(range(-rank, 0)) if axes is None or len(wide) > 1 else axes
     k = jnp.broadcast_to(k, (1, *_contests(wide[0], axes)))
-    found = _search(partial(_reaching, wide, axes), partial(_several, k), wide, axes)
+    found = _search(partial(_reaching, wide, axes), partial(_several, k), wide, axes, k)
     # Of equals the first arrays' survive, as many as there is room for; in the one where it ends, the first places'.
     need = k - _total(found.above)
     equal = found.counts - found.above
@@ -172,7 +177,7 @@ def _fitting(scores: tuple[Array, ...], costs: words.Wide, budget: words.Wide) -
     def fit(counts: Array) -> Bool[Array, "..."]:
         return words.at_most(words.dot(counts, costs), budget)
 
-    found = _search(partial(_reaching, wide, axes), lambda counts: ~fit(counts), wide, axes)
+    found = _search(partial(_reaching, wide, axes), lambda counts: ~fit(counts), wide, axes, budget)
     # What reaches the cut costs too much, unless everything fits: the cut is 0 then.
     equal = found.counts - found.above
     order = jnp.arange(len(wide), dtype=jnp.int32)
@@ -206,8 +211,9 @@ class _Found(NamedTuple):
 
 
 def _search(
-    count: Callable[[Sequence[Array]], Array], enough: Callable[[Array], Array], wide: Sequence[Array], axes: Any
-) -> _Found:
+    count: Callable[[Sequence[Array]], Array], enough: Callable[[Array], Array], wide: Sequence[Array], axes: Any,
+    goal: Any,
+) -> _Found:  # fmt: skip
     """The largest 32-bit cut at which there is enough; two bits a pass, highest first.
 
     Args:
@@ -215,6 +221,7 @@ def _search(
         enough: counts -> (cuts, *contests), true up to some cut.
         wide: the arrays; at cut 0 there is enough, or the cut found is 0.
         axes: of a contest.
+        goal: what else `enough` or `count` look at; inside of `jax.shard_map` it may vary where the arrays do not.
     """
     shape = _contests(wide[0], axes)
     sizes = [math.prod(array.shape[axis] for axis in axes) for array in wide]
@@ -234,8 +241,10 @@ def _search(
             at = jnp.where(passed > j, counts[:, j], at)
         return _Found(found.cut + (passed[0] << shift), at, above)
 
+    start = _Found(jnp.zeros(shape, jnp.uint32), all_of, jnp.zeros_like(all_of))
+    start = jax.tree.map(lambda value: varying_like(value, *wide, *jax.tree.leaves(goal)), start)
     with present_forms():
-        return lax.fori_loop(0, 16, narrow, _Found(jnp.zeros(shape, jnp.uint32), all_of, jnp.zeros_like(all_of)))
+        return lax.fori_loop(0, 16, narrow, start)
 
 
 def _several(k: Array, counts: Array) -> Bool[Array, "..."]:
@@ -283,7 +292,8 @@ def _kept(
 
     nowhere = jnp.zeros(threshold.shape, jnp.uint32)
     # As results of a conditional they are arguments of what follows, so that arrays of one shape share a program.
-    last = lax.cond(jnp.any(split), lambda: ends(_search(below, enough, wide, axes).cut), lambda: ends(nowhere))
+    search = partial(_search, below, enough, wide, axes, threshold)
+    last = lax.cond(jnp.any(split), lambda: ends(search().cut), lambda: ends(nowhere))
     kept = [(p > threshold) | ((p == threshold) & (i < end)) for p, i, end in zip(wide, places, last, strict=True)]
     return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
 

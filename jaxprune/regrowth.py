@@ -17,7 +17,8 @@ from jaxprune import tree
 from jaxprune.distributions import NM
 from jaxprune.distributions.contest import LAYER
 from jaxprune.granularity import granularities
-from jaxprune.methods import Method, group_scores, placed
+from jaxprune.meshes import lying_like, placed
+from jaxprune.methods import Method, group_scores
 from jaxprune.ranking import top_k_mask
 from jaxprune.tracing.channels import Channels
 from jaxprune.types import Criterion, Masks, Params
@@ -34,6 +35,7 @@ def check_regrowth(method: Method) -> None:
         raise ValueError(f"Regrowth moves weights within a leaf, which would break the pattern of `{name}`.")
 
 
+@lying_like("params")
 def regrow_masks(
     method: Method,
     grow: Criterion | Any,

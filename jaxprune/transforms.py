@@ -19,7 +19,8 @@ from jaxprune.checks import is_concrete
 from jaxprune.criteria import gradient, magnitude, random
 from jaxprune.inner import copies, dense_gradients, if_due, land, model_of, update_inner
 from jaxprune.masks import pack_masks, sparsity_of, unpack_masks
-from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
+from jaxprune.meshes import placed
+from jaxprune.methods import Method, compute_masks, init_statistics, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 

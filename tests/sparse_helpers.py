@@ -45,7 +45,8 @@ def make_x(shape, dtype="float32", seed=1):
 
 
 def compress_one(leaf, format, layout="in_out"):
-    return sparse.compress({"kernel": leaf}, format, layout=LAYOUTS[layout])["kernel"]
+    name = "conv" if leaf.ndim == 3 else "kernel"  # else it might be stacked layers
+    return sparse.compress({name: leaf}, format, layout=LAYOUTS[layout])[name]
 
 
 def compress_all(leaf, layout="in_out"):

@@ -14,7 +14,7 @@ from jaxprune.cli import OF_THE_LAB
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types", "compat"],
-    1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide"],
+    1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide", "meshes"],
     2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [
         "inner",

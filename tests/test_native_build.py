@@ -203,7 +203,8 @@ import sys, jax, jax.numpy as jnp, numpy as np
 from jaxprune import sparse
 from jaxprune.sparse import native
 from pathlib import Path
-native.LIBRARY = Path(sys.argv[1])
+native.LIBRARY, native.TARGET = Path(sys.argv[1]), "another"  # the one beside the package is registered
+native._library.cache_clear()
 assert not native._why_not_called.cache_info().currsize  # the import calls nothing
 assert native.why_missing() == "", native.why_missing()
 w = np.where(np.random.default_rng(0).random((300, 40)) < 0.2, 1.5, 0).astype(np.float32)

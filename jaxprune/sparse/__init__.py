@@ -22,12 +22,14 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |
 | "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
 
+What is compressed goes through `jax.export` as it is (`exports`).
+
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
 and convolutions, with bias, residual and ReLU in the kernel (`fuse`); the others are portable. BUILD_NOTES.md has the
 measurements.
 """
 
-from jaxprune.sparse import native, reference
+from jaxprune.sparse import exports, native, reference
 from jaxprune.sparse.apply import apply
 from jaxprune.sparse.blocks import BlockWeight
 from jaxprune.sparse.cache import user_cache
@@ -60,6 +62,7 @@ __all__ = [
     "apply",
     "compress",
     "decompress",
+    "exports",
     "matmul",
     "native",
     "nbytes",

@@ -13,15 +13,24 @@ from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, c
 from jaxprune.sparse.fuse import fused
 
 F = TypeVar("F", bound=Callable[..., Any])
+_NO_RULE = {
+    "custom_vjp": "The function calls a `jax.custom_vjp` function, and quax has no rule for those. Wrap that one in "
+    "`jax.jit`: it then runs as it is, as long as no compressed leaf goes into it. A leaf that does stays dense with "
+    "`compress(..., select=...)`.",
+    "process_shard_map": "The function calls `jax.shard_map`, and quax has no rule for that. Put `apply` inside: "
+    "`jax.shard_map(apply(fn), in_specs=(PartitionSpec(), ...), ...)`, with compressed leaves whole on every device.",
+}
+"""What quax says of a primitive that it knows no rule for -> what we say."""
 
 
 def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
     """`fn`, whose arguments may now hold compressed leaves.
 
     Every product of activations with a compressed leaf runs on its non-zeros, in the native formats convolutions too;
-    casts, transposes and copies go through, `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and `checkpoint` inside
-    `fn` too. The result is plain arrays, except where `fn` returns a leaf itself. Under `jit`, pools, bias, residual
-    and ReLU after a native product are computed by its kernel (`jaxprune.sparse.fuse`).
+    casts, transposes, copies and barriers go through, `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and
+    `checkpoint` inside `fn` too. `shard_map` goes around it, with compressed leaves whole on every device. The result
+    is plain arrays, except where `fn` returns a leaf itself. Under `jit`, pools, bias, residual and ReLU after a native
+    product are computed by its kernel (`jaxprune.sparse.fuse`).
 
     Args:
         fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.
@@ -32,8 +41,8 @@ def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
         A function of the same arguments, to be jitted: `jax.jit(apply(fn))(sparse_params, x)`.
 
     Raises:
-        SparseUseError: while tracing, naming leaf and operation; also for a `jax.custom_vjp` function outside of an
-            inner `jit`, which quax cannot carry.
+        SparseUseError: while tracing, naming leaf and operation; also for a `jax.shard_map` in `fn`, and a
+            `jax.custom_vjp` function outside of an inner `jit`, which quax cannot carry.
 
     Example:
         >>> predict = jax.jit(apply(model.apply))
@@ -55,13 +64,11 @@ def _quaxified(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
         with present_forms():
             return fused(_quaxify(fn))(*args, **kwargs)
-    except NotImplementedError as error:
-        if "custom_vjp" not in str(error):
+    except (NotImplementedError, AttributeError) as error:
+        way = next((way for word, way in _NO_RULE.items() if word in str(error)), None)
+        if way is None:
             raise
-        raise SparseUseError(
-            "The function calls a `jax.custom_vjp` function, and quax has no rule for those. Wrap that one in "
-            "`jax.jit`: it then runs as it is, as long as no compressed leaf goes into it."
-        ) from error
+        raise SparseUseError(way) from error
 
 
 def _quaxify(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import tree
 from jaxprune.layout import FLAX, Layout
@@ -39,8 +40,8 @@ def compress(
             "refuse", or "dense" to leave it as it is.
 
     Raises:
-        ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN;
-            nothing is selected.
+        ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
+            be stacked layers as well as a convolution; nothing is selected.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)
@@ -86,6 +87,8 @@ def has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, u
     """
     axes = layout.axes(name, leaf.shape)
     convolution = bool(axes.spatial)
+    if convolution and unsupported == "refuse":
+        layout.check_known(name, leaf.shape)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
     if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
         why_not = format.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))
@@ -110,9 +113,12 @@ def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Lay
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
     outputs_last = layout.axes(name, leaf.shape).outputs == (leaf.ndim - 1,)
     weight = format.from_leaf(host, outputs_last=outputs_last, name=name)
-    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
-    # A sharded leaf is gathered: its non-zeros do not fall evenly on its devices.
-    return jax.device_put(weight, next(iter(devices))) if len(devices) == 1 else weight
+    if not isinstance(leaf, jax.Array) or not leaf.committed:
+        return weight
+    if isinstance(leaf.sharding, NamedSharding):
+        # Of a sharded leaf each device gets all: its non-zeros do not fall evenly on them.
+        return jax.device_put(weight, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    return jax.device_put(weight, leaf.sharding) if len(leaf.devices()) == 1 else weight
 
 
 def decompress(params: Params) -> Params:

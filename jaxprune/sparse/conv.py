@@ -15,6 +15,7 @@ import quax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
+from jaxprune.meshes import lying_as_dense
 from jaxprune.sparse.formats import SparseWeight
 from jaxprune.sparse.native_product import Sizes, native_product_p, operands, result_dtype
 from jaxprune.sparse.tiles import NativeWeight
@@ -27,6 +28,18 @@ def _convolution(x: ArrayLike, weight: SparseWeight, **params: Any) -> Any:
     x = jnp.asarray(x)
     like = jax.ShapeDtypeStruct(weight.leaf_shape, weight.dtype)
     result = jax.eval_shape(lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params), x, like)
+
+    def dense(x: Array) -> Array:
+        return lax.conv_general_dilated_p.bind(x, jnp.zeros(weight.leaf_shape, weight.dtype), **params)
+
+    def sparse(weight: NativeWeight, x: Array) -> Array:
+        return _of_any_layout(weight, x, result, params)
+
+    return lying_as_dense(sparse, dense, weight, x)
+
+
+def _of_any_layout(weight: NativeWeight, x: Array, result: Any, params: dict[str, Any]) -> Array:
+    """The convolution whose result has this shape and dtype; axes in whatever order the layer has them."""
     x_axes, _, y_axes = params["dimension_numbers"]
     y_shape = tuple(result.shape[axis] for axis in _channels_last(y_axes))
     x = jnp.transpose(x, _channels_last(x_axes))

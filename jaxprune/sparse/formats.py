@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import quax
+from jax import lax
 from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
 from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
 
-from jaxprune.compat import closed, kind_of
+from jaxprune.compat import closed, kind_of, type_like
 
 Unsupported = Literal["refuse", "dense"]
 
@@ -187,7 +188,7 @@ class SparseWeight(quax.ArrayValue):
 
     def aval(self) -> ShapedArray:
         """Shape and dtype of the leaf this stands for."""
-        return ShapedArray(self.leaf_shape, self.values.dtype)
+        return type_like(self.leaf_shape, self.values.dtype, self.values)
 
     def matrix(self) -> Float[Array, "n_out n_in"]:
         """W (out, in) as a dense array."""
@@ -249,7 +250,12 @@ class SparseWeight(quax.ArrayValue):
 
     @staticmethod
     def default(primitive: Any, values: Any, params: dict[str, Any]) -> Any:
-        """What quax calls for a primitive without a rule: `jax.checkpoint` is entered, the rest refused or dense."""
+        """What quax calls for a primitive without a rule: `jax.checkpoint` is entered, the rest refused or dense.
+
+        A barrier is one for the parts of a weight.
+        """
+        if primitive is lax.optimization_barrier_p:
+            return lax.optimization_barrier(values)
         if primitive is remat_p:
             body = quax.quaxify(jaxpr_as_fun(closed(params["jaxpr"], ())))
             return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)

@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.experimental.sparse import CSR, csr_matmat
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array
+
+from jaxprune.compat import type_like
 
 CUSPARSE_DTYPES = ("float32", "float64")
 
@@ -38,7 +39,7 @@ def _on_cuda(name: str, product: Callable[..., Array], elsewhere: Callable[..., 
         A function of the same arguments, without derivatives: for `primitives.columns_product`.
     """
     primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda *args, n_out, **_: ShapedArray((n_out, args[-1].shape[1]), args[-1].dtype))
+    primitive.def_abstract_eval(lambda *args, n_out, **_: type_like((n_out, args[-1].shape[1]), args[-1].dtype, *args))
     mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(product, multiple_results=False), platform="cuda")
     return primitive.bind

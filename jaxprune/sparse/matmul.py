@@ -27,8 +27,11 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 from jax.experimental.sparse import BCOO, BCSR, bcoo_dot_general, bcsr_dot_general
+from jax.extend.core.primitives import name_p, sharding_constraint_p
 from jaxtyping import Array, ArrayLike, Inexact, Num
 
+from jaxprune.compat import pvary_p
+from jaxprune.meshes import lying_as_dense
 from jaxprune.sparse import gpu
 from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
 from jaxprune.sparse.primitives import columns_product
@@ -107,9 +110,10 @@ def _times_bcsr(weight: BCSRWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Arra
 
 
 def _gather_scatter(weight: SparseWeight, x: Inexact[Array, "contracted n"], axis: int) -> Inexact[Array, "kept n"]:
-    indices = jnp.stack(weight.coordinates(), axis=-1)
-    matrix = BCOO((weight.values, indices), shape=weight.sizes, indices_sorted=True, unique_indices=True)
-    return jnp.asarray(bcoo_dot_general(matrix, x, dimension_numbers=(((axis,), (0,)), ((), ()))))
+    # As `bcoo_dot_general` has it on CPU, whose result is of no type that `jax.shard_map` takes.
+    indices, there = weight.coordinates(), "promise_in_bounds"
+    products = weight.values[:, None] * x.at[indices[axis]].get(mode=there)
+    return jnp.zeros((weight.sizes[1 - axis], x.shape[1]), x.dtype).at[indices[1 - axis]].add(products, mode=there)
 
 
 def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out: int) -> Array:
@@ -161,7 +165,15 @@ def _dot_general(weight: SparseWeight, x: Any, params: dict[str, Any], *, weight
         return SparseWeight.default(lax.dot_general_p, operands, params)
     shapes = (jax.ShapeDtypeStruct(jnp.shape(operand), jnp.result_type(operand)) for operand in operands)
     dtype = jax.eval_shape(functools.partial(lax.dot_general_p.bind, **params), *shapes).dtype
-    return _contract(jnp.asarray(x), x_axes[0], weight, weight_axes[0], dtype, weight_first=weight_first)
+
+    def dense(x: Array) -> Array:
+        leaf = jnp.zeros(weight.leaf_shape, weight.dtype)
+        return lax.dot_general_p.bind(*((leaf, x) if weight_first else (x, leaf)), **params)
+
+    def sparse(weight: SparseWeight, x: Array) -> Array:
+        return _contract(x, x_axes[0], weight, weight_axes[0], dtype, weight_first=weight_first)
+
+    return lying_as_dense(sparse, dense, weight, jnp.asarray(x))
 
 
 @quax.register(lax.convert_element_type_p)
@@ -190,6 +202,14 @@ def _reshape(weight: SparseWeight, **params: Any) -> Any:
     return SparseWeight.default(lax.reshape_p, (weight,), params)
 
 
+@quax.register(pvary_p)
+def _vary(weight: SparseWeight, **params: Any) -> SparseWeight:
+    """Inside of `jax.shard_map`, before a product with activations that vary over devices."""
+    return jax.tree.map(lambda part: pvary_p.bind(part, **params), weight)
+
+
+@quax.register(name_p)
+@quax.register(sharding_constraint_p)
 @quax.register(lax.copy_p)
 def _copy(weight: SparseWeight, **_: Any) -> SparseWeight:
     return weight

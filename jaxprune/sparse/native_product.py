@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Num, Shaped
 
-from jaxprune.compat import ClosedJaxpr
+from jaxprune.compat import ClosedJaxpr, type_like
 from jaxprune.sparse import native
 from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product
@@ -125,7 +124,7 @@ def _fused_primitive() -> Primitive:
         return y, 0
 
     primitive.def_impl(jax.jit(_fused_kernel, static_argnames=("steps", "sizes", "apart")))
-    primitive.def_abstract_eval(lambda *_, steps, sizes, apart: ShapedArray(steps.shape, jnp.dtype(sizes.dtype)))
+    primitive.def_abstract_eval(lambda *args, steps, sizes, apart: type_like(steps.shape, sizes.dtype, *args))
     mlir.register_lowering(primitive, mlir.lower_fun(_fused_kernel, multiple_results=False))
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch

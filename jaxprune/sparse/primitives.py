@@ -18,6 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from jaxprune.compat import type_like
+
 
 def sparse_product(
     name: str,
@@ -45,13 +47,11 @@ def sparse_product(
         *pattern, x = pattern_and_x
         nothing = (None,) * len(pattern)
         if ad.is_undefined_primal(values):
-            like = jax.ShapeDtypeStruct(values.aval.shape, values.aval.dtype)
             dense = lambda v: dense_product(to_matrix(v, *pattern, x, **sizes), x, **sizes)  # noqa: E731
-            of_values = jax.linear_transpose(dense, like)
+            of_values = jax.linear_transpose(dense, values.aval)
             return (*of_values(ct), *nothing, None)
-        like = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
-        matrix = to_matrix(values, *pattern, like, **sizes)
-        of_x = jax.linear_transpose(lambda x: dense_product(matrix, x, **sizes), like)
+        matrix = to_matrix(values, *pattern, x.aval, **sizes)
+        of_x = jax.linear_transpose(lambda x: dense_product(matrix, x, **sizes), x.aval)
         return (None, *nothing, *of_x(ct))
 
     def batch(args: tuple[Array, ...], axes: tuple[Any, ...], **sizes: Any) -> tuple[Array, int]:
@@ -75,7 +75,7 @@ def sparse_product(
 
     def abstract(*args: Any, **sizes: Any) -> ShapedArray:
         y = jax.eval_shape(lambda *args: product(*args, **sizes), *args)
-        return ShapedArray(y.shape, y.dtype)
+        return type_like(y.shape, y.dtype, *args)
 
     eager = jax.jit(lambda sizes, *args: product(*args, **dict(sizes)), static_argnums=0)
     primitive.def_impl(lambda *args, **sizes: eager(tuple(sizes.items()), *args))

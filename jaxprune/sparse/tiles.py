@@ -19,6 +19,7 @@ from jax.core import ShapedArray
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8, UInt16
 
+from jaxprune.compat import type_like
 from jaxprune.sparse.formats import FORMATS, SparseWeight, out_in
 
 # Density from which on a tile of so many inputs was the fastest (Zen 4, 32 KiB and 1 MiB of cache).
@@ -222,7 +223,7 @@ class NativeInt8Weight(NativeWeight):
 
     def aval(self) -> ShapedArray:
         """See `SparseWeight.aval`."""
-        return ShapedArray(self.leaf_shape, jnp.dtype(self.leaf_dtype))
+        return type_like(self.leaf_shape, self.leaf_dtype, self.values)
 
     def astype(self, dtype: Any) -> SparseWeight:
         """See `SparseWeight.astype`; the stored values stay."""

@@ -6,6 +6,7 @@ The loops exist for several instruction sets; which one runs is decided when the
 or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
+
+from jaxprune.meshes import varying_like
 
 # Beside this file; or, where the sources are used in place, where the package was installed.
 _BESIDE = Path(__file__).parent / "_kernels.so"
@@ -81,6 +84,10 @@ def _why_not_called() -> str:
     return reasons[0]
 
 
+def _register() -> None:
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().jaxprune_product), platform="cpu")
+
+
 def _called() -> str:
     try:
         device = jax.local_devices(backend="cpu")[0]
@@ -89,7 +96,7 @@ def _called() -> str:
     none = np.zeros(0, np.float32)
     parts = (np.full(1, 2, np.float32), np.zeros(1, np.uint8), np.array([0, 1], np.int32), none, none, none)
     try:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().jaxprune_product), platform="cpu")
+        _register()
         with jax.transfer_guard("allow"):  # one of the whole process would hold here too
             operands = jax.device_put((*parts, np.full((1, 1), 3, np.float32)), device)
             call = jax.jit(lambda *operands: product(*operands, shape=(1, 1), dtype=np.float32, tile=1))
@@ -160,4 +167,12 @@ def product(
         "window": np.asarray(window, np.int64),
         "relu": bool(relu),
     }
-    return call(values, index, bounds, scale, bias, residual, x, **attributes)
+    operands = (values, index, bounds, scale, bias, residual, x)
+    return call(*(varying_like(operand, *operands) for operand in operands), **attributes)
+
+
+# With the import, so that an exported program finds its kernels in a process that does nothing else; it starts no
+# backend. What is wrong with it, if anything, `why_missing` says.
+if not why_not_loaded():
+    with contextlib.suppress(Exception):
+        _register()
