@@ -14,7 +14,7 @@ Means are sums times a reciprocal: a division is rounded one way here and anothe
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +43,8 @@ class Granularity(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Element:
     """Every weight by itself: unstructured sparsity."""
+
+    looks_at_axes: ClassVar[bool] = False
 
     def pool(self, scores: View) -> Groups:
         """The scores themselves."""
@@ -223,6 +225,11 @@ class GranularityByRule:
                     "leaf, such as Block(4, 4) or Output()."
                 )
         object.__setattr__(self, "rules", pairs)
+
+    @property
+    def looks_at_axes(self) -> bool:
+        """Whether any of the rules does."""
+        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in self.rules)
 
 
 def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:

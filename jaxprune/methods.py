@@ -14,7 +14,7 @@ from jaxtyping import Array, Shaped
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
-from jaxprune.criteria import Running, magnitude
+from jaxprune.criteria import BY_AXES, Running, magnitude
 from jaxprune.distributions import Budget, ByRule, Distribution, Global
 from jaxprune.granularity import Element, Granularity, GranularityByRule, granularities
 from jaxprune.numerics import settled
@@ -31,14 +31,15 @@ class Method:
         granularity: which weights live or die together; by leaf with `GranularityByRule`.
         distribution: who competes with whom, and how many win.
         select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool.
-        layout: which axes of a leaf are its inputs and outputs: `FLAX`, `TORCH`, or one of your own.
+        layout: which axes of a leaf are its inputs and outputs: told by its name (`BY_NAME`), `FLAX`, `TORCH`, one of
+            your own, or `layout_of(sites)`.
     """
 
     criterion: Callable[..., Scores] = magnitude
     granularity: Granularity | GranularityByRule | Channels = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
-    layout: layouts.Layout = layouts.FLAX
+    layout: layouts.Layout = layouts.BY_NAME
 
 
 def compute_masks(
@@ -145,8 +146,20 @@ def _scored(
 def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and their views."""
     leaves = tree.selected_leaves(method.select, params)
+    if looks_at_axes(method):
+        for name, leaf in leaves.items():
+            method.layout.check_known(name, jnp.shape(leaf))
     axes = {name: method.layout.axes(name, jnp.shape(leaf)) for name, leaf in leaves.items()}
     return leaves, axes, {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
+
+
+def looks_at_axes(method: Method) -> bool:
+    """Whether it matters to the method which axis of a leaf is summed over."""
+    return (
+        getattr(method.granularity, "looks_at_axes", True)
+        or getattr(method.distribution, "looks_at_axes", False)
+        or method.criterion in BY_AXES
+    )
 
 
 def _channel_masks(

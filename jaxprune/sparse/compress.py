@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.layout import FLAX, Layout
+from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, matrix_of
 from jaxprune.sparse.plan import Plan
 from jaxprune.types import Params
@@ -20,7 +20,7 @@ def compress(
     format: Literal["bcoo", "bcsr", "dense"] | str | Plan = "bcoo",
     *,
     select: tree.Select = tree.weights,
-    layout: Layout = FLAX,
+    layout: Layout = BY_NAME,
     unsupported: Unsupported = "refuse",
 ) -> Params:
     """The same tree, with the non-zeros of its matrices in place of the matrices.
@@ -34,7 +34,8 @@ def compress(
         format: a name in `FORMATS`, or "dense", which leaves everything as it is; or a plan of `tune`, which says
             which leaf gets which format, and by which layout, instead of `select` and `layout`.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
-        layout: which axis of a matrix is summed over; `FLAX` (in, out) or `TORCH` (out, in), also Equinox's.
+        layout: which axis of a matrix is summed over: told by the leaf's name, see `BY_NAME`; `FLAX`, (in, out); or
+            `TORCH`, (out, in), also Equinox's.
         unsupported: what becomes of a selected leaf that is no matrix, such as a convolution kernel or stacked layers:
             "refuse", or "dense" to leave it as it is.
 

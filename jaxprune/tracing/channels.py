@@ -9,6 +9,7 @@ they are, and its masks hold for every leaf, biases too, so that `jaxprune.compa
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,8 @@ class Channels:
     References:
         Fang et al. 2023, DepGraph, arXiv:2301.12900 (importance of coupled groups, there summed).
     """
+
+    looks_at_axes: ClassVar[bool] = False  # the couplings say where channels are
 
     couplings: Couplings
 
