@@ -16,9 +16,8 @@ from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
 from jaxprune.criteria import BY_AXES, Running, magnitude
 from jaxprune.distributions import Budget, ByRule, Distribution, Global
-from jaxprune.granularity import Element, Granularity, GranularityByRule, granularities
+from jaxprune.granularity import AcrossLeaves, Element, Geometry, Granularity, GranularityByRule, across_leaves
 from jaxprune.numerics import settled
-from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
 
 
@@ -36,7 +35,7 @@ class Method:
     """
 
     criterion: Callable[..., Scores] = magnitude
-    granularity: Granularity | GranularityByRule | Channels = Element()
+    granularity: Granularity | GranularityByRule | AcrossLeaves = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
     layout: layouts.Layout = layouts.BY_NAME
@@ -72,14 +71,11 @@ def compute_masks(
         tree.check_like("The masks", masks, params)
         alive = _evidence("masks", masks, params, leaves, axes)
         scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
-    dims = {name: layouts.dims(leaf.shape, axes[name]) for name, leaf in leaves.items()}
-    if isinstance(method.granularity, Channels):
-        found = _channel_masks(method, method.granularity, scores, axes, dims, sparsity, params)
-    else:
-        by_leaf = granularities(method.granularity, leaves)
-        kept = method.distribution(_pooled(by_leaf, scores), sparsity, dims=dims)
-        views_of = {name: by_leaf[name].expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
-        found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
+    _check_priced(method)
+    grouping, geometry = across_leaves(method.granularity), _geometry(params, axes)
+    groups = grouping.pool_leaves(scores, geometry)
+    dims = {name: _dims(name, group, geometry) for name, group in groups.items()}
+    found = grouping.expand_leaves(method.distribution(groups, sparsity, dims=dims), geometry)
 
     def mask_of(name: str, leaf: Array) -> Array:
         return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
@@ -92,7 +88,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, _pooled(granularities(method.granularity, leaves), scores)
+    return leaves, axes, dict(across_leaves(method.granularity).pool_leaves(scores, _geometry(params, axes)))
 
 
 def init_statistics(method: Method, params: Params) -> Any:
@@ -123,14 +119,8 @@ def update_statistics(method: Method, statistics: Any, params: Params, **evidenc
     return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
 
 
-def _pooled(by_leaf: dict[str, Any], scores: dict[str, Array]) -> dict[str, Array]:
-    groups = {}
-    for name, score in scores.items():
-        try:
-            groups[name] = by_leaf[name].pool(score)
-        except ValueError as error:
-            raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
-    return groups
+def _geometry(params: Params, axes: dict[str, layouts.Axes]) -> Geometry:
+    return Geometry(axes, {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()})
 
 
 def _scored(
@@ -162,23 +152,20 @@ def looks_at_axes(method: Method) -> bool:
     )
 
 
-def _channel_masks(
-    method: Method, channels: Channels, scores: dict[str, Array], axes: dict[str, layouts.Axes],
-    dims: dict[str, tuple[int, ...]], sparsity: Sparsity | None, params: Params,
-) -> dict[str, Array]:  # fmt: skip
-    """Masks of all leaves that the channels reach, selected or not."""
-    if any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution))):
+def _dims(name: str, group: Array, geometry: Geometry) -> tuple[int, ...]:
+    """Sizes of the leaf whose groups these are; groups across leaves are named by one and an axis, "conv1/kernel:3"."""
+    leaf = name if name in geometry.axes else name.rpartition(":")[0]
+    return layouts.dims(geometry.shapes[leaf], geometry.axes[leaf]) if leaf in geometry.axes else (1, group.shape[-1])
+
+
+def _check_priced(method: Method) -> None:
+    """Refuse prices of groups that have none of their own."""
+    priced = any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution)))
+    if priced and isinstance(method.granularity, AcrossLeaves):
         raise ValueError(
             "`Budget` adds up what single groups cost; what a channel costs depends on which others are left, in the "
             "layer before and after. Use `masks_within` with `compacted_cost`."
         )
-    shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
-    channels.couplings.check(params)
-    whole = {name: layouts.from_view(score, axes[name], shapes[name]) for name, score in scores.items()}
-    groups = channels.pool_leaves(whole)
-    sizes = {layer: dims.get(layer.rpartition(":")[0], (1, group.shape[-1])) for layer, group in groups.items()}
-    kept = method.distribution(groups, sparsity, dims=sizes)
-    return channels.expand_leaves(kept, {name: shapes[name] for name in channels.couplings.channels})
 
 
 def _rules(distribution: Any) -> tuple[Any, ...]:

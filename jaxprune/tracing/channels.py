@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxprune import layout as layouts
+from jaxprune.granularity import Geometry
 from jaxprune.numerics import ordered_sum
 from jaxprune.tracing.couplings import STAYS, Couplings
 
@@ -53,11 +55,13 @@ class Channels:
             along[name, axis] += 1
         return found
 
-    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]]) -> dict[str, Groups]:
+    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]], leaves: Geometry) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
+        self.couplings.check_shapes(leaves.shapes)
         totals = jnp.zeros(self.couplings.count)
         weights = np.zeros(self.couplings.count)
-        for name, score in scores.items():
+        for name, view in scores.items():
+            score = layouts.from_view(view, leaves.axes[name], leaves.shapes[name])
             for axis, ids in enumerate(self.couplings.channels[name]):
                 if (ids == STAYS).all():
                     continue
@@ -70,17 +74,18 @@ class Channels:
         return {layer: mean[group][None, None] for layer, group in scored.items()}
 
     def expand_leaves(
-        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], shapes: Mapping[str, tuple[int, ...]]
+        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], leaves: Geometry
     ) -> dict[str, Bool[Array, "..."]]:
-        """The verdict on every channel, for all the weights that it has in leaves of these shapes."""
+        """The verdict on every channel, for all the weights that it has: masks of all leaves that channels reach."""
         alive = jnp.ones(self.couplings.count, bool)
         for layer, group in self.layers.items():
             if layer in kept:
                 alive = alive.at[np.asarray(group)].set(kept[layer].reshape(-1))
         masks = {}
-        for name, shape in shapes.items():
+        for name, along_axes in self.couplings.channels.items():
+            shape = leaves.shapes[name]
             mask = jnp.ones(shape, bool)
-            for axis, ids in enumerate(self.couplings.channels[name]):
+            for axis, ids in enumerate(along_axes):
                 if (ids == STAYS).all():
                     continue
                 along = jnp.where(ids == STAYS, True, alive[np.where(ids == STAYS, 0, ids)])
