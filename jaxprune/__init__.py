@@ -53,7 +53,7 @@ from jaxprune.distributions import (
 )
 from jaxprune.dropout import adjusted_dropout
 from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
-from jaxprune.layout import FLAX, TORCH, Axes, Layout
+from jaxprune.layout import BY_NAME, FLAX, TORCH, Axes, Layout
 from jaxprune.loops import Iterated, Round, iterate, iterative
 from jaxprune.masks import (
     apply_masks,
@@ -88,6 +88,7 @@ from jaxprune.tree import weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "BY_NAME",
     "ERK",
     "FLAX",
     "NM",

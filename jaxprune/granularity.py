@@ -14,12 +14,13 @@ Means are sums times a reciprocal: a division is rounded one way here and anothe
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxprune.layout import Axes, from_view, view_shape
 from jaxprune.numerics import ordered_sum
 from jaxprune.tree import each_by_rule
 
@@ -43,6 +44,8 @@ class Granularity(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Element:
     """Every weight by itself: unstructured sparsity."""
+
+    looks_at_axes: ClassVar[bool] = False
 
     def pool(self, scores: View) -> Groups:
         """The scores themselves."""
@@ -223,6 +226,76 @@ class GranularityByRule:
                     "leaf, such as Block(4, 4) or Output()."
                 )
         object.__setattr__(self, "rules", pairs)
+
+    @property
+    def looks_at_axes(self) -> bool:
+        """Whether any of the rules does."""
+        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in self.rules)
+
+
+class Geometry(NamedTuple):
+    """What a granularity across leaves is told of them.
+
+    Attributes:
+        axes: of the leaves that are scored.
+        shapes: of all leaves of the params.
+    """
+
+    axes: Mapping[str, Axes]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@runtime_checkable
+class AcrossLeaves(Protocol):
+    """The pair of maps for all leaves at once; its groups may reach from one leaf to another."""
+
+    def pool_leaves(self, scores: Mapping[str, View], leaves: Geometry) -> Mapping[str, Groups]:
+        """Scores of groups, by name of a leaf, or of whatever competes as the outputs of a leaf do."""
+        ...
+
+    def expand_leaves(self, kept: Mapping[str, Any], leaves: Geometry) -> dict[str, Shaped[Array, "..."]]:
+        """Masks, shaped like the leaves, of every leaf that the groups reach."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafByLeaf:
+    """A granularity of single leaves, as one of all of them.
+
+    Attributes:
+        granularity: the same for all, or by name.
+    """
+
+    granularity: Granularity | GranularityByRule
+
+    def pool_leaves(self, scores: Mapping[str, View], leaves: Geometry) -> dict[str, Groups]:
+        """Scores of the groups of each leaf.
+
+        Raises:
+            ValueError: a leaf that does not fit, by its name.
+        """
+        by_leaf = granularities(self.granularity, scores)
+        groups = {}
+        for name, score in scores.items():
+            try:
+                groups[name] = by_leaf[name].pool(score)
+            except ValueError as error:
+                raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
+        return groups
+
+    def expand_leaves(self, kept: Mapping[str, Any], leaves: Geometry) -> dict[str, Shaped[Array, "..."]]:
+        """Masks of each leaf."""
+        by_leaf = granularities(self.granularity, kept)
+        masks = {}
+        for name, verdicts in kept.items():
+            axes, shape = leaves.axes[name], leaves.shapes[name]
+            masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
+        return masks
+
+
+def across_leaves(granularity: Any) -> AcrossLeaves:
+    """A granularity of whatever kind as one of all leaves."""
+    return granularity if isinstance(granularity, AcrossLeaves) else LeafByLeaf(granularity)
 
 
 def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ matrix), `in` is summed over and `out` is not. A view is a transpose and a resha
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Layout:
 
     Attributes:
         outputs_last: True for (*spatial, in, out), the way of Flax, Haiku and Keras; False for (out, in, *spatial), the
-            way of Equinox and PyTorch. A vector is all output.
+            way of Equinox and PyTorch; None: by the leaf's name, see `BY_NAME`. A vector is all output.
         rules: (name pattern, `Axes`) pairs, first match wins; for stacked layers, or attention kernels whose heads
             make two output axes.
 
@@ -41,7 +42,7 @@ class Layout:
         >>> FLAX.with_rules({"blocks/*/kernel": Axes(layers=(0,), inputs=(1,), outputs=(2,))})
     """
 
-    outputs_last: bool = True
+    outputs_last: bool | None = True
     rules: tuple[tuple[str, Axes], ...] = ()
 
     def with_rules(self, rules: dict[str, Axes]) -> "Layout":
@@ -64,11 +65,14 @@ class Layout:
         if len(shape) < 2:
             return Axes(outputs=tuple(range(len(shape))))
         axes = tuple(range(len(shape)))
-        if self.outputs_last:
+        if self._is_outputs_last(name):
             return Axes(spatial=axes[:-2], inputs=axes[-2:-1], outputs=axes[-1:])
         return Axes(spatial=axes[2:], inputs=axes[1:2], outputs=axes[:1])
 
-    def check_known(self, name: str, shape: tuple[int, ...]) -> None:
+    def _is_outputs_last(self, name: str) -> bool:
+        return _outputs_last(name) is not False if self.outputs_last is None else self.outputs_last
+
+    def check_stacked(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse a leaf of three axes that only their number makes a convolution: no rule, no "conv" in its name.
 
         Stacked layers of a scan are as likely, and attention kernels whose heads are an axis; for what looks at inputs
@@ -79,7 +83,11 @@ class Layout:
         """
         if len(shape) != 3 or first_match(self.rules, name) is not None or "conv" in name.lower():
             return
-        way = "Axes(layers=(0,), inputs=(1,), outputs=(2,))" if self.outputs_last else "Axes((0,), (), (2,), (1,))"
+        way = (
+            "Axes(layers=(0,), inputs=(1,), outputs=(2,))"
+            if self._is_outputs_last(name)
+            else "Axes((0,), (), (2,), (1,))"
+        )
         raise ValueError(
             f"Leaf {name!r} {tuple(shape)} may be stacked layers of a scan, a 1-D convolution, or an attention kernel, "
             "and which of its axes are inputs and outputs depends on that. The model says it, "
@@ -87,6 +95,34 @@ class Layout:
             f"`layout.with_rules({{{name!r}: {way}}})`."
         )
 
+    def check_named(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a leaf of which only its name could tell the axes, and does not.
+
+        Raises:
+            ValueError: neither a rule nor the name says which axis is summed over.
+        """
+        told = self.outputs_last is not None or first_match(self.rules, name) or _outputs_last(name) is not None
+        if not told and len(shape) > 1:
+            raise ValueError(
+                f"The method looks at inputs and outputs; the name {name!r} {tuple(shape)} does not tell which axis is "
+                "which. Say it: `layout=jp.FLAX` for (in, out) and HWIO, `jp.TORCH` for (out, in) and OIHW, or "
+                "`jp.layout_of(jp.trace(apply_fn, params, x))`, which finds it in the model's function."
+            )
+
+
+_NAMES = re.compile(r"(kernel|\w+_kernel|[wW](\d+|_\w+)?)|(weight|weight_\w+|\w+_weight)")
+
+
+def _outputs_last(name: str) -> bool | None:
+    """What the last part of a name says: True for kernel, w, w1, w_up; False for weight, weight_ih, in_proj_weight."""
+    found = _NAMES.fullmatch(name.rpartition("/")[2])
+    return None if found is None else found[1] is not None
+
+
+BY_NAME = Layout(outputs_last=None)
+"""The default. By the last part of a leaf's name: `kernel` and `w` (and w1, w_up) are (in, out) and HWIO, the way of
+Flax and Haiku; `weight` (and weight_ih, in_proj_weight) are (out, in) and OIHW, that of Equinox and PyTorch. Of any
+other name (in, out) is assumed where it does not matter, and a method that looks at axes refuses the leaf."""
 
 FLAX = Layout(outputs_last=True)
 """Matrices (in, out), convolutions HWIO: Flax, Haiku, Keras."""

@@ -14,12 +14,20 @@ from jaxtyping import Array
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity
-from jaxprune.criteria import Running, magnitude
+from jaxprune.criteria import BY_AXES, Running, magnitude
 from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
-from jaxprune.granularity import Block, Element, Granularity, GranularityByRule, granularities
+from jaxprune.granularity import (
+    AcrossLeaves,
+    Block,
+    Element,
+    Geometry,
+    Granularity,
+    GranularityByRule,
+    across_leaves,
+    granularities,
+)
 from jaxprune.meshes import lying_like, placed
 from jaxprune.numerics import settled
-from jaxprune.tracing.channels import Channels
 from jaxprune.types import Masks, Params, Scores, Sparsity
 
 
@@ -32,14 +40,15 @@ class Method:
         granularity: which weights live or die together; by leaf with `GranularityByRule`.
         distribution: who competes with whom, and how many win.
         select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool.
-        layout: which axes of a leaf are its inputs and outputs: `FLAX`, `TORCH`, or one of your own.
+        layout: which axes of a leaf are its inputs and outputs: told by its name (`BY_NAME`), `FLAX`, `TORCH`, one of
+            your own, or `layout_of(sites)`.
     """
 
     criterion: Callable[..., Scores] = magnitude
-    granularity: Granularity | GranularityByRule | Channels = Element()
+    granularity: Granularity | GranularityByRule | AcrossLeaves = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
-    layout: layouts.Layout = layouts.FLAX
+    layout: layouts.Layout = layouts.BY_NAME
 
 
 @lying_like("params")
@@ -73,14 +82,11 @@ def compute_masks(
         tree.check_like("The masks", masks, params)
         alive = _evidence("masks", masks, params, leaves, axes)
         scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
-    dims = {name: layouts.dims(leaf.shape, axes[name]) for name, leaf in leaves.items()}
-    if isinstance(method.granularity, Channels):
-        found = _channel_masks(method, method.granularity, scores, axes, dims, sparsity, params)
-    else:
-        by_leaf = granularities(method.granularity, leaves)
-        kept = method.distribution(_pooled(by_leaf, scores), sparsity, dims=dims)
-        views_of = {name: by_leaf[name].expand(verdicts, scores[name].shape) for name, verdicts in kept.items()}
-        found = {name: layouts.from_view(view, axes[name], leaves[name].shape) for name, view in views_of.items()}
+    _check_priced(method)
+    grouping, geometry = across_leaves(method.granularity), _geometry(params, axes)
+    groups = grouping.pool_leaves(scores, geometry)
+    dims = {name: _dims(name, group, geometry) for name, group in groups.items()}
+    found = grouping.expand_leaves(method.distribution(groups, sparsity, dims=dims), geometry)
 
     def mask_of(name: str, leaf: Array) -> Array:
         return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
@@ -94,7 +100,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, _pooled(granularities(method.granularity, leaves), scores)
+    return leaves, axes, dict(across_leaves(method.granularity).pool_leaves(scores, _geometry(params, axes)))
 
 
 @lying_like("params")
@@ -127,14 +133,8 @@ def update_statistics(method: Method, statistics: Any, params: Params, **evidenc
     return {name: layouts.from_view(found[name], axes[name], jnp.shape(leaf)) for name, leaf in leaves.items()}
 
 
-def _pooled(by_leaf: dict[str, Any], scores: dict[str, Array]) -> dict[str, Array]:
-    groups = {}
-    for name, score in scores.items():
-        try:
-            groups[name] = by_leaf[name].pool(score)
-        except ValueError as error:
-            raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
-    return groups
+def _geometry(params: Params, axes: dict[str, layouts.Axes]) -> Geometry:
+    return Geometry(axes, {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()})
 
 
 def _scored(
@@ -151,38 +151,38 @@ def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, lay
     """The selected leaves, their axes, and their views."""
     leaves = tree.selected_leaves(method.select, params)
     axes = {name: method.layout.axes(name, jnp.shape(leaf)) for name, leaf in leaves.items()}
-    for name in _by_axes(method, leaves):
-        method.layout.check_known(name, jnp.shape(leaves[name]))
+    _check_axes(method, leaves)
     return leaves, axes, {name: layouts.to_view(leaf, axes[name]) for name, leaf in leaves.items()}
 
 
-def _by_axes(method: Method, leaves: dict[str, Any]) -> list[str]:
-    """The leaves whose inputs and outputs as a whole matter; single weights and tiles are the same in any layer."""
-    if isinstance(method.granularity, Channels):
-        return []
-    if any(isinstance(rule, PerOutput) for rule in (method.distribution, *_rules(method.distribution))):
-        return list(leaves)
-    by_leaf = granularities(method.granularity, leaves)
-    return [name for name, granularity in by_leaf.items() if not isinstance(granularity, Element | Block)]
+def _check_axes(method: Method, leaves: dict[str, Any]) -> None:
+    """Refuse leaves of which it matters to the method, and is not known, which axes are inputs and outputs."""
+    rules = (method.distribution, *_rules(method.distribution))
+    per_output = any(isinstance(rule, PerOutput) or getattr(rule, "per_output", False) for rule in rules)
+    everywhere = getattr(method.distribution, "looks_at_axes", False) or method.criterion in BY_AXES
+    across = isinstance(method.granularity, AcrossLeaves)
+    by_leaf = dict.fromkeys(leaves, Element()) if across else granularities(method.granularity, leaves)
+    for name, leaf in leaves.items():
+        if everywhere or getattr(by_leaf[name], "looks_at_axes", True):
+            method.layout.check_named(name, jnp.shape(leaf))
+        if per_output or not isinstance(by_leaf[name], Element | Block):  # these are the same in any layer of a stack
+            method.layout.check_stacked(name, jnp.shape(leaf))
 
 
-def _channel_masks(
-    method: Method, channels: Channels, scores: dict[str, Array], axes: dict[str, layouts.Axes],
-    dims: dict[str, tuple[int, ...]], sparsity: Sparsity | None, params: Params,
-) -> dict[str, Array]:  # fmt: skip
-    """Masks of all leaves that the channels reach, selected or not."""
-    if any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution))):
+def _dims(name: str, group: Array, geometry: Geometry) -> tuple[int, ...]:
+    """Sizes of the leaf whose groups these are; groups across leaves are named by one and an axis, "conv1/kernel:3"."""
+    leaf = name if name in geometry.axes else name.rpartition(":")[0]
+    return layouts.dims(geometry.shapes[leaf], geometry.axes[leaf]) if leaf in geometry.axes else (1, group.shape[-1])
+
+
+def _check_priced(method: Method) -> None:
+    """Refuse prices of groups that have none of their own."""
+    priced = any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution)))
+    if priced and isinstance(method.granularity, AcrossLeaves):
         raise ValueError(
             "`Budget` adds up what single groups cost; what a channel costs depends on which others are left, in the "
             "layer before and after. Use `masks_within` with `compacted_cost`."
         )
-    shapes = {name: jnp.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
-    channels.couplings.check(params)
-    whole = {name: layouts.from_view(score, axes[name], shapes[name]) for name, score in scores.items()}
-    groups = channels.pool_leaves(whole)
-    sizes = {layer: dims.get(layer.rpartition(":")[0], (1, group.shape[-1])) for layer, group in groups.items()}
-    kept = method.distribution(groups, sparsity, dims=sizes)
-    return channels.expand_leaves(kept, {name: shapes[name] for name in channels.couplings.channels})
 
 
 def _rules(distribution: Any) -> tuple[Any, ...]:

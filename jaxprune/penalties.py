@@ -84,7 +84,7 @@ def group_lasso(
     strength: float | Float[Array, ""] | Schedule,
     granularity: Granularity = Output(),
     select: tree.Select = tree.weights,
-    layout: layouts.Layout = layouts.FLAX,
+    layout: layouts.Layout = layouts.BY_NAME,
 ) -> optax.GradientTransformation:
     r"""The penalty $\lambda \sum_g \sqrt{|g|} \, \lVert w_g \rVert_2$: whole groups go to zero, others stay.
 

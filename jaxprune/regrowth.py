@@ -16,11 +16,10 @@ from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.distributions import NM
 from jaxprune.distributions.contest import LAYER
-from jaxprune.granularity import granularities
+from jaxprune.granularity import AcrossLeaves, granularities
 from jaxprune.meshes import lying_like, placed
 from jaxprune.methods import Method, group_scores
 from jaxprune.ranking import top_k_mask
-from jaxprune.tracing.channels import Channels
 from jaxprune.types import Criterion, Masks, Params
 
 
@@ -30,7 +29,7 @@ def check_regrowth(method: Method) -> None:
     Raises:
         ValueError: N:M, whose runs would get other numbers of survivors; channels.
     """
-    if isinstance(method.distribution, NM) or isinstance(method.granularity, Channels):
+    if isinstance(method.distribution, NM) or isinstance(method.granularity, AcrossLeaves):
         name = type(method.distribution if isinstance(method.distribution, NM) else method.granularity).__name__
         raise ValueError(f"Regrowth moves weights within a leaf, which would break the pattern of `{name}`.")
 

@@ -1,5 +1,9 @@
 """Views: there and back for every layout, against NumPy's transpose."""
 
+import re
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -7,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune.layout import FLAX, TORCH, Axes, dims, from_view, to_view, view_shape
+import jaxprune as jp
+from jaxprune.layout import BY_NAME, FLAX, TORCH, Axes, dims, from_view, to_view, view_shape
 
 STACKED = Axes(layers=(0,), inputs=(1,), outputs=(2,))
 HEADS = Axes(inputs=(0,), outputs=(1, 2))
@@ -87,3 +92,58 @@ def test_a_rule_that_does_not_fit_is_refused(axes, shape):
     layout = FLAX.with_rules({"*": axes})
     with pytest.raises(ValueError, match=rf"rule for 'a/w' must name each of its {len(shape)} axes once, it says Axes"):
         layout.axes("a/w", shape)
+
+
+NAMES = {
+    FLAX: ["kernel", "a/kernel", "w", "W", "w1", "w_up", "q_kernel"],
+    TORCH: ["weight", "layers/0/weight", "weight_ih", "in_proj_weight"],
+    None: ["0", "a", "encoder", "weights", "kernels", "scale", "weight/0"],
+}
+
+
+@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout, names in NAMES.items() for name in names])
+def test_names_tell_the_layout(layout, name):
+    shape = (5, 2, 4, 3)
+    assert BY_NAME.axes(name, shape) == (layout or FLAX).axes(name, shape)
+    for method in BY_AXES.values():
+        if layout is None:
+            with pytest.raises(ValueError, match=re.escape(repr(name)) + r".*jp\.FLAX.*jp\.TORCH.*layout_of"):
+                jax.eval_shape(lambda params, m=method: jp.compute_masks(m, params, 0.5), nested(name, (4, 4)))
+        else:
+            jax.eval_shape(lambda params, m=method: jp.compute_masks(m, params, 0.5), nested(name, (4, 4)))
+    jax.eval_shape(lambda params: jp.compute_masks(jp.Method(select="*"), params, 0.5), nested(name, (4, 4)))
+
+
+BY_AXES = {
+    "Output": jp.Method(granularity=jp.Output(), select="*"),
+    "Block": jp.Method(granularity=jp.Block(2, 2), select="*"),
+    "by rule": jp.Method(granularity=jp.GranularityByRule({"*": jp.Input()}), select="*"),
+    "NM": jp.Method(distribution=jp.NM(2, 4), select="*"),
+    "PerOutput": jp.Method(distribution=jp.PerOutput(), select="*"),
+    "OWL": jp.Method(distribution=jp.OWL(per_output=True), select="*"),
+    "a rule of a distribution": jp.Method(distribution=jp.ByRule({"*": jp.NM(1, 2)}), select="*"),
+    "geometric_median": jp.Method(criterion=jp.geometric_median, select="*"),
+}
+
+
+def nested(name, shape):
+    """A tree with one leaf of this name."""
+    tree = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for key in reversed(name.split("/")):
+        tree = {key: tree}
+    return tree
+
+
+def test_outputs_of_an_equinox_model_are_its_outputs():
+    """Not its inputs, as they were where (in, out) was the default."""
+    model = eqx.nn.Linear(6, 4, key=jax.random.key(0))
+    masks = jp.compute_masks(jp.Method(granularity=jp.Output()), eqx.filter(model, eqx.is_array), 0.5)
+    alive = np.asarray(masks.weight)
+    assert sorted(alive.sum(1)) == [0, 0, 6, 6]
+
+
+def test_an_equinox_weight_is_compressed_the_way_it_is_used():
+    model = eqx.filter(eqx.nn.Linear(6, 4, key=jax.random.key(0)), eqx.is_array)
+    by_name, said = (jp.sparse.compress(model, "bcsr", **known) for known in ({}, {"layout": TORCH}))
+    assert jax.tree.structure(by_name) == jax.tree.structure(said)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(by_name), jax.tree.leaves(said), strict=True))

@@ -268,7 +268,7 @@ SPECS = [(("x", "y"), None), ("y", "x")]
 def test_eight_devices_make_the_masks_of_one(granularity, distribution, jit):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     params = {"a": jnp.asarray(twins(24, 16)), "b": jnp.ones(16)}
-    method = jp.Method(granularity=granularity, distribution=distribution)
+    method = jp.Method(granularity=granularity, distribution=distribution, layout=jp.FLAX)
 
     def compute(params):
         return jp.compute_masks(method, params, jnp.float32(0.4))

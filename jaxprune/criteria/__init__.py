@@ -15,6 +15,9 @@ from jaxprune.criteria.gradients import fisher, gradient, grasp, joint_taylor, s
 from jaxprune.criteria.running import Running, momentum, movement
 from jaxprune.criteria.weights import geometric_median, lamp, magnitude, norm_scale, random, squared_magnitude
 
+BY_AXES = frozenset({activation_mean, apoz, geometric_median, norm_scale, wanda})
+"""Criteria to which it matters which axis of a weight is summed over."""
+
 __all__ = [
     "Running",
     "activation_mean",

@@ -34,6 +34,11 @@ class ByRule:
                 check_sparsity(rule, f"ByRule: {pattern}")
         object.__setattr__(self, "rules", pairs)
 
+    @property
+    def looks_at_axes(self) -> bool:
+        """Whether any of the rules does."""
+        return any(getattr(rule, "looks_at_axes", False) for _, rule in self.rules)
+
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """The rules' contests."""
         members: dict[int, list[str]] = {}

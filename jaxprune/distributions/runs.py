@@ -1,7 +1,7 @@
 """N:M: a contest for every few groups in a row."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -29,6 +29,8 @@ class NM:
     References:
         Mishra et al. 2021, arXiv:2104.08378 (2:4 on the input axis, as sparse tensor cores want it).
     """
+
+    looks_at_axes: ClassVar[bool] = True
 
     n: int
     m: int

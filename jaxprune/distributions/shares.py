@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +117,8 @@ class PerOutput:
         Sun et al. 2023 (Wanda), arXiv:2306.11695.
     """
 
+    looks_at_axes: ClassVar[bool] = True
+
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest an output."""
         share = required(sparsity, self)
@@ -148,6 +150,11 @@ class OWL:
     def __post_init__(self) -> None:
         if not (self.m > 0 and self.lam >= 0):
             raise ValueError(f"`OWL` needs m > 0 and lam >= 0, got {self.m} and {self.lam}.")
+
+    @property
+    def looks_at_axes(self) -> bool:
+        """Whether weights compete within each output."""
+        return self.per_output
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest a leaf or an output, each leaf at its own sparsity."""

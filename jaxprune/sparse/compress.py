@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import tree
-from jaxprune.layout import FLAX, Layout
+from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, matrix_of
 from jaxprune.sparse.plan import Plan
 from jaxprune.types import Params
@@ -21,7 +21,7 @@ def compress(
     format: Literal["bcoo", "bcsr", "dense"] | str | Plan = "bcoo",
     *,
     select: tree.Select = tree.weights,
-    layout: Layout = FLAX,
+    layout: Layout = BY_NAME,
     unsupported: Unsupported = "refuse",
 ) -> Params:
     """The same tree, with the non-zeros of its matrices in place of the matrices.
@@ -35,7 +35,8 @@ def compress(
         format: a name in `FORMATS`, or "dense", which leaves everything as it is; or a plan of `tune`, which says
             which leaf gets which format, and by which layout, instead of `select` and `layout`.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
-        layout: which axis of a matrix is summed over; `FLAX` (in, out) or `TORCH` (out, in), also Equinox's.
+        layout: which axis of a matrix is summed over: told by the leaf's name, see `BY_NAME`; `FLAX`, (in, out); or
+            `TORCH`, (out, in), also Equinox's.
         unsupported: what becomes of a selected leaf that is no matrix, such as a convolution kernel or stacked layers:
             "refuse", or "dense" to leave it as it is.
 
@@ -88,7 +89,7 @@ def has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, u
     axes = layout.axes(name, leaf.shape)
     convolution = bool(axes.spatial)
     if convolution and unsupported == "refuse":
-        layout.check_known(name, leaf.shape)
+        layout.check_stacked(name, leaf.shape)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
     if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
         why_not = format.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.layout import FLAX, Axes, Layout
+from jaxprune.layout import BY_NAME, Axes, Layout
 from jaxprune.sparse import cache as files
 from jaxprune.sparse import machine, timing
 from jaxprune.sparse.compress import compress
@@ -59,7 +59,7 @@ def tune(
     *more_args: Any,
     formats: Iterable[str] | None = None,
     select: tree.Select = tree.weights,
-    layout: Layout = FLAX,
+    layout: Layout = BY_NAME,
     cache: str | os.PathLike[str] | bool | None = True,
     repeats: int | None = None,
     seconds: float = 0.1,

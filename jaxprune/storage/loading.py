@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.layout import FLAX, Layout
+from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.compress import has_form
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
 from jaxprune.storage import paths
@@ -29,7 +29,7 @@ def load(
     to: str = "dense",
     like: Any = None,
     select: tree.Select = tree.weights,
-    layout: Layout = FLAX,
+    layout: Layout = BY_NAME,
     unsupported: Unsupported = "refuse",
     max_bytes: int | None = None,
 ) -> Any:

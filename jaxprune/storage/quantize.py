@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Float32, Int8, UInt8
 
 from jaxprune import tree
-from jaxprune.layout import FLAX, Layout
+from jaxprune.layout import BY_NAME, Layout
 from jaxprune.storage.codebooks import k_means, nearest
 
 LARGEST = 1e38
@@ -100,7 +100,7 @@ def to_integers(
     symmetric: bool = True,
     per_output: bool = True,
     select: tree.Select = tree.weights,
-    layout: Layout = FLAX,
+    layout: Layout = BY_NAME,
 ) -> Any:
     r"""Selected leaves as `Affine`: the nearest multiple of a scale.
 

@@ -9,12 +9,15 @@ they are, and its masks hold for every leaf, biases too, so that `jaxprune.compa
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxprune import layout as layouts
 from jaxprune import tree
+from jaxprune.granularity import Geometry
 from jaxprune.numerics import ordered_sum
 from jaxprune.tracing.couplings import STAYS, Couplings
 
@@ -45,6 +48,8 @@ class Channels:
     References:
         Fang et al. 2023, DepGraph, arXiv:2301.12900 (importance of coupled groups, there summed).
     """
+
+    looks_at_axes: ClassVar[bool] = False  # the couplings say where channels are
 
     couplings: Couplings
     ignore: str | Iterable[str] = ()
@@ -78,11 +83,13 @@ class Channels:
     def _is_ignored(self, names: list[str]) -> bool:
         return any(fnmatch.filter(names, pattern) for pattern in self.ignore)
 
-    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]]) -> dict[str, Groups]:
+    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]], leaves: Geometry) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
+        self.couplings.check_shapes(leaves.shapes)
         totals = jnp.zeros(self.couplings.count)
         weights = np.zeros(self.couplings.count)
-        for name, score in scores.items():
+        for name, view in scores.items():
+            score = layouts.from_view(view, leaves.axes[name], leaves.shapes[name])
             for axis, ids in enumerate(self.couplings.channels[name]):
                 if (ids == STAYS).all():
                     continue
@@ -95,17 +102,18 @@ class Channels:
         return {layer: mean[group][None, None] for layer, group in scored.items()}
 
     def expand_leaves(
-        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], shapes: Mapping[str, tuple[int, ...]]
+        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], leaves: Geometry
     ) -> dict[str, Bool[Array, "..."]]:
-        """The verdict on every channel, for all the weights that it has in leaves of these shapes."""
+        """The verdict on every channel, for all the weights that it has: masks of all leaves that channels reach."""
         alive = jnp.ones(self.couplings.count, bool)
         for layer, group in self.layers.items():
             if layer in kept:
                 alive = alive.at[np.asarray(group)].set(kept[layer].reshape(-1))
         masks = {}
-        for name, shape in shapes.items():
+        for name, along_axes in self.couplings.channels.items():
+            shape = leaves.shapes[name]
             mask = jnp.ones(shape, bool)
-            for axis, ids in enumerate(self.couplings.channels[name]):
+            for axis, ids in enumerate(along_axes):
                 if (ids == STAYS).all():
                     continue
                 along = jnp.where(ids == STAYS, True, alive[np.where(ids == STAYS, 0, ids)])

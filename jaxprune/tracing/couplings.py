@@ -118,7 +118,10 @@ class Couplings:
         Raises:
             ValueError: a leaf has another shape, or is not there.
         """
-        shapes = {name: np.shape(leaf) for name, leaf in tree.named_leaves(params).items()}
+        self.check_shapes({name: np.shape(leaf) for name, leaf in tree.named_leaves(params).items()})
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The same, of the shapes of all leaves by name."""
         for name, known in self.channels.items():
             if shapes.get(name) != tuple(map(len, known)):
                 raise ValueError(
