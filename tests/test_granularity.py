@@ -85,8 +85,8 @@ def test_heads_are_equal_shares_of_an_axis(shape, along):
 
 def test_the_weakest_head_goes_and_experts_are_outputs():
     query = jnp.ones((4, 6)) * jnp.repeat(jnp.asarray([2.0, 1.0, 3.0]), 2)[None]
-    masks = jp.compute_masks(jp.Method(granularity=Head(3), distribution=jp.Uniform()), {"q": query}, 0.33)
-    assert masks["q"].all(0).tolist() == [True, True, False, False, True, True]
+    masks = jp.compute_masks(jp.Method(granularity=Head(3), distribution=jp.Uniform()), {"wq": query}, 0.33)
+    assert masks["wq"].all(0).tolist() == [True, True, False, False, True, True]
     experts = jnp.ones((3, 4, 5)) * jnp.asarray([2.0, 1.0, 3.0])[:, None, None]
     layout = jp.FLAX.with_rules({"experts": jp.Axes(inputs=(1, 2), outputs=(0,))})
     method = jp.Method(granularity=Output(), distribution=jp.Uniform(), layout=layout)
@@ -96,8 +96,10 @@ def test_the_weakest_head_goes_and_experts_are_outputs():
 
 
 def test_heads_that_do_not_divide_are_refused_by_the_leafs_name():
-    with pytest.raises(ValueError, match=r"Leaf 'q': 6 outputs do not divide into 4 heads. Leave it out with `select`"):
-        jp.compute_masks(jp.Method(granularity=Head(4)), {"q": jnp.ones((4, 6))}, 0.5)
+    with pytest.raises(
+        ValueError, match=r"Leaf 'wq': 6 outputs do not divide into 4 heads. Leave it out with `select`"
+    ):
+        jp.compute_masks(jp.Method(granularity=Head(4)), {"wq": jnp.ones((4, 6))}, 0.5)
     for heads, along in ((0, "outputs"), (2, "rows")):
         with pytest.raises(ValueError, match=f"got {heads} along {along}"):
             Head(heads, along)

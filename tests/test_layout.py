@@ -95,7 +95,7 @@ def test_a_rule_that_does_not_fit_is_refused(axes, shape):
 
 
 NAMES = {
-    FLAX: ["kernel", "a/kernel", "w", "W", "w1", "w_up", "q_kernel"],
+    FLAX: ["kernel", "a/kernel", "w", "W", "w1", "wq", "w_up", "q_kernel"],
     TORCH: ["weight", "layers/0/weight", "weight_ih", "in_proj_weight"],
     None: ["0", "a", "encoder", "weights", "kernels", "scale", "weight/0"],
 }
