@@ -198,6 +198,10 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
             arrived = f"shape {jnp.shape(scores[name])}" if name in scores else f"leaves {list(scores)}"
             raise ValueError(f"The criterion must score every weight: {view.shape} at {name!r}, it gave {arrived}.")
     named = {name: jnp.asarray(scores[name]) for name in views}
+    for name, score in named.items():
+        if not jnp.issubdtype(score.dtype, jnp.floating):
+            raise TypeError(f"The criterion must give floating scores, it gave {score.dtype} at {name!r}: cast them.")
+    named = {name: score.astype(jnp.float32) for name, score in named.items()}
     check_leaves("score", named, non_negative=True)
     return {name: settled(score) for name, score in named.items()}
 

@@ -52,7 +52,7 @@ class Channels:
 
     def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]]) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
-        totals = jnp.zeros(self.couplings.count)
+        totals = jnp.zeros(self.couplings.count, jnp.float32)
         weights = np.zeros(self.couplings.count)
         for name, score in scores.items():
             for axis, ids in enumerate(self.couplings.channels[name]):

@@ -68,9 +68,7 @@ def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> 
     return params
 
 
-def evaluate(
-    jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mapping[str, str] = CALLS
-) -> list[Any]:
+def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mapping[str, str] = CALLS) -> list[Any]:
     """Results of a jaxpr whose operations are done by `run`, calls entered.
 
     Args:
