@@ -19,7 +19,7 @@ from jaxprune import schedules, tree
 from jaxprune.checks import is_concrete
 from jaxprune.criteria import gradient, random
 from jaxprune.masks import pack_masks, unpack_masks
-from jaxprune.methods import Method, compute_masks, init_statistics, placed, update_statistics
+from jaxprune.methods import Method, check_start, compute_masks, init_statistics, placed, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
@@ -97,7 +97,8 @@ def prune(
         and to `inner`.
 
     Raises:
-        ValueError: `sparsity` is no fraction; at `init`, `method` selects no leaf; at `update`, no params.
+        ValueError: `sparsity` is no fraction; at `init`, `method` selects no leaf, or the masks of step 0 would empty
+            one that is all zero; at `update`, no params.
     """
     inner = optax.with_extra_args_support(inner)
     schedule = schedules.as_schedule(sparsity)
@@ -106,6 +107,7 @@ def prune(
     def init(params: Params) -> PruneState:
         if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
             tree.selected_leaves(method.select, params)
+            check_start(method, params, update_when, schedule, {} if key is None else {"key": key})
         masks = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
         # A copy of the key: a donated state must not take the caller's with it.
         own_key = () if key is None else jnp.copy(key)
