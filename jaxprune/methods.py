@@ -227,12 +227,13 @@ def _channel_masks(
 
 
 def _check_not_emptied(found: dict[str, Array], scores: dict[str, Array], alive: dict[str, Array]) -> None:
-    """Refuse masks, where they are known, that empty a leaf only because nothing in it scores more than zero."""
+    """Refuse masks, where they are known, that empty a leaf only because all in it score zero, and others do not."""
     known = {name: jnp.any(found[name]) for name in scores if is_concrete(found[name])}
     for name, some in known.items():
         if not is_concrete(some) or some or not found[name].size:
             continue
-        if not jnp.any(scores[name] > 0) and (name not in alive or jnp.any(alive[name])):
+        zero = {other: not jnp.any(score > 0) for other, score in scores.items()}
+        if zero[name] and not all(zero.values()) and (name not in alive or jnp.any(alive[name])):
             raise ValueError(
                 f"All scores of {name!r} are zero, and no weight of it would be left; what is dead stays dead. If it "
                 "is zero at the beginning, leave it out with `select`, or begin to prune when it has learnt; if it was "

@@ -1,15 +1,16 @@
 r"""Exponents: a model computed on arrays that have one exponent each, an integer that cannot overflow.
 
-    x = mantissa * 2**exponent        |mantissa| at most about 2**32 (of float32), exponent one int32 for the array
+    x = mantissa * 2**exponent        max |mantissa| about 2**32 (of float32), exponent one int32 for the array
 
 In a deep network of absolute weights every layer multiplies by the same large number, and float32 ends at $2^{128}$.
-Products, and what else grows, give a new exponent where the mantissa leaves its range; sums bring their terms to one
-exponent. Powers of two are exact, so that a network that stays in range is computed to the bit as without. Exponents
-are no variables to a derivative: that of the mantissa is the derivative of x, by a factor of $2^{-\mathrm{exponent}}$.
+Products, and what else grows, give a new exponent; sums bring their terms to one. Powers of two are exact, so that a
+network that stays in range is computed as without. Exponents are no variables to a derivative: that of the mantissa is
+the derivative of x, by a factor of $2^{-\mathrm{exponent}}$.
 
 What no rule is for is computed on plain numbers, as the model has it, and may be infinite as there.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,13 +65,28 @@ def times_power(values: Any, power: Any) -> Any:
     return values * lax.bitcast_convert_type(lax.shift_left(field, jnp.full_like(field, mantissa)), values.dtype)
 
 
-def top_exponent(values: Any) -> Any:
-    """k of the largest finite |value|, which is in [2**k, 2**(k + 1)); `_NOTHING` if all are zero."""
+def _moved(values: Any, power: Any) -> Any:
+    """`times_power` by a scalar, as a branch: compilers otherwise compute long chains of sums anew at every use."""
+    return lax.cond(power == 0, lambda values, power: values, times_power, values, power)
+
+
+def known_power(exponent: Any, dtype: Any) -> Any:
+    """A power of two that numbers of `scaled` bear whatever else they are multiplied by, the exponent if it can be."""
+    most, usual = jnp.finfo(dtype).maxexp // 3, -_limit(dtype)
+    return jnp.clip(exponent, usual - most, usual + most)
+
+
+def _top(values: Any, exponent: Any) -> Any:
+    """k of the largest finite |values| * 2**exponent, which is in [2**k, 2**(k + 1)); `_NOTHING` if all are zero.
+
+    The exponent is added before the maximum is taken: what a reduction gives is computed once, while sums of scalars
+    are computed anew wherever they go, and those of sixty layers took a compiler minutes.
+    """
     bits, mantissa, bias = _format(values.dtype)
-    sizes = jnp.abs(lax.stop_gradient(values))
-    most = jnp.max(jnp.where(jnp.isfinite(sizes), sizes, jnp.zeros_like(sizes)), initial=0)
-    field = lax.bitcast_convert_type(most, bits) >> jnp.asarray(mantissa, bits)
-    return jnp.where(field > 0, field.astype(jnp.int32) - bias, _NOTHING)
+    words = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(values)), bits)
+    field = lax.shift_right_logical(words, jnp.full_like(words, mantissa)).astype(jnp.int32)
+    some = (field > 0) & (field <= 2 * bias)
+    return jnp.max(jnp.where(some, field - bias + exponent, _NOTHING), initial=_NOTHING)
 
 
 def _format(dtype: Any) -> tuple[Any, int, int]:
@@ -99,17 +115,16 @@ def _mantissa(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return times_power(*_in_range(value, 1)) if isinstance(value, Scaled) else value
+    return times_power(*_in_range(value, 0)) if isinstance(value, Scaled) else value
 
 
 def _in_range(value: Any, limit: int | None = None) -> Any:
-    """The same number with its mantissa in range; as it was where it is so already."""
+    """The same number, its largest mantissa in [2**limit, 2**(limit + 1)); there is room for much smaller ones."""
     if not isinstance(value, Scaled) or not value.mantissa.size:
         return value
-    limit = limit or _limit(value.mantissa.dtype)
-    top = top_exponent(value.mantissa)
-    excess = jnp.where(top == _NOTHING, 0, top - jnp.clip(top, -limit, limit))
-    return Scaled(times_power(value.mantissa, -excess), value.exponent + excess)
+    top = _top(*value)
+    exponent = top - (_limit(value.mantissa.dtype) if limit is None else limit)
+    return Scaled(times_power(value.mantissa, jnp.where(top == _NOTHING, 0, value.exponent - exponent)), exponent)
 
 
 def _one_exponent(eqn: Any, values: list[Any], places: Sequence[int]) -> tuple[list[Any], Any]:
@@ -118,10 +133,12 @@ def _one_exponent(eqn: Any, values: list[Any], places: Sequence[int]) -> tuple[l
     others = [i for i in places if not isinstance(values[i], Scaled)]
     if all(one is found[0] for one in found) and all(_of_any_exponent(values[i]) for i in others):
         return [_mantissa(value) for value in values], found[0]
-    pairs = {i: _in_range(_as_scaled(values[i], eqn.invars[i])) for i in places}
-    tops = [jnp.where(jnp.any(m != 0), e, _NOTHING) for m, e in pairs.values() if m.size]
-    top = jnp.max(jnp.stack(tops)) if tops else jnp.int32(0)
-    return [times_power(pairs[i][0], pairs[i][1] - top) if i in pairs else v for i, v in enumerate(values)], top
+    pairs = {i: _as_scaled(values[i], eqn.invars[i]) for i in places}
+    tops = {i: _top(*pair) for i, pair in pairs.items()}
+    limit = _limit(next(iter(pairs.values())).mantissa.dtype)
+    exponent = functools.reduce(jnp.maximum, tops.values()) - limit
+    powers = {i: jnp.where(top == _NOTHING, 0, pairs[i].exponent - exponent) for i, top in tops.items()}
+    return [_moved(pairs[i].mantissa, powers[i]) if i in pairs else v for i, v in enumerate(values)], exponent
 
 
 def _of_any_exponent(value: Any) -> bool:
@@ -181,7 +198,7 @@ def _power(eqn: Any, values: list[Any]) -> list[Any]:
     """x**n, of mantissas so small that it stays in range."""
     n = 2 if eqn.primitive.name == "square" else eqn.params["y"]
     (base,) = values
-    base = _in_range(base, max(jnp.finfo(base.mantissa.dtype).maxexp // (abs(n) + 1), 1))
+    base = _in_range(base, 0)
     return [_in_range(Scaled(*_bound(eqn, [base.mantissa]), n * base.exponent))]
 
 
@@ -195,7 +212,7 @@ def _root(eqn: Any, values: list[Any]) -> list[Any]:
 def _levelled(eqn: Any, values: list[Any]) -> list[Any]:
     """Goes to a limit where its operand is large: the largest power of two says as much as a larger one."""
     most = jnp.finfo(values[0].mantissa.dtype).maxexp - 4
-    close = _in_range(values[0], 1)
+    close = _in_range(values[0], 0)
     return _bound(eqn, [times_power(close.mantissa, jnp.minimum(close.exponent, most))])
 
 
