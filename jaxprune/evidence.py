@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxprune.compat import present_forms
+from jaxprune.tracing.exponents import known_power, scaled, times_power
 from jaxprune.types import Params
 
 
@@ -31,6 +32,9 @@ def flow_grads(apply_fn: Callable[..., Any], params: Params, x: Shaped[Array, ".
     r"""$\partial R / \partial |w|$ with $R = \sum f_{|w|}(\mathbb{1})$: for `synflow`.
 
     No data are looked at. Norms and the like break the flow: hand in a function without them, or with them frozen.
+    Every layer multiplies the flow by about the same, so that in a deep network it leaves the range of its dtype;
+    layers are rescaled on the way (`jaxprune.tracing.exponents`), and all derivatives then have one power of two too
+    much or too little. While R is between $2^{-42}$ and $2^{42}$ (of float32), they have none.
 
     Args:
         apply_fn: (params, x) -> outputs, summed over all of them.
@@ -39,7 +43,12 @@ def flow_grads(apply_fn: Callable[..., Any], params: Params, x: Shaped[Array, ".
     """
     absolute = jax.tree.map(jnp.abs, params)
     ones = jnp.ones(x.shape, x.dtype)
-    return jax.grad(lambda weights: jnp.sum(apply_fn(weights, ones)))(absolute)
+
+    def flow(weights: Params) -> Any:
+        return scaled(lambda weights, x: jnp.sum(apply_fn(weights, x)), weights, ones)
+
+    grads, exponent = jax.grad(flow, has_aux=True)(absolute)
+    return jax.tree.map(lambda grad: times_power(grad, known_power(exponent, grad.dtype)), grads)
 
 
 def squared_grads(loss: Callable[[Params, Any], Float[Array, ""]], params: Params, samples: Any) -> Params:

@@ -114,14 +114,14 @@ _NAMES = re.compile(r"(kernel|\w+_kernel|[wW]([a-z]|\d+|_\w+)?)|(weight|weight_\
 
 
 def _outputs_last(name: str) -> bool | None:
-    """What the last part of a name says: True for kernel, w, w1, wq, w_up; False for weight, weight_ih, in_proj_weight."""
+    """What the last part of a name says: True for kernel, w, w1, wq; False for weight, weight_ih, in_proj_weight."""
     found = _NAMES.fullmatch(name.rpartition("/")[2])
     return None if found is None else found[1] is not None
 
 
 BY_NAME = Layout(outputs_last=None)
-"""The default. By the last part of a leaf's name: `kernel` and `w` (and w1, wq, w_up) are (in, out) and HWIO, the way of
-Flax and Haiku; `weight` (and weight_ih, in_proj_weight) are (out, in) and OIHW, that of Equinox and PyTorch. Of any
+"""The default. By the last part of a leaf's name: `kernel` and `w` (and w1, wq, w_up) are (in, out) and HWIO, the way
+of Flax and Haiku; `weight` (and weight_ih, in_proj_weight) are (out, in) and OIHW, that of Equinox and PyTorch. Of any
 other name (in, out) is assumed where it does not matter, and a method that looks at axes refuses the leaf."""
 
 FLAX = Layout(outputs_last=True)

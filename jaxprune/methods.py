@@ -3,6 +3,7 @@
 masks = expand(distribution(pool(criterion(params)), sparsity))
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,8 @@ from jaxtyping import Array
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.checks import check_leaves, check_sparsity
-from jaxprune.criteria import BY_AXES, Running, magnitude
+from jaxprune.checks import check_leaves, check_sparsity, is_concrete
+from jaxprune.criteria import BY_AXES, Running, joint_taylor, magnitude, momentum
 from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
 from jaxprune.granularity import (
     AcrossLeaves,
@@ -28,7 +29,7 @@ from jaxprune.granularity import (
 )
 from jaxprune.meshes import lying_like, placed
 from jaxprune.numerics import settled
-from jaxprune.types import Masks, Params, Scores, Sparsity
+from jaxprune.types import Masks, Params, Schedule, Scores, Sparsity, UpdateWhen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,13 @@ class Method:
         criterion: how much does each weight matter (`jaxprune.criteria`, or a function of your own).
         granularity: which weights live or die together; by leaf with `GranularityByRule`.
         distribution: who competes with whom, and how many win.
-        select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool.
+        select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool;
+            a list or mapping is kept as a tuple, so that a method can be hashed.
         layout: which axes of a leaf are its inputs and outputs: told by its name (`BY_NAME`), `FLAX`, `TORCH`, one of
             your own, or `layout_of(sites)`.
+
+    Raises:
+        TypeError: an answer is none: a class, or a function that makes a criterion, where an object is expected.
     """
 
     criterion: Callable[..., Scores] = magnitude
@@ -49,6 +54,33 @@ class Method:
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
     layout: layouts.Layout = layouts.BY_NAME
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "select", tree.hashable(self.select))
+        for makes, call in _FACTORIES:
+            if self.criterion is makes:
+                raise TypeError(f"`{makes.__name__}` makes criteria and is none: call it, as in `{call}`.")
+        _check_answer("criterion", self.criterion, callable(self.criterion), "magnitude")
+        pools = hasattr(self.granularity, "pool") and hasattr(self.granularity, "expand")
+        known = pools or isinstance(self.granularity, GranularityByRule | AcrossLeaves)
+        _check_answer("granularity", self.granularity, known, "Element()")
+        for distribution in (self.distribution, *_rules(self.distribution)):
+            _check_answer("distribution", distribution, callable(distribution) or distribution is not self.distribution,
+                          "Global()")  # fmt: skip
+        _check_answer("layout", self.layout, hasattr(self.layout, "axes"), "FLAX")
+
+
+_FACTORIES = ((joint_taylor, "joint_taylor(Output())"), (momentum, "momentum(0.9)"))
+
+
+def _check_answer(what: str, value: Any, fits: bool, example: str) -> None:
+    """Refuse what cannot answer, classes first: many of them can be called, and then give nonsense."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"`{what}` must be an object such as `{example}`; the class `{value.__name__}` arrived: call it."
+        )
+    if not fits:
+        raise TypeError(f"`{what}` must be an object such as `{example}`; {value!r} arrived.")
 
 
 @lying_like("params")
@@ -72,12 +104,14 @@ def compute_masks(
 
     Raises:
         ValueError: a sparsity that is no fraction, NaN or infinity in a weight or score (outside jit; under jit NaN
-            counts as the largest score, so that it is kept), evidence of another structure, a leaf that does not fit.
+            counts as the largest score, so that it is kept), evidence of another structure, a leaf that does not fit, a
+            leaf that is emptied because all of its scores are zero, as those of zeros are (outside jit).
         TypeError: missing evidence, a leaf that is no floating array.
     """
     if sparsity is not None:
         check_sparsity(sparsity)
     leaves, axes, scores = _scored(method, params, evidence)
+    alive: dict[str, Any] = {}
     if masks is not None:
         tree.check_like("The masks", masks, params)
         alive = _evidence("masks", masks, params, leaves, axes)
@@ -88,10 +122,34 @@ def compute_masks(
     dims = {name: _dims(name, group, geometry) for name, group in groups.items()}
     found = grouping.expand_leaves(method.distribution(groups, sparsity, dims=dims), geometry)
 
+    _check_not_emptied(found, scores, alive)
+
     def mask_of(name: str, leaf: Array) -> Array:
         return placed(found[name], leaf) if name in found else jnp.ones_like(leaf, dtype=bool)
 
     return tree.map_named(mask_of, params)
+
+
+def check_start(
+    method: Method, params: Params, update_when: UpdateWhen, schedule: Schedule, evidence: dict[str, Any]
+) -> None:
+    """Refuse a training that empties, at step 0, a leaf that is zero and has learnt nothing yet.
+
+    Args:
+        method: the composition.
+        params: at the beginning; where they are not known, under jit, all is well.
+        update_when: step -> whether masks are computed.
+        schedule: step -> sparsity.
+        evidence: that is there; gradients, of which none are yet, are taken to be the same everywhere.
+
+    Raises:
+        ValueError: what `compute_masks` raises.
+    """
+    zero = [~jnp.any(leaf != 0) for leaf in tree.selected_leaves(method.select, params).values()]
+    step = jnp.int32(0)
+    if all(map(is_concrete, zero)) and any(zero) and update_when(step):
+        with contextlib.suppress(TypeError):  # other evidence is missing
+            compute_masks(method, params, schedule(step), grads=jax.tree.map(jnp.ones_like, params), **evidence)
 
 
 @lying_like("params")
@@ -185,6 +243,21 @@ def _check_priced(method: Method) -> None:
         )
 
 
+def _check_not_emptied(found: dict[str, Array], scores: dict[str, Array], alive: dict[str, Array]) -> None:
+    """Refuse masks, where they are known, that empty a leaf only because all in it score zero, and others do not."""
+    known = {name: jnp.any(found[name]) for name in scores if is_concrete(found[name])}
+    for name, some in known.items():
+        if not is_concrete(some) or some or not found[name].size:
+            continue
+        zero = {other: not jnp.any(score > 0) for other, score in scores.items()}
+        if zero[name] and not all(zero.values()) and (name not in alive or jnp.any(alive[name])):
+            raise ValueError(
+                f"All scores of {name!r} are zero, and no weight of it would be left; what is dead stays dead. If it "
+                "is zero at the beginning, leave it out with `select`, or begin to prune when it has learnt; if it was "
+                "pruned before, hand in `masks=nonzero_masks(params)`."
+            )
+
+
 def _rules(distribution: Any) -> tuple[Any, ...]:
     return tuple(rule for _, rule in distribution.rules) if isinstance(distribution, ByRule) else ()
 
@@ -215,5 +288,9 @@ def _checked(scores: Scores, views: dict[str, Array]) -> dict[str, Array]:
             arrived = f"shape {jnp.shape(scores[name])}" if name in scores else f"leaves {list(scores)}"
             raise ValueError(f"The criterion must score every weight: {view.shape} at {name!r}, it gave {arrived}.")
     named = {name: jnp.asarray(scores[name]) for name in views}
+    for name, score in named.items():
+        if not jnp.issubdtype(score.dtype, jnp.floating):
+            raise TypeError(f"The criterion must give floating scores, it gave {score.dtype} at {name!r}: cast them.")
+    named = {name: score.astype(jnp.float32) for name, score in named.items()}
     check_leaves("score", named, non_negative=True)
     return {name: settled(score) for name, score in named.items()}

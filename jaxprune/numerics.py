@@ -46,6 +46,11 @@ def settled(product: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.clip(product, -most, most)
 
 
+def rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`settled`, but that infinities stay, for the check of the scores to find."""
+    return jnp.where(jnp.isinf(product), product, settled(product))
+
+
 def rounded_share(n: int, share: Sparsity) -> UInt32[Array, "..."] | int:
     r"""$\mathrm{round}(n \cdot s)$, half to even, exact for concrete and for traced `share` in [0, 1).
 

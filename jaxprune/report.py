@@ -40,9 +40,20 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Report(tables.Table):
-    """A table with one row a leaf; `str(report)` is the text."""
+    """A table with one row a leaf; `str(report)` is the text, and names leaves of which nothing is left."""
 
     leaves: tuple[Leaf, ...]
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        if self.emptied:
+            lines.append(f"Nothing is left of {', '.join(map(repr, self.emptied))}: a `floor` of `Global` keeps some.")
+        return "\n".join(lines)
+
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """Names of matrices and the like, no vectors, whose weights are all dead."""
+        return tuple(leaf.name for leaf in self.leaves if len(leaf.shape) > 1 and leaf.weights and not leaf.nnz)
 
     @property
     def total(self) -> Leaf:

@@ -20,7 +20,7 @@ from jaxprune.criteria import gradient, magnitude, random
 from jaxprune.inner import copies, dense_gradients, if_due, land, model_of, update_inner
 from jaxprune.masks import pack_masks, sparsity_of, unpack_masks
 from jaxprune.meshes import placed
-from jaxprune.methods import Method, compute_masks, init_statistics, update_statistics
+from jaxprune.methods import Method, check_start, compute_masks, init_statistics, update_statistics
 from jaxprune.regrowth import check_regrowth, regrow_masks
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
@@ -105,8 +105,9 @@ def prune(
         `optax.apply_if_finite` around it wants that of the gradients, hand in `optax.tree.cast_like(grads, params)`.
 
     Raises:
-        ValueError: `sparsity` is no fraction; at `init`, `method` selects no leaf, `masks` have other leaves or shapes
-            than the params or more dead weights than `sparsity` ends with; at `update`, no params.
+        ValueError: `sparsity` is no fraction; at `init`, `method` selects no leaf, the masks of step 0 would empty one
+            that is all zero, `masks` have other leaves or shapes than the params or more dead weights than `sparsity`
+            ends with; at `update`, no params.
     """
     inner = optax.with_extra_args_support(inner)
     schedule, when = schedules.as_schedule(sparsity), schedules.as_update_when(update_when)
@@ -116,6 +117,8 @@ def prune(
         model = model_of(params)
         if jax.tree.leaves(model):  # `optax.tree.map_params` looks at the state of a tree without leaves
             tree.selected_leaves(method.select, model)
+            if masks is None:
+                check_start(method, model, when, schedule, {} if key is None else {"key": key})
         start = () if masks is None else stored(_own(masks, model))
         if masks is not None:
             _check_end(method, schedule, masks)

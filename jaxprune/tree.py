@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import optax
 
 T = TypeVar("T")
-Select: TypeAlias = Callable[[str, Any], bool] | Mapping[str, bool] | Iterable[str]
+Select: TypeAlias = Callable[[str, Any], bool] | Mapping[str, bool] | Iterable[str | tuple[str, bool]]
 
-NOT_WEIGHTS = ("bias", "scale", "embedding")
+_VECTORS = ("bias", "biases", "scale", "scales")  # ends of a word
+_TABLES = ("embed", "embeds", "embedding", "embeddings", "emb", "embs")
+_LAST = {"offset", "gain", "gamma", "beta", "slope", "mean", "var", "variance", "sigma"}  # last words
+_LOOKED_UP = {"wte", "wpe", "table", "codebook", "token", "tokens", "latents", "probe"}
+_PLACES = {"pos", "position", "positions", "positional", "cls"}  # words
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -81,25 +85,71 @@ def each_by_rule(what: str, rules: Iterable[tuple[str, T]], names: Iterable[str]
 
 
 def weights(name: str, leaf: Any) -> bool:
-    """The default of `select`: matrices and convolution kernels.
+    """The default of `select`: matrices and convolution kernels, told from all else by name and number of axes.
 
-    True for leaves with two axes or more, no integers, whose name does not end in bias, scale or embedding, so that the
-    stacked biases of scanned layers (*layers, out) and embedding tables are left alone.
+    True for leaves with two axes or more, no integers, whose last name says nothing else: biases, scales, offsets and
+    statistics may be stacked (*layers, out); tables that are looked up in (embeddings, relative positions), position
+    embeddings, class tokens and other learnt inputs are no factors of a product. A leaf named `weight` is what the
+    module that holds it is called: `norm.weight` and `embed_tokens.weight` are none. Neither are the factors of
+    low-rank adapters (`lora_a`), half of which begin at zero, nor a language model's `lm_head`, which often is its
+    embedding too. So a model has the same selection in whichever framework it is written.
+
+    Names may mislead: `weights_of(sites)` looks at what the model does with each leaf.
     """
-    last = name.rsplit("/", 1)[-1].lower()
-    return jnp.ndim(leaf) >= 2 and not jnp.issubdtype(leaf.dtype, jnp.integer) and not last.endswith(NOT_WEIGHTS)
+    if jnp.ndim(leaf) < 2 or any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.integer, jax.dtypes.extended)):
+        return False
+    *path, last = name.lower().replace(".", "/").split("/")
+    module = path[-1] if path else ""
+    holder = next((word for word in reversed(path) if not word.isdigit()), "")
+    words = _words(last)
+    return not (
+        last.endswith(_VECTORS)
+        or words[-1] in _LAST
+        or _is_table(last)
+        or _is_norm(last)
+        or not _PLACES.isdisjoint(words)
+        or (last == "b" and module)
+        or (last in ("g", "weight_g", "original0", "u") and sum(size > 1 for size in jnp.shape(leaf)) < 2)
+        or any(part.startswith("lora_") for part in (*path, last))
+        or holder == "lm_head"
+        or (
+            last == "weight"
+            and (_is_norm(holder) or (jnp.ndim(leaf) == 2 and (_is_table(module) or module.endswith("bias"))))
+        )
+    )
+
+
+def _words(name: str) -> list[str]:
+    """ "layernorm_0" -> ["layernorm"], "rel_pos_h" -> ["rel", "pos", "h"]."""
+    return [word for part in name.split("_") if (word := part.rstrip("0123456789"))] or [""]
+
+
+def _is_table(name: str) -> bool:
+    last = _words(name)[-1]
+    return last.endswith(_TABLES) or last in _LOOKED_UP
+
+
+def _is_norm(name: str) -> bool:
+    return any(word.endswith(("norm", "norms")) or word in ("ln", "bn", "gn") for word in _words(name))
+
+
+def hashable(select: Select) -> Any:
+    """`select` in a form that can be hashed, and gone through more than once: rules become (pattern, bool) pairs."""
+    if callable(select) or isinstance(select, str):
+        return select
+    return tuple(select.items()) if isinstance(select, Mapping) else tuple(select)
 
 
 def selector(select: Select) -> Callable[[str, Any], bool]:
     """`select` in any of its forms as one function (name, leaf) -> bool.
 
     Args:
-        select: that function; or patterns, of which one must match; or rules pattern -> bool, first match wins,
-            leaves without a match are not selected.
+        select: that function; or patterns, of which one must match; or rules pattern -> bool, a mapping or pairs, of
+            which the first match wins; leaves without a match are not selected.
     """
     if callable(select):
         return select
-    rules = tuple(select.items()) if isinstance(select, Mapping) else tuple((p, True) for p in _patterns(select))
+    rules = _rules(select)
     return lambda name, leaf: bool(first_match(rules, name))
 
 
@@ -127,8 +177,9 @@ def selected_leaves(select: Select, tree: Any) -> dict[str, Any]:
                 f"{name!r} is a {type(leaf).__name__}, an array was expected. Hand in the arrays alone, "
                 "for Equinox `eqx.filter(model, eqx.is_array)`."
             )
+    select = hashable(select)
     if not callable(select):
-        for pattern in _patterns(select):
+        for pattern, _ in _rules(select):
             if not fnmatch.filter(leaves, pattern):
                 raise ValueError(f"`select` names {pattern!r}, which matches no leaf. There are: {listed(leaves)}.")
     chosen = selector(select)
@@ -172,8 +223,9 @@ def has_masked_nodes(tree: Any) -> bool:
     )
 
 
-def _patterns(select: Any) -> tuple[str, ...]:
-    return (select,) if isinstance(select, str) else tuple(select)
+def _rules(select: Any) -> tuple[tuple[str, bool], ...]:
+    rules = (select,) if isinstance(select, str) else hashable(select)
+    return tuple((rule, True) if isinstance(rule, str) else tuple(rule) for rule in rules)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -343,6 +343,19 @@ def test_a_pattern_that_ignores_nothing_is_refused():
     assert list(method.granularity.layers) == ["a/kernel:3"]
 
 
+@pytest.mark.parametrize(("granularity", "wide"), [("channels", False), ("channels", True), (jp.Output(), True)])
+def test_masks_with_float64_switched_on_are_those_without(granularity, wide, relaxed):
+    """Scores are float32 in either case, of float64 weights too."""
+    params, fn, shape = MODELS["mlp"]()
+    found = granularity if granularity != "channels" else jp.Channels(jp.couplings(fn, params, make_input(shape)))
+    method = jp.Method(granularity=found)
+    want = jp.compute_masks(method, params, 0.5)
+    with jax.enable_x64(True):
+        numbers = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params) if wide else params
+        got = jp.compute_masks(method, numbers, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_channels_of_another_model_are_refused():
     params, _, _ = MODELS["mlp"]()
     method = jp.Method(granularity=jp.Channels(couplings_of("gated")))

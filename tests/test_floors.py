@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
     0: ["types", "compat"],
     1: ["tree", "layout", "checks", "numerics", "ranking", "regrouping", "tables", "wide", "meshes"],
-    2: ["criteria", "evidence", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
+    2: ["criteria", "granularity", "distributions", "schedules", "masks", "dropout", "distillation"],
     3: [
         "inner",
         "methods",
@@ -25,7 +25,7 @@ ROOMS = {
         *(f"sparse.{room}" for room in ("native", "native_product", "gpu")),
     ],
     4: [
-        *("transforms", "splicing", "presets", "penalties", "loops", "oneshot"),
+        *("evidence", "transforms", "splicing", "presets", "penalties", "loops", "oneshot"),
         *("report", "sensitivity", "compact", "resizing", "permutation", "targets", "storage", "sparse"),
     ],
     5: ["lab"],

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
@@ -41,6 +42,14 @@ REFUSED = {
     "score": (jp.Method(scored(jnp.nan)), GOOD, 0.5, {}, r"'a/kernel' has 40 NaN score\(s\) of 40"),
     "negative": (jp.Method(scored(-1.0)), GOOD, 0.5, {}, "'a/kernel' has a negative score; scores are >= 0"),
     "slope": (jp.Method(jp.taylor), GOOD, 0.5, {"grads": NAN}, r"'a/kernel' has 1 NaN score\(s\) of 40"),
+    "slope inf": (jp.Method(jp.taylor), GOOD, 0.5, {"grads": INF}, r"'a/kernel' has 2 infinite score\(s\) of 40"),
+    "zeros": (
+        jp.Method(),
+        {**GOOD, "head": jnp.zeros((2, 3))},
+        0.5,
+        {},
+        "All scores of 'head' are zero, and no weight of it would be left.*`select`.*`masks=nonzero_masks",
+    ),
     "no score": (
         jp.Method(lambda p, /: {}),
         GOOD,
@@ -145,6 +154,104 @@ def test_bad_input_is_refused_with_the_reason(case):
 def test_wrong_types_are_refused_with_the_reason(method, params, message, unchecked):
     with pytest.raises(TypeError, match=message):
         jp.compute_masks(method, params, 0.5)
+
+
+LARGE = {"a": {"kernel": jnp.full((10, 4), 1e30), "bias": jnp.ones(4)}}
+SQUARING = [
+    jp.taylor, jp.taylor_squared, jp.squared_magnitude, jp.snip, jp.grasp, jp.fisher, jp.lamp, jp.synflow,
+    jp.joint_taylor(jp.Output()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", SQUARING)
+def test_scores_that_overflow_are_refused_and_not_clipped(criterion):
+    evidence = dict.fromkeys(("grads", "hessian_grads", "flow_grads", "squared_grads"), LARGE)
+    with pytest.raises(ValueError, match=r"'a/kernel' has 40 (infinite|NaN) score\(s\) of 40"):
+        jp.compute_masks(jp.Method(criterion), LARGE, 0.5, **evidence)
+
+
+def test_under_jit_infinity_counts_as_the_largest_number():
+    masks = jax.jit(lambda g: jp.compute_masks(jp.Method(jp.taylor), GOOD, 0.9, grads=g))(INF)
+    assert int(masks["a"]["kernel"].sum()) == 4
+    assert bool(masks["a"]["kernel"][:2, 1].all())
+
+
+def test_shares_of_a_sum_that_would_overflow_rank_all_the_same():
+    grads = {"a": {"kernel": jnp.arange(1.0, 41).reshape(10, 4) * 5e36, "bias": jnp.ones(4)}}
+    masks = [jp.compute_masks(jp.Method(one), GOOD, 0.5, grads=grads) for one in (jp.snip, jp.taylor)]
+    np.testing.assert_array_equal(masks[0]["a"]["kernel"], masks[1]["a"]["kernel"])
+    assert int(masks[0]["a"]["kernel"].sum()) == 20
+
+
+def test_scores_that_are_no_floats_are_refused(unchecked):
+    method = jp.Method(lambda p, /: {name: jnp.ones(leaf.shape, int) for name, leaf in p.items()})
+    with pytest.raises(TypeError, match="must give floating scores, it gave int32 at 'a/kernel'"):
+        jp.compute_masks(method, GOOD, 0.5)
+
+
+ANSWERS = [
+    ({"criterion": jp.joint_taylor}, r"`joint_taylor` makes criteria and is none: call it, as in `joint_taylor\(Out"),
+    ({"criterion": jp.momentum}, "`momentum` makes criteria and is none: call it"),
+    ({"criterion": jp.Running}, "`criterion` must be an object such as `magnitude`; the class `Running` arrived"),
+    ({"criterion": "magnitude"}, "`criterion` must be an object such as `magnitude`; 'magnitude' arrived"),
+    *(({"granularity": one}, rf"as `Element\(\)`; the class `{one.__name__}`") for one in (jp.Block, jp.Channels)),
+    ({"granularity": 4}, r"`granularity` must be an object such as `Element\(\)`; 4 arrived"),
+    *(({"distribution": one}, rf"as `Global\(\)`; the class `{one.__name__}`") for one in (jp.Global, jp.NM, jp.ERK)),
+    ({"distribution": jp.ByRule({"*": jp.Uniform})}, "the class `Uniform` arrived: call it"),
+    ({"layout": jp.Layout}, "`layout` must be an object such as `FLAX`; the class `Layout` arrived"),
+]
+
+
+@pytest.mark.parametrize(("answers", "message"), ANSWERS)
+def test_answers_that_are_none_are_refused_where_they_are_given(answers, message, unchecked):
+    with pytest.raises(TypeError, match=message):
+        jp.Method(**answers)
+
+
+@pytest.mark.parametrize(
+    ("select", "kept"),
+    [
+        ({"a/bias": False, "*": True}, (("a/bias", False), ("*", True))),
+        (["a/kernel"], ("a/kernel",)),
+        ((name for name in ["a/kernel"]), ("a/kernel",)),
+        ("a/kernel", "a/kernel"),
+    ],
+)
+def test_a_method_can_be_hashed_whatever_selects(select, kept):
+    method = jp.Method(select=select)
+    assert hash(method) == hash(jp.Method(select=kept))
+    assert method == jp.Method(select=kept)
+    for _ in range(2):  # an iterator would be used up
+        assert int(jax.jit(jp.compute_masks, static_argnums=0)(method, GOOD, 0.5)["a"]["kernel"].sum()) == 20
+    with pytest.raises(ValueError, match=r"names 'b/\*', which matches no leaf"):
+        jp.compute_masks(jp.Method(select={"b/*": False, "*": True}), GOOD, 0.5)
+
+
+ZERO_HEAD = {"body": jnp.ones((4, 4)), "head": jnp.zeros((2, 3))}
+LEGITIMATE = {
+    "equal shares": lambda: jp.compute_masks(jp.Method(distribution=jp.Uniform()), ZERO_HEAD, 0.5),
+    "dead before": lambda: jp.compute_masks(jp.Method(), ZERO_HEAD, 0.5, masks=jp.nonzero_masks(ZERO_HEAD)),
+    "nothing but zeros": lambda: jp.compute_masks(jp.Method(), {"w": jnp.zeros((4, 4))}, 0.5),
+    "drawn": lambda: jp.compute_masks(jp.Method(jp.random), ZERO_HEAD, 0.5, key=jax.random.key(0)),
+    "later": lambda: prune(jp.cubic(0.5, begin=0, end=9)).init(ZERO_HEAD),
+    "not at step 0": lambda: prune(0.5, update_when=jp.every(2, begin=2)).init(ZERO_HEAD),
+    "not known": lambda: jax.jit(prune(0.5).init)(ZERO_HEAD),
+}
+
+
+def prune(sparsity, criterion=jp.magnitude, **options):
+    return jp.prune(optax.sgd(0.1), jp.Method(criterion), sparsity=sparsity, **options)
+
+
+@pytest.mark.parametrize("case", LEGITIMATE)
+def test_a_leaf_of_zeros_is_let_pass(case):
+    LEGITIMATE[case]()
+
+
+@pytest.mark.parametrize("criterion", [jp.magnitude, jp.taylor, jp.snip])
+def test_an_optimizer_that_would_kill_a_leaf_of_zeros_says_so_when_it_begins(criterion):
+    with pytest.raises(ValueError, match="All scores of 'head' are zero"):
+        prune(0.5, criterion).init(ZERO_HEAD)
 
 
 def test_an_integer_leaf_is_left_alone():

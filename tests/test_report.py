@@ -77,3 +77,11 @@ def test_markdown():
 def test_masks_of_another_structure_are_refused():
     with pytest.raises(ValueError, match="The masks have no leaf 'empty', the params do"):
         jp.summarize(PARAMS, {"head": MASKS["head"]})
+
+
+def test_leaves_of_which_nothing_is_left_are_named():
+    params = {"head": jnp.ones((2, 3)), "bias": jnp.zeros(3), "body": jnp.ones((2, 2))}
+    assert "Nothing is left" not in str(jp.summarize(params))
+    dead = jp.summarize(params, {name: jnp.full(leaf.shape, name != "head") for name, leaf in params.items()})
+    assert dead.emptied == ("head",)
+    assert str(dead).endswith("Nothing is left of 'head': a `floor` of `Global` keeps some.")

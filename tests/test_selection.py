@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
+from framework_models import MODELS
 from jax import lax
 from trace_helpers import kinds, like, normal
 
 import jaxprune as jp
+from jaxprune import tree
 from jaxprune.layout import Axes
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -113,6 +115,14 @@ def test_layout_found_is_the_layout_declared():
     same = jax.tree.map(np.array_equal, jp.compute_masks(method, arrays, 0.5), jp.compute_masks(declared, arrays, 0.5))
     assert all(jax.tree.leaves(same))
     assert hash(method) == hash(jp.Method(granularity=jp.Output(), select=jp.weights_of(sites), layout=layout))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_sites_agree_on_what_is_a_weight(name, relaxed):
+    params, fn, x = MODELS[name].tiny()
+    leaves = tree.named_leaves(params)
+    by_name = {leaf for leaf, value in leaves.items() if tree.weights(leaf, value)}
+    assert by_name == jp.weights_of(jp.trace(fn, params, x)).names
 
 
 def test_names_with_signs_that_mean_something_to_patterns():

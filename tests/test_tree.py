@@ -97,6 +97,96 @@ def test_weights(name, shape, dtype, want):
     assert tree.weights(name, jnp.ones(shape, dtype)) is want
 
 
+NO_WEIGHTS = {
+    "params/embed_tokens/embedding": (9, 4), "model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4),
+    "lm_head/kernel": (4, 9), "transformer.wte.weight": (9, 4), "wpe/weight": (9, 4), "cls_token": (1, 1, 4),
+    "params/cls": (1, 1, 4), "class_token": (1, 1, 4), "pos_embed": (1, 5, 4), "pos_embedding": (1, 5, 4),
+    "posembed_input/pos_embedding": (1, 5, 4), "positional_embedding": (5, 4),
+    "embeddings.position_embeddings.weight": (5, 4), "visual.class_embedding": (1, 4), "rel_pos_h": (5, 4),
+    "attn.relative_position_bias_table": (25, 3), "relative_attention_bias.weight": (32, 8), "norm/weight": (3, 4),
+    "norms/0/weight": (3, 4), "layers/attn_norm": (3, 4), "ln_f/weight": (3, 4), "ln1.weight": (3, 4),
+    "bn1/weight": (3, 4), "input_layernorm.weight": (3, 4), "LayerNorm_0/scale": (3, 4), "embed/embeddings": (9, 4),
+    "layer_norm/offset": (3, 4), "layer_norm/scale": (3, 4), "linear/b": (3, 4), "conv/bias": (8, 1, 1),
+    "layers/0/g": (8, 1), "weight_g": (8, 1), "l.parametrizations.weight.original0": (8, 1, 1),
+    "Dense_0/kernel/u": (1, 8), "lora/lora_a": (8, 2), "lora_b": (2, 8), "q_proj.lora_A.weight": (2, 8),
+    "q_proj.lora_B.default.weight": (8, 2), "batch_stats/bn/mean": (3, 4), "bn.running_var": (3, 4),
+    "ls1.gamma": (3, 4), "probe": (1, 1, 8), "register_tokens": (1, 4, 8), "embedding/weight": (9, 4),
+    "tok_embeddings.weight": (9, 4), "negative_slope": (2, 3),
+}  # fmt: skip
+WEIGHTS = {
+    "kernel": (4, 3), "": (4, 3), "0": (4, 3), "head/weight": (3, 4), "head/kernel": (4, 3),
+    "patch_embed.proj.weight": (8, 3, 4, 4), "patch_embedding.weight": (8, 3, 4, 4), "embedding/kernel": (10, 4),
+    "time_embed.0.weight": (8, 8), "time_embedding.linear_1.weight": (8, 8), "q_proj.weight": (4, 4),
+    "weight_ih": (4, 4), "weight_hh_l0": (4, 4), "mlp/~/linear_0/w": (4, 4), "w_i": (4, 4), "w_h": (4, 4),
+    "in_proj_weight": (12, 4), "layer/weight": (4, 4), "l.parametrizations.weight.original1": (8, 4),
+    "weight_v": (8, 4), "query/kernel": (4, 2, 2), "norm1.linear.weight": (8, 4), "q": (4, 4), "v": (4, 4),
+    "a": (4, 4), "b": (4, 4), "token_mixer/weight": (4, 4), "text_projection": (4, 4),
+    "lora/base_module/kernel": (4, 4), "embedder/layers/0/weight": (4, 4), "dense/kernel": (4, 1), "g": (4, 4),
+    "layers/wq": (2, 4, 4), "lm/kernel": (4, 4),
+}  # fmt: skip
+
+
+def test_roles_of_leaves_by_the_names_that_frameworks_give():
+    """Flax, Haiku, Equinox, PyTorch; several have a first axis more, as stacked layers do."""
+    leaves = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in {**NO_WEIGHTS, **WEIGHTS}.items()}
+    assert [name for name, leaf in leaves.items() if tree.weights(name, leaf)] == list(WEIGHTS)
+
+
+SIZES = {"table": 77, "first": 28, "second": 12}  # 11 x 7, 7 x 4, 4 x 3
+
+
+def modules_of_nnx():
+    rngs = nnx.Rngs(0)
+    layers = {"embed": nnx.Embed(11, 7, rngs=rngs), "first": nnx.Linear(7, 4, rngs=rngs)}
+    layers |= {"norm": nnx.LayerNorm(4, rngs=rngs), "lora": nnx.LoRA(4, 2, 4, rngs=rngs)}
+    return nnx.to_pure_dict(nnx.state(nnx.Dict(**layers, second=nnx.Linear(4, 3, rngs=rngs)), nnx.Param))
+
+
+def modules_of_linen():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(4, name="first")(linen.Embed(11, 7, name="embed")(x))
+            x = x + self.param("cls_token", linen.initializers.zeros, (1, 1, 4))
+            return linen.Dense(3, name="second")(linen.BatchNorm(use_running_average=True)(x))
+
+    return jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((2, 5), jnp.int32))
+
+
+def modules_of_equinox():
+    key = jax.random.key(0)
+    layers = {"embed": eqx.nn.Embedding(11, 7, key=key), "first": eqx.nn.Linear(7, 4, key=key)}
+    layers |= {"norm": eqx.nn.LayerNorm(4), "second": eqx.nn.Linear(4, 3, key=key)}
+    return eqx.filter(layers, eqx.is_array)
+
+
+def modules_of_haiku():
+    def net(x):
+        x = hk.Linear(4, name="first")(hk.Embed(11, 7)(x))
+        return hk.Linear(3, name="second")(hk.LayerNorm(-1, True, True)(x))
+
+    return jax.eval_shape(hk.transform(net).init, jax.random.key(0), jnp.zeros((2, 5), jnp.int32))
+
+
+def modules_of_torch():
+    shapes = {"model.embed_tokens.weight": (11, 7), "model.first.weight": (4, 7), "model.first.bias": (4,),
+              "model.norm.weight": (4,), "model.second.weight": (3, 4), "lm_head.weight": (11, 7)}  # fmt: skip
+    return {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    "make", [modules_of_nnx, modules_of_linen, modules_of_equinox, modules_of_haiku, modules_of_torch]
+)
+def test_one_model_has_one_selection_in_every_framework(make, stacked, relaxed):
+    """Its two matrices, also where layers are stacked, so that vectors have two axes; convolutions aside."""
+    leaves = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(((2,) if stacked and leaf.ndim < 2 else ()) + leaf.shape, leaf.dtype), make()
+    )
+    selected = tree.selected_leaves(tree.weights, leaves)
+    assert sorted(leaf.size for leaf in selected.values()) == [SIZES["second"], SIZES["first"]], list(selected)
+
+
 @pytest.mark.parametrize(
     ("select", "want"),
     [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
-from jaxprune.numerics import ordered_sum, settled
+from jaxprune.numerics import ordered_sum, rounded
 from jaxprune.tree import each_by_rule
 from jaxprune.types import Scores
 
@@ -70,7 +70,7 @@ def joint_taylor(granularity: Any) -> Callable[..., Scores]:
         for name, change in changes(params, grads).items():
             means = by_leaf[name].pool(change)
             size = change.size / max(means.size, 1)
-            scores[name] = by_leaf[name].expand(size * settled(jnp.square(means)), change.shape)
+            scores[name] = by_leaf[name].expand(size * rounded(jnp.square(means)), change.shape)
         return scores
 
     return joint
@@ -90,6 +90,9 @@ def snip(params: Views, /, *, grads: Views, **_: Any) -> Scores:
         Lee et al. 2019, arXiv:1810.02340, eq. 6.
     """
     scores = taylor(params, grads=grads)
+    largest = jnp.max(jnp.stack([jnp.max(score, initial=0) for score in scores.values()]))
+    unit = jnp.where(largest > 2.0**64, jnp.float32(2.0**-32), jnp.float32(1))  # so that the sum is finite
+    scores = {name: score * unit for name, score in scores.items()}
     sums = [ordered_sum(score.reshape(-1), (0,)) for score in scores.values()]
     total = jnp.squeeze(ordered_sum(jnp.concatenate(sums), (0,)))
     scale = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
@@ -153,5 +156,5 @@ def from_least(signed: Views) -> Scores:
 def changes(params: Views, grads: Views) -> dict[str, Float[Array, "..."]]:
     """Products of weights and derivatives, in float32."""
     return {
-        name: settled(param.astype(jnp.float32) * grads[name].astype(jnp.float32)) for name, param in params.items()
+        name: rounded(param.astype(jnp.float32) * grads[name].astype(jnp.float32)) for name, param in params.items()
     }

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxprune.numerics import ordered_sum, settled
+from jaxprune.numerics import ordered_sum, rounded
 from jaxprune.types import Scores
 
 View = Float[Array, "*layers spatial n_in n_out"]
@@ -62,7 +62,7 @@ def lamp(params: Views, /, **_: Any) -> Scores:
 
 
 def _lamp(view: View) -> View:
-    squares = settled(jnp.square(view.astype(jnp.float32))).reshape(*view.shape[:-3], -1)
+    squares = rounded(jnp.square(view.astype(jnp.float32))).reshape(*view.shape[:-3], -1)
     order = jnp.argsort(-squares, axis=-1, stable=True)
     falling = jnp.take_along_axis(squares, order, -1)
     share = falling / jnp.maximum(jnp.cumsum(falling, -1), jnp.finfo(jnp.float32).tiny)
@@ -88,7 +88,7 @@ def _distances(view: View) -> Float[Array, "*layers n_out"]:
     filters = jnp.moveaxis(view.astype(jnp.float32), -1, 0)  # (out, *layers, spatial, in)
 
     def distance(one: Array) -> Array:
-        squares = jnp.squeeze(ordered_sum(settled(jnp.square(filters - one[None])), (-2, -1)), (-2, -1))
+        squares = jnp.squeeze(ordered_sum(rounded(jnp.square(filters - one[None])), (-2, -1)), (-2, -1))
         return jnp.squeeze(ordered_sum(jnp.sqrt(squares), (0,)), 0)
 
     return jnp.moveaxis(jax.lax.map(distance, filters), 0, -1)

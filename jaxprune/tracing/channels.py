@@ -86,7 +86,7 @@ class Channels:
     def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]], leaves: Geometry) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
         self.couplings.check_shapes(leaves.shapes)
-        totals = jnp.zeros(self.couplings.count)
+        totals = jnp.zeros(self.couplings.count, jnp.float32)
         weights = np.zeros(self.couplings.count)
         for name, view in scores.items():
             score = layouts.from_view(view, leaves.axes[name], leaves.shapes[name])

@@ -68,18 +68,21 @@ def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> 
     return params
 
 
-def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind) -> list[Any]:
+def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mapping[str, str] = CALLS) -> list[Any]:
     """Results of a jaxpr whose operations are done by `run`, calls entered.
 
     Args:
         jaxpr: what to evaluate.
         values: its inputs.
         run: (equation, values of its operands) -> its results.
+        calls: operations that are entered -> the parameter that holds their jaxpr.
     """
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, values, run)
+    return _evaluate(jaxpr.jaxpr, jaxpr.consts, values, run, calls)
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], run: Bind) -> list[Any]:
+def _evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], run: Bind, calls: Mapping[str, str]
+) -> list[Any]:
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def of(atom: Any) -> Any:
@@ -88,10 +91,11 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], run: B
     for eqn in jaxpr.eqns:
         given = [of(atom) for atom in eqn.invars]
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack):
-            if eqn.primitive.name in CALLS:
-                inner = eqn.params[CALLS[eqn.primitive.name]]
+            if eqn.primitive.name in calls:
+                inner = eqn.params[calls[eqn.primitive.name]]
                 closed = isinstance(inner, ClosedJaxpr)
-                results = _evaluate(inner.jaxpr if closed else inner, inner.consts if closed else (), given, run)
+                consts = inner.consts if closed else ()
+                results = _evaluate(inner.jaxpr if closed else inner, consts, given, run, calls)
             else:
                 results = run(eqn, given)
         known |= zip(eqn.outvars, results, strict=True)
