@@ -72,6 +72,8 @@ def _words(error: Exception) -> str:
         return f"{error.name.partition('.')[0]!r} is not installed. It comes with: pip install 'jaxprune[lab]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, LookupError | AssertionError | AttributeError | NameError):  # whose words are for programmers
+        return f"{type(error).__name__}: {error}. This was not foreseen; --debug shows where it happened."
     return str(error) or type(error).__name__
 
 
@@ -116,11 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report", help="show a finished run, or compare several", **style,
-        description="Print what finished runs came to. One run: its summary, and its page written anew. Several: a "
-        "Markdown table, and with --out a page that compares them. --table writes the tables of results in a Markdown "
-        "file anew, where it marks them: <!-- table: overview results/NAME.json --> ... <!-- end -->.",
+        description="Print what finished runs came to. One run: its summary, and its page written anew. The folder of "
+        "a sweep, NAME-sweep: its table of test errors, and its page. Several: a Markdown table with a row for each "
+        "run and each point of a sweep, and with --out a page that compares them. --table writes the tables of results "
+        "in a Markdown file anew, where it marks them: <!-- table: overview results/NAME.json --> ... <!-- end -->.",
     )  # fmt: skip
-    report.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder")
+    report.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="the folder of a run or of a sweep")
     report.add_argument("--table", metavar="FILE", type=Path, help="a Markdown file, such as experiments/README.md")
     report.add_argument("--out", metavar="FILE", type=Path, help="write the comparison as an HTML page")
     report.add_argument("--json", action="store_true", help="print the results as JSON instead")
@@ -177,28 +180,36 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(html.summary_text(results))
             print(f"report: {folder / 'report.html'}")
     if tables:
-        print(lab_sweep.table(tables))
+        print(f"{lab_sweep.text(tables)}\n")
+    for one in tables:
+        print(f"report: {lab_sweep.folder_of(one['name'], runs) / 'report.html'}")
     return 0
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab import comparison, figures, files, html, publish
+    from jaxprune.lab import sweep as lab_sweep
 
     if arguments.table:
         print(f"{arguments.table}: {comparison.fill(arguments.table)} tables written")
     if not arguments.runs:
         return 0 if arguments.table else arguments.refuse("the following arguments are required: RUN, or --table FILE")
     results = [files.read_results(folder) for folder in arguments.runs]
+    rows = lab_sweep.side_by_side(results)
     if arguments.out:
-        page = html.comparison_page(results, {"comparison": figures.png(figures.comparison(results))})
+        page = html.comparison_page(rows, {"comparison": figures.png(figures.comparison(rows))})
         arguments.out.write_text(page)
     if arguments.json:
         print(json.dumps(results, indent=1))
+    elif all("points" in one for one in results):
+        print(f"{lab_sweep.text(results)}\n")
+        for folder, one in zip(arguments.runs, results, strict=True):
+            print(f"report: {lab_sweep.write_page(folder, one)}")
     elif len(results) == 1:
         print(html.summary_text(results[0]))
         print(f"report: {publish.rewrite_page(arguments.runs[0])}")
     else:
-        print(html.summary_markdown(results))
+        print(html.summary_markdown(rows))
     return 0
 
 
