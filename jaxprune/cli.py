@@ -53,6 +53,8 @@ column of a csv file, or all of them. The model is seen by its shapes; nothing i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+    if "" not in sys.path:
+        sys.path.append("")  # a user's own criteria, models and data, MODULE:NAME in a config
     try:
         return arguments.do(arguments, overrides)
     except KeyboardInterrupt:
@@ -162,7 +164,6 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from jaxprune.lab import run as lab_run
     from jaxprune.lab import sweep as lab_sweep
 
-    sys.path.append("")  # a user's own criteria, MODULE:NAME in a config
     sweeps = [(path, cfg.load_sweep(path, overrides)) for path in arguments.config]
     runs = Path(arguments.runs)
     if arguments.out and (len(sweeps) > 1 or sweeps[0][1].axes):
@@ -295,7 +296,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
 def _predict(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab import predict
 
-    model = predict.load(arguments.file)
+    model = predict.load(arguments.file, arguments.model)
     found = predict.predict(model, arguments.images, arguments.formats)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     return 0

@@ -26,8 +26,8 @@ def of_run(folder: Path) -> Network:
     """
     files.read_run(folder)
     config = cfg.load(folder / "config.toml")
-    name, key = config.data.name, jax.random.key(config.seeds[0])
-    network = of_config(config.name, config.model, data.IMAGES[name], data.classes(name), key)
+    key = jax.random.key(config.seeds[0])
+    network = of_config(config.name, config.model, *data.facts(config.data), key)
     found, _ = checkpoint.restore_latest(
         folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)
     )
