@@ -5,7 +5,9 @@ Everything printed by this project is printed here. Problems are one line on sta
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ Everything goes into one folder, named after the config and the hash of what it 
 and it goes on where it stopped, killed at whatever moment, to the same result bit for bit; a finished run is shown.
 A file with a [sweep] is a run for every combination of its values, and a table; several files are done in turn.
 
-Every value of the config can be given on the command line:
+Every value of the config can be given on the command line; `jaxprune keys` says which there are:
 
   jaxprune run experiments/quickstart.toml --prune.sparsity 0.95 --seeds "[0, 1, 2]" --finetune.duration "5 epochs"
 """
@@ -56,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.append("")  # a user's own criteria, models and data, MODULE:NAME in a config
     try:
-        return arguments.do(arguments, overrides)
+        code = arguments.do(arguments, overrides)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has enough, as in `jaxprune ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("jaxprune: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -85,6 +92,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(own, argparse.Namespace(command=["jaxprune", *argv])), overrides
 
 
+def _version() -> str:
+    try:
+        return f"jaxprune {importlib.metadata.version('jaxprune')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "jaxprune, not installed"
+
+
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """The words of `run` that are its own, and those that override the config, values kept with their flags."""
     own: list[str] = []
@@ -109,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="jaxprune", description="Functional pruning for JAX.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment", description=RUN_HELP, epilog=EPILOG, **style)
@@ -117,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="the run's folder itself, instead of one named after the config")
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
     run.set_defaults(do=_run)
+
+    keys = commands.add_parser(
+        "keys", help="list every key of a config", **style,
+        description="Print every key that a config may have, its type, its default and what it means, as Markdown.",
+    )  # fmt: skip
+    keys.set_defaults(do=_keys)
 
     report = commands.add_parser(
         "report", help="show a finished run, or compare several", **style,
@@ -184,6 +205,13 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{lab_sweep.text(tables)}\n")
     for one in tables:
         print(f"report: {lab_sweep.folder_of(one['name'], runs) / 'report.html'}")
+    return 0
+
+
+def _keys(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import reference
+
+    print(reference.markdown())
     return 0
 
 

@@ -46,7 +46,8 @@ class Data(Table):
 
 
 class Model(Table):
-    """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training.
+    """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training, of the
+    small models (mlp to tf_tutorial_cnn).
 
     `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.adjusted_dropout`.
 

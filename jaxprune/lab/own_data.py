@@ -42,7 +42,7 @@ def load(section: Data) -> tuple[list[np.ndarray], float, int]:
     match found:
         case ((train_x, train_y), (test_x, test_y)):
             return _checked(section, [np.asarray(one) for one in (train_x, train_y, test_x, test_y)])
-    raise _refusal(section, f"expected {EXPECTED} of it, arrived {_described(found)}.")
+    raise _refusal(section, f"expected it to return {EXPECTED}, arrived {_described(found)}.")
 
 
 def remember(dataset: Sequence[Any], name: str, path: Path) -> None:

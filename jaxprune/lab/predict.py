@@ -139,13 +139,13 @@ def _sample(file: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
         found = np.load(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is no array file: {error}") from None
-    if found.dtype == np.uint8:
-        found = found / np.float32(data.DIGITS_SCALE if kind == "digits" else 255)
-    if (found.shape != shape and (*found.shape, 1) != shape) or found.dtype.kind != "f":
+    pixels = found.dtype == np.uint8
+    if (found.shape != shape and (*found.shape, 1) != shape) or not (pixels or found.dtype.kind == "f"):
         raise ValueError(
             f"{file}: expected one sample {shape}, floats or uint8 pixels, arrived {found.dtype} {found.shape}."
         )
-    return found.astype(np.float32).reshape(shape)
+    scale = data.DIGITS_SCALE if kind == "digits" else 255.0
+    return found.astype(np.float32).reshape(shape) / np.float32(scale if pixels else 1)
 
 
 def _as_small(params: Any, sizes: Mapping[str, Sequence[int]]) -> Any:

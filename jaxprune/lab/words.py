@@ -13,10 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import AfterValidator
-
 import jaxprune as jp
 from jaxprune import criteria
+from jaxprune.lab.fields import Must
 from jaxprune.lab.problems import reason, show
 
 FACTORIES = ("joint_taylor", "momentum")
@@ -73,14 +72,15 @@ def known(kind: str, name: str) -> Any:
     raise ValueError(f"expected a {kind} by its name{own}, arrived {show(name)}{hint}")
 
 
-def word(kind: str) -> AfterValidator:
+def word(kind: str) -> Must:
     """Annotates a key whose value is a name that is `known`."""
 
     def check(name: str) -> str:
         known(kind, name)
         return name
 
-    return AfterValidator(check)
+    names = [f'`"{name}"`' for name in REGISTRY[kind]] + ([] if kind == "preset" else ["MODULE:NAME"])
+    return Must(check, ", ".join(names))
 
 
 def criterion(name: str, granularity: Any) -> Any:

@@ -117,7 +117,7 @@ def _of_pair(model: Model, made: Any) -> Network:
             return Network(params, _with_key(apply))
         case nnx.Module():
             raise _refusal(model, "returned an nnx.Module: name its class, which is then made with `rngs`.")
-    raise _refusal(model, f"expected (params, apply) of it, arrived {type(made).__name__}.")
+    raise _refusal(model, f"expected it to return (params, apply), arrived {type(made).__name__}.")
 
 
 def _with_key(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +145,4 @@ def _check(model: Model, network: Network, image: tuple[int, ...], classes: int)
         shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
         if shape != (2, classes) or not jnp.issubdtype(dtype, jnp.floating):
             arrived = f"{dtype} {shape}" if shape is not None else type(logits).__name__
-            raise _refusal(
-                model, f"expected float logits {(2, classes)} for inputs {inputs.shape}, arrived {arrived}."
-            )
+            raise _refusal(model, f"expected float logits {(2, classes)} for inputs {inputs.shape}, arrived {arrived}.")
