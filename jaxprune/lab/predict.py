@@ -117,12 +117,12 @@ def load(path: Path, own: str = "") -> Loaded:
 
 def _refuse_unasked(path: Path, name: str, own: str) -> None:
     """A file may come from anywhere: code that it names is imported only where the user names it too."""
-    if ":" in name and name != own:
+    if own and name != own:
+        raise ValueError(f"{path} is of the model {name}, not of {own}.")
+    if ":" in name and not own:
         raise ValueError(
             f"{path} is of a model of your own, {name}, and a file alone imports no code: say --model {name} as well."
         )
-    if own and name != own:
-        raise ValueError(f"{path} is of the model {name}, not of {own}: leave --model out.")
 
 
 def _prepared(file: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:

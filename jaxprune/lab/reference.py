@@ -6,7 +6,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -116,5 +115,4 @@ def _base(hint: Any) -> str:
 
 def _bounds(notes: Sequence[Any]) -> list[str]:
     flat = [one for note in notes for one in (note.metadata if isinstance(note, FieldInfo) else [note])]
-    flat = [one for note in flat for one in (note if isinstance(note, annotated_types.GroupedMetadata) else [note])]
     return [f"{sign} {getattr(one, name):,}" for one in flat for name, sign in _BOUNDS if hasattr(one, name)]
