@@ -269,7 +269,7 @@ def test_the_bytes_in_memory_and_on_disk_are_told_apart():
     for text in (html.summary_text(result), Reader(report(result)).text):
         said = " ".join(text.split())
         assert "In memory as bcoo, ready to run: 987,600 bytes dense, 123,450 bytes sparse: 8.00 times smaller" in said
-        assert "On disk model.jaxprune, packed, weights as they are: 99,000 bytes, 10.00 times smaller" in said
+        assert "On disk model.jaxprune, packed: weights as they are, 99,000 bytes, 10.00 times smaller" in said
         assert "Stored" not in said
     header = html.summary_markdown([RESULT]).splitlines()[0]
     assert "| In memory, of dense | From file, % | File, times smaller |" in header

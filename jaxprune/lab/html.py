@@ -202,7 +202,7 @@ def _macs_text(macs: Record) -> str:
 def _file_text(stored: Record) -> str:
     how = "weights as they are" if stored["quantize"] == "none" else stored["quantize"]
     size = f"{stored['bytes']['mean']:,.0f} bytes, {factor(stored['dense_bytes'], stored['bytes']['mean'])} than dense"
-    return f"model.jaxprune, packed, {how}: {size}; accuracy {with_deviation(stored['accuracy'])}"
+    return f"model.jaxprune, packed: {how}, {size}; accuracy {with_deviation(stored['accuracy'])}"
 
 
 def _change(results: Record, accuracy: Record | None) -> str:

@@ -59,7 +59,7 @@ def remember(dataset: Sequence[Any], name: str, path: Path) -> None:
     digest = hashlib.blake2b(digest_size=16)
     for array in dataset[1:5]:
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     now = digest.hexdigest()
     if not path.exists():
         files.write_text(path, now)

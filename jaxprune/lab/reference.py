@@ -108,7 +108,7 @@ def _base(hint: Any) -> str:
     if origin is dict:
         return f"a table: pattern of leaf names to {_words(inner[1])}"
     if isinstance(hint, typing.ForwardRef | str):
-        return f"a {getattr(hint, '__forward_arg__', hint).lower()}"
+        return f"a {str(getattr(hint, '__forward_arg__', hint)).lower()}"
     names = {bool: "`true`, `false`", int: "an integer", float: "a number", str: "text"}
     return names.get(hint, '`"20 epochs"`, `"500 steps"`' if hint is Duration else f"a {hint.__name__.lower()}")
 

@@ -47,11 +47,12 @@ def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""
     Raises:
         ConfigError: it cannot be made so, or does not give logits (batch, classes); says what arrived.
     """
-    found, given = words.known("model", model.name), {"image": image, "classes": classes, **(model.options or {})}
+    found: Any = words.known("model", model.name)
+    given: dict[str, Any] = {"image": image, "classes": classes, **(model.options or {})}
     of_nnx = inspect.isclass(found) and issubclass(found, nnx.Module)
     given |= {"rngs": nnx.Rngs(key)} if of_nnx else {"key": key}
     try:
-        made = found(**given)
+        made: Any = found(**given)
     except Exception as error:
         call = f"{model.name.partition(':')[2]}({', '.join(f'{name}={_shown(given[name])}' for name in given)})"
         raise _refusal(model, f"called as {call} it failed, {reason(error)}") from error
@@ -142,7 +143,7 @@ def _check(model: Model, network: Network, image: tuple[int, ...], classes: int)
         except Exception as error:
             when = "in training" if train else "outside training"
             raise _refusal(model, f"fails on inputs {inputs.shape} {when}, {reason(error)}") from error
-        shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
-        if shape != (2, classes) or not jnp.issubdtype(dtype, jnp.floating):
-            arrived = f"{dtype} {shape}" if shape is not None else type(logits).__name__
+        one_array = isinstance(logits, jax.ShapeDtypeStruct)
+        if not one_array or logits.shape != (2, classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
+            arrived = f"{logits.dtype} {logits.shape}" if one_array else type(logits).__name__
             raise _refusal(model, f"expected float logits {(2, classes)} for inputs {inputs.shape}, arrived {arrived}.")
