@@ -5,7 +5,9 @@ Everything printed by this project is printed here. Problems are one line on sta
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ Everything goes into one folder, named after the config and the hash of what it 
 and it goes on where it stopped, killed at whatever moment, to the same result bit for bit; a finished run is shown.
 A file with a [sweep] is a run for every combination of its values, and a table; several files are done in turn.
 
-Every value of the config can be given on the command line:
+Every value of the config can be given on the command line; `jaxprune keys` says which there are:
 
   jaxprune run experiments/quickstart.toml --prune.sparsity 0.95 --seeds "[0, 1, 2]" --finetune.duration "5 epochs"
 """
@@ -53,8 +55,15 @@ column of a csv file, or all of them. The model is seen by its shapes; nothing i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+    if "" not in sys.path:
+        sys.path.append("")  # a user's own criteria, models and data, MODULE:NAME in a config
     try:
-        return arguments.do(arguments, overrides)
+        code = arguments.do(arguments, overrides)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has enough, as in `jaxprune ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("jaxprune: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -72,6 +81,8 @@ def _words(error: Exception) -> str:
         return f"{error.name.partition('.')[0]!r} is not installed. It comes with: pip install 'jaxprune[lab]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, LookupError | AssertionError | AttributeError | NameError):  # whose words are for programmers
+        return f"{type(error).__name__}: {error}. This was not foreseen; --debug shows where it happened."
     return str(error) or type(error).__name__
 
 
@@ -79,6 +90,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
     own, overrides = _split(argv) if argv[:1] == ["run"] else (argv, [])
     return parser.parse_args(own, argparse.Namespace(command=["jaxprune", *argv])), overrides
+
+
+def _version() -> str:
+    try:
+        return f"jaxprune {importlib.metadata.version('jaxprune')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "jaxprune, not installed"
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -105,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="jaxprune", description="Functional pruning for JAX.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment", description=RUN_HELP, epilog=EPILOG, **style)
@@ -114,13 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
     run.set_defaults(do=_run)
 
+    keys = commands.add_parser(
+        "keys", help="list every key of a config", **style,
+        description="Print every key that a config may have, its type, its default and what it means, as Markdown.",
+    )  # fmt: skip
+    keys.set_defaults(do=_keys)
+
     report = commands.add_parser(
         "report", help="show a finished run, or compare several", **style,
-        description="Print what finished runs came to. One run: its summary, and its page written anew. Several: a "
-        "Markdown table, and with --out a page that compares them. --table writes the tables of results in a Markdown "
-        "file anew, where it marks them: <!-- table: overview results/NAME.json --> ... <!-- end -->.",
+        description="Print what finished runs came to. One run: its summary, and its page written anew. The folder of "
+        "a sweep, NAME-sweep: its table of test errors, and its page. Several: a Markdown table with a row for each "
+        "run and each point of a sweep, and with --out a page that compares them. --table writes the tables of results "
+        "in a Markdown file anew, where it marks them: <!-- table: overview results/NAME.json --> ... <!-- end -->.",
     )  # fmt: skip
-    report.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder")
+    report.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="the folder of a run or of a sweep")
     report.add_argument("--table", metavar="FILE", type=Path, help="a Markdown file, such as experiments/README.md")
     report.add_argument("--out", metavar="FILE", type=Path, help="write the comparison as an HTML page")
     report.add_argument("--json", action="store_true", help="print the results as JSON instead")
@@ -159,7 +185,6 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from jaxprune.lab import run as lab_run
     from jaxprune.lab import sweep as lab_sweep
 
-    sys.path.append("")  # a user's own criteria, MODULE:NAME in a config
     sweeps = [(path, cfg.load_sweep(path, overrides)) for path in arguments.config]
     runs = Path(arguments.runs)
     if arguments.out and (len(sweeps) > 1 or sweeps[0][1].axes):
@@ -177,28 +202,43 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(html.summary_text(results))
             print(f"report: {folder / 'report.html'}")
     if tables:
-        print(lab_sweep.table(tables))
+        print(f"{lab_sweep.text(tables)}\n")
+    for one in tables:
+        print(f"report: {lab_sweep.folder_of(one['name'], runs) / 'report.html'}")
+    return 0
+
+
+def _keys(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab import reference
+
+    print(reference.markdown())
     return 0
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab import comparison, figures, files, html, publish
+    from jaxprune.lab import sweep as lab_sweep
 
     if arguments.table:
         print(f"{arguments.table}: {comparison.fill(arguments.table)} tables written")
     if not arguments.runs:
         return 0 if arguments.table else arguments.refuse("the following arguments are required: RUN, or --table FILE")
     results = [files.read_results(folder) for folder in arguments.runs]
+    rows = lab_sweep.side_by_side(results)
     if arguments.out:
-        page = html.comparison_page(results, {"comparison": figures.png(figures.comparison(results))})
+        page = html.comparison_page(rows, {"comparison": figures.png(figures.comparison(rows))})
         arguments.out.write_text(page)
     if arguments.json:
         print(json.dumps(results, indent=1))
+    elif all("points" in one for one in results):
+        print(f"{lab_sweep.text(results)}\n")
+        for folder, one in zip(arguments.runs, results, strict=True):
+            print(f"report: {lab_sweep.write_page(folder, one)}")
     elif len(results) == 1:
         print(html.summary_text(results[0]))
         print(f"report: {publish.rewrite_page(arguments.runs[0])}")
     else:
-        print(html.summary_markdown(results))
+        print(html.summary_markdown(rows))
     return 0
 
 
@@ -284,7 +324,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
 def _predict(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab import predict
 
-    model = predict.load(arguments.file)
+    model = predict.load(arguments.file, arguments.model)
     found = predict.predict(model, arguments.images, arguments.formats)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     return 0

@@ -309,3 +309,8 @@ def make_input(shape, seed=1):
     return (
         jnp.asarray(rng.integers(0, 7, shape)) if shape == (2, 5) else jnp.asarray(rng.normal(size=shape), jnp.float32)
     )
+
+
+def couplings_of(name):
+    params, fn, shape = MODELS[name]()
+    return jp.couplings(fn, params, make_input(shape))

@@ -36,7 +36,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 MODULES = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
 NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - {"jaxprune", "jaxprune.lab"}
-PYDANTIC = {"jaxprune.lab.config", "jaxprune.lab.fields", "jaxprune.lab.prune_section"}
+SECTIONS = ("config", "data_section", "fields", "prune_section")
+PYDANTIC = {f"jaxprune.lab.{name}" for name in SECTIONS}
 jaxtyping.install_import_hook(sorted(NAMES - PYDANTIC), "checker.checked")
 
 hypothesis.settings.register_profile(

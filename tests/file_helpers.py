@@ -35,7 +35,8 @@ def write_linear(folder, name="digits", images=None, labels=None, sparsity=0.5):
     params = {"layers": [{"kernel": jnp.asarray(found[:-1]), "bias": jnp.asarray(found[-1])}]}
     params = jp.apply_masks(params, masks := jp.compute_masks(jp.Method(), params, sparsity))
     (folder / "linear.toml").write_text(LINEAR.format(data=name))
-    about = store.identity(config.load(folder / "linear.toml"), 0)
+    of_it = config.load(folder / "linear.toml")
+    about = store.identity(of_it, 0, *data.facts(of_it.data))
     jp.save(folder / "linear.jaxprune", params, masks=masks, metadata={**about, "accuracy": 0.5})
     return folder / "linear.jaxprune", params
 

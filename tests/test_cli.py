@@ -49,10 +49,12 @@ def refused(capsys, *words, code=2):
 
 
 HELP = {
-    "": ["run an experiment", "compare several", "bring data in", "exit codes: 0 done; 1 the run failed", "130 interr"],
-    "run": ["CONFIG", "--prune.sparsity 0.95", '--seeds "[0, 1, 2]"', "goes on where it stopped", "exit codes: 0",
-            "--out", "--runs", "--quiet", "--debug"],
+    "": ["run an experiment", "list every key", "--version", "compare several", "bring data in",
+         "exit codes: 0 done; 1 the run failed", "130 interr"],
+    "run": ["CONFIG", "jaxprune keys", "--prune.sparsity 0.95", '--seeds "[0, 1, 2]"', "goes on where it stopped",
+            "exit codes: 0", "--out", "--runs", "--quiet", "--debug"],
     "report": ["RUN", "Markdown table", "--json", "--out FILE", "--debug"],
+    "keys": ["every key that a config may have", "Markdown"],
     "data": ["import", "readable"],
     "inspect": ["FILE", "bits per weight beside their entropy", "--json", "--markdown"],
     "convert": ["IN", "OUT", "--encoding NAME", "--no-deflate", "--quantize FORM", "--select PATTERN", "--to", "Orbax"],
@@ -86,6 +88,17 @@ def test_an_incomplete_command_says_what_is_missing(capsys, words):
     err = capsys.readouterr().err
     assert re.search(r"required: (COMMAND|CONFIG|RUN|FOLDER)|invalid choice: 'prune'", err)
     assert "Traceback" not in err
+
+
+def test_the_version_and_a_reader_that_has_enough(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"jaxprune \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    words = f"{sys.executable} -m jaxprune.cli keys | head -1; echo ${{PIPESTATUS[0]}}"
+    said = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert said.stdout.splitlines() == ["# Keys of a config", "0"]
+    assert said.stderr == ""
 
 
 # ---------------------------------------------------------------- run

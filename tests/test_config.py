@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxprune import cli
 from jaxprune.lab import config as lab
+from jaxprune.lab import reference
 from jaxprune.lab.config import ConfigError, Distribution, Duration, Granularity, Published, config_hash, dump, load
 
 FULL = """
@@ -358,3 +360,41 @@ def test_hash_knows_a_period_given_from_one_that_follows_the_length(write):
 def test_hash_is_the_same_tomorrow():
     """Run folders carry it: a change of this value makes finished runs start anew, so change it knowingly."""
     assert config_hash(lab.Config(name="x")) == "14fb9ccd"
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_that_of_the_types(capsys):
+    """Written anew by `jaxprune keys > experiments/CONFIG.md`."""
+    assert cli.main(["keys"]) == 0
+    text = capsys.readouterr().out
+    assert (Path(__file__).parents[1] / "experiments/CONFIG.md").read_text("utf-8") == text
+    sections = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
+    keys = {title: set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) for title, part in sections.items()}
+    tables = {"`[train]`": lab.Phase, "`[prune]`": lab.Prune, "`[store]`": lab.Store, "`[model]`": lab.Model}
+    for title, table in tables.items():
+        assert keys[title] == set(table.model_fields) - {"granularity", "distribution"}
+    assert not re.search(r"0x|<|Annotated|NoneType|\| any\b", re.sub(r"`[^`]*`|< [0-9]|->", "", text))
+
+
+@pytest.mark.parametrize(
+    ("section", "row"),
+    [
+        ("`[train]`", r'| `momentum` | a fraction in [0, 1) | `0.9` | `optimizer` = `"sgd"` |'),
+        ("`[train]`", r'| `duration` | `"20 epochs"`, `"500 steps"` | `"20 epochs"` |  |'),
+        ("`[data]`", r"| `shift` | an integer ≥ 0 and ≤ 8 | `0` |  |"),
+        ("`[prune]`", r'| `learning_rate` | a number > 0 |  | `how` = `"gradual"`, `"iterative"`, '),
+        (
+            "`[prune.distribution]`",
+            r"| `rules` | a table: pattern of leaf names to a fraction in [0, 1) or a ",
+        ),
+        ("`[store]`", r'| `bits` | an integer ≥ 1 and ≤ 8 | `4` | `quantize` = `"codebook"` |'),
+        ("`[[published]]`", r"| `accuracy` | a number ≥ 0 and ≤ 1 |  |  |"),
+        ("At the top", r"| `name` | letters, digits and . _ - | needed |  |"),
+    ],
+)
+def test_a_key_says_its_type_its_default_and_with_what_it_goes(section, row):
+    parts = reference.markdown().split("\n## ")
+    [part] = [part for part in parts if part.startswith(section)]
+    assert row in part

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxprune.lab import html, wording
+from jaxprune.lab import figures, html, wording
 
 PNG = base64.b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -249,7 +249,7 @@ def test_summary_text_is_an_aligned_table():
         "Sparse": "96.90 ± 0.10 %",
         "Sparsity": "90.00 ± 0.00 % of the pruned leaves",
         "Overall": "89.51 ± 0.00 % of all parameters",
-        "Stored": "bcoo, 987,600 bytes dense, 123,450 bytes sparse: 8.00 times smaller",
+        "In memory": "as bcoo, ready to run: 987,600 bytes dense, 123,450 bytes sparse: 8.00 times smaller",
         "Time": "12.5 s for each seed",
         "Sparse = masked": "yes, the same class on all 360 test samples, for all 2 seeds.",
     }
@@ -260,6 +260,29 @@ def test_multiply_adds_stand_among_the_facts():
     text = "22,200 for one image, 4,440 with the weights left: 5.00 times fewer"
     assert text in html.summary_text(changed(macs={"dense": 22200, "left": stat(4400, 4480)}))
     assert "Multiply-adds" not in html.summary_text(RESULT)
+
+
+def test_the_bytes_in_memory_and_on_disk_are_told_apart():
+    """Two sizes stand side by side, and each says what it is of, on the page as on the terminal."""
+    artifact = {"quantize": "none", "bytes": stat(99_000), "dense_bytes": 990_000, "accuracy": stat(0.96)}
+    result = changed(artifact=artifact)
+    for text in (html.summary_text(result), Reader(report(result)).text):
+        said = " ".join(text.split())
+        assert "In memory as bcoo, ready to run: 987,600 bytes dense, 123,450 bytes sparse: 8.00 times smaller" in said
+        assert "On disk model.jaxprune, packed: weights as they are, 99,000 bytes, 10.00 times smaller" in said
+        assert "Stored" not in said
+    header = html.summary_markdown([RESULT]).splitlines()[0]
+    assert "| In memory, of dense | From file, % | File, times smaller |" in header
+
+
+@pytest.mark.parametrize("missing", [("dataset",), ("sparse",), ("dataset", "sparse", "artifact", "macs"), ("leaves",)])
+def test_runs_stand_side_by_side_whatever_they_have(missing):
+    lacking = {key: value for key, value in RESULT.items() if key not in missing}
+    rows = html.summary_markdown([RESULT, lacking]).strip().splitlines()[2:]
+    assert rows[0] != rows[1] or missing == ("leaves",)
+    assert rows[1].startswith("| quickstart | ")
+    assert "96.90 ± 0.10" in Reader(html.comparison_page([RESULT, lacking], {})).text
+    assert figures.png(figures.comparison([RESULT, lacking])).startswith(b"\x89PNG")
 
 
 def test_summary_markdown_has_one_row_a_run_whatever_its_name():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from lab_helpers import StopAt, Stopped, arrays_of, checkpoints, tiny, write_con
 
 import jaxprune as jp
 from jaxprune import cli, storage
-from jaxprune.lab import config, convert, data, predict, run, stages, sweep
+from jaxprune.lab import config, convert, data, files, html, predict, run, stages, sweep
 from jaxprune.lab.bench import of_run
 from jaxprune.lab.samples import samples_of
 from jaxprune.loops import Round
@@ -106,11 +108,18 @@ def test_a_sweep_is_no_experiment(tmp_path):
 # ---------------------------------------------------------------- tables
 
 
-def fake(axes, errors):
+def fake(axes, errors, seeds=3, name="fake"):
     def point(values, error):
-        return {"values": values, "accuracy": {"finetuned": {"mean": 1 - error, "std": 0.001}}}
+        values_of_seeds = [1 - error - 0.001, 1 - error, 1 - error + 0.001]
+        accuracy = {"mean": 1 - error, "std": 0.001, "values": values_of_seeds[:seeds]}
+        stat = {"mean": 0.5, "std": 0.0, "values": [0.5] * seeds}
+        about = {"hash": f"{zlib.crc32(str(values).encode()):08x}", "sparsity": stat}
+        about |= {"artifact": {"ratio": 2.0, "accuracy": stat, "bytes": stat}}
+        about |= {"values": values, "seeds": [*range(seeds)]}
+        return {**about, "accuracy": {"dense": accuracy, "finetuned": accuracy}}
 
-    return {"axes": axes, "points": [point(values, error) for values, error in errors]}
+    about = {"name": name, "title": "", "command": "a command"}
+    return {**about, "axes": axes, "points": [point(values, error) for values, error in errors]}
 
 
 def test_tables():
@@ -133,6 +142,90 @@ def test_tables():
     assert sweep.table([rows]).splitlines()[2:] == ["| nm | 10.00 ± 0.10 |", "| x, sparsity 50 % | 20.00 ± 0.10 |"]
     with pytest.raises(ValueError, match="need the same last axis"):
         sweep.table([one, rows])
+
+
+GRIDS = {
+    "two axes": fake({"prune.preset": ["a"], "prune.sparsity": [0.5, 0.9]},
+                     [({"prune.preset": "a", "prune.sparsity": s}, 0.25) for s in (0.5, 0.9)]),
+    "one axis": fake({"prune.sparsity": [0.5]}, [({"prune.sparsity": 0.5}, 0.25)]),
+    "one seed": fake({"prune.sparsity": [0.5]}, [({"prune.sparsity": 0.5}, 0.25)], seeds=1),
+    "tables": fake({"prune": [{"preset": "a"}, {"preset": "b"}]},
+                   [({"prune": {"preset": p}}, 0.25) for p in "ab"], name="other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_a_table_on_the_terminal_says_what_its_numbers_are(grid):
+    caption, empty, head, _, row, *_ = sweep.text([grid]).splitlines()
+    assert caption.startswith(f"{grid['name']}: test error after fine-tuning in per cent")
+    assert not empty
+    several = len(grid["points"][0]["seeds"]) > 1
+    assert ("mean ± standard deviation over 3 seeds" in caption, "± 0.10" in row) == (several, several)
+    assert ("Columns: prune.sparsity." in caption) == (len(grid["axes"]) == 2)
+    assert ("error, %" in head) == (len(grid["axes"]) == 1)
+    assert "25.00" in row
+
+
+def test_sweeps_of_other_axes_have_tables_of_their_own():
+    """After hours of runs nothing may be lost because the last tables do not fit together."""
+    text = sweep.text(list(GRIDS.values()))
+    assert text.count("test error after fine-tuning") == 3
+    assert "fake, fake: test error" in text  # the same axes
+    assert text.count("25.00") == 6
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_sweeps_and_runs_are_reported_side_by_side(tmp_path, capsys, older):
+    """Folders as a shell finds them, `runs/fake-*`: a sweep alone is its table, with runs each point is a row."""
+    stat = {"mean": 0.7, "std": 0.0, "values": [0.7]}
+    there = {"dataset": {"name": "digits", "train": 1, "validation": 1, "test": 4}, "leaves": [], "seconds": stat}
+    there |= {"sparse": {"format": "bcoo", "agreement": {"values": [1.0]}, "bytes": 1, "dense_bytes": 2}}
+    there |= {"finished": "2026-02-03T04:06:06+00:00", "overall_sparsity": stat, "command": "a command"}
+    points = GRIDS["two axes"]["points"]
+    kept = ["values", "seeds", "hash", "sparsity", "accuracy", *([] if older else ["artifact"])]
+    folders = {"fake-sweep": GRIDS["two axes"] | {"points": [{key: one[key] for key in kept} for one in points]}}
+    folders |= {f"fake-{one['hash']}": {**one, "name": "fake", **there} for one in points[older:]}
+    folders |= {"fake-zz": {**points[0], "name": "elsewhere", "hash": "00000001", **there, "accuracy": {"dense": stat}}}
+    for name, results in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert cli.main(["report", str(tmp_path / "fake-sweep")]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{sweep.text([folders['fake-sweep']])}\n\nreport: {tmp_path}/fake-sweep/report.html\n"
+    assert "<html" in (tmp_path / "fake-sweep" / "report.html").read_text()
+    whole, page = [str(tmp_path / name) for name in sorted(folders)], tmp_path / "page.html"
+    both = ["fake: sparsity 50 %", "fake: sparsity 90 %"]
+    for words, expected in ((whole, [*both, "elsewhere"]), ([whole[-1], str(tmp_path / "fake-sweep")], both)):
+        assert cli.main(["report", *words, "--out", str(page)]) == 0
+        names = [row.split(" | ")[0].removeprefix("| ") for row in capsys.readouterr().out.strip().splitlines()[2:]]
+        assert sorted(names) == sorted({*expected, "elsewhere"})
+        assert all(name in page.read_text() for name in names)
+    assert cli.main(["bench", "model", "--run", str(tmp_path / "fake-sweep")]) == 2
+    assert f"is a sweep: name one of its runs, such as {tmp_path}/fake-" in capsys.readouterr().err
+
+
+def test_a_key_that_is_missing_is_said_in_a_sentence(tmp_path, capsys, monkeypatch):
+    """Whatever a results file lacks: the file is named, and no bare key is all that is said."""
+    whole = dict.fromkeys(files.OF_A_RUN, 0)
+    for kind in (dict(GRIDS["one axis"]), whole):
+        for key in kind:
+            if key in files.OF_A_RUN | files.OF_A_SWEEP and key != "points":
+                torn = {one: value for one, value in kind.items() if one != key}
+                (tmp_path / "results.json").write_text(json.dumps(torn))
+                if {*torn} >= (files.OF_A_SWEEP if "points" in torn else files.OF_A_RUN):
+                    continue
+                assert cli.main(["report", str(tmp_path)]) == 2
+                said = capsys.readouterr().err
+                assert re.fullmatch(rf"jaxprune: \S+results.json is damaged: it has no {key}\. Delete it .*\n", said)
+    (tmp_path / "results.json").write_text(json.dumps(whole))
+    monkeypatch.setattr(html, "summary_text", lambda results: {}["sparsity"])
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert re.match("jaxprune: KeyError: 'sparsity'. This was not foreseen", capsys.readouterr().err)
+    for kind in ("grid", "presets", "rows", "levels", "overview"):
+        (tmp_path / "results.json").write_text('{"name": "x", "command": "y"}')
+        (tmp_path / "x.md").write_text(f"<!-- table: {kind} results.json -->\n<!-- end -->")
+        assert cli.main(["report", "--table", str(tmp_path / "x.md")]) == 2
+        assert f"A table '{kind}' cannot be made of results.json: '" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- runs
@@ -172,13 +265,15 @@ def test_the_command_does_sweeps_and_single_runs_in_turn(tmp_path, monkeypatch, 
     for path, values in ((first, "[0.5, 0.75]"), (second, "[0.25]")):
         path.write_text(f"name = '{path.stem}'\n[sweep]\nprune.criterion = ['random']\nprune.sparsity = {values}")
     assert cli.main(["run", str(first), "--runs", str(tmp_path), "--quiet"]) == 0
-    assert "| random | 50.00 ± 0.00 | 25.00 ± 0.00 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| random | 50.00 | 25.00 |" in said
+    assert said.endswith(f"\nreport: {tmp_path}/a-sweep/report.html\n")
     assert done == [(0.5, tmp_path, True), (0.75, tmp_path, True)]
     assert cli.main(["run", str(first), str(second), "--out", str(tmp_path / "x")]) == 2
     assert "--out names the folder of one run" in capsys.readouterr().err
     words = ["run", str(first), str(second), "--runs", str(tmp_path), "--quiet", "--sweep.prune.sparsity", "[0.9]"]
     assert cli.main(words) == 0
-    assert capsys.readouterr().out.count("| random | 10.00 ± 0.00 |") == 2
+    assert capsys.readouterr().out.count("| random | 10.00 |") == 2
 
 
 def test_a_run_in_rounds_that_was_stopped_goes_on_to_the_same_bits(tmp_path):

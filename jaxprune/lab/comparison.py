@@ -54,7 +54,13 @@ def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
         raise ValueError(f"A table is one of {', '.join(kinds)}; {kind!r} arrived.")
     paths = [folder / name for name in names.split()]
     found = [row for path in paths for row in rows.read(path)] if kind == "latency" else [read(path) for path in paths]
-    return f"{begin}{kinds[kind](found)}\n{end}"
+    try:
+        return f"{begin}{kinds[kind](found)}\n{end}"
+    except LookupError as error:
+        raise ValueError(
+            f"A table {kind!r} cannot be made of {names}: {error} is missing there. `grid` and `presets` are of "
+            "sweeps, `rows` of benchmarks, `latency` of `jaxprune bench model`, the others of runs or sweeps."
+        ) from error
 
 
 def read(path: Path) -> Record:

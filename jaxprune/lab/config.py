@@ -23,6 +23,7 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
+from jaxprune.lab.data_section import Data, Model
 from jaxprune.lab.fields import (
     ARRAY,
     DISTINCT,
@@ -63,42 +64,6 @@ __all__ = [
     "load_sweep",
     "training_hash",
 ]
-
-
-class Data(Table):
-    """Where samples come from. `data_dir` "": TFDS's default.
-
-    `validation`: fraction of the training data held out. In training, images are moved at random by up to `shift`
-    pixels up or down and sideways, and with `flip` every other one is mirrored.
-    """
-
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet2012"] = "digits"
-    data_dir: str = ""
-    validation: Fraction = 0.1
-    shift: Annotated[int, Field(ge=0, le=8)] = 0
-    flip: bool = False
-
-
-class Model(Table):
-    """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training.
-
-    `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.adjusted_dropout`.
-    """
-
-    name: Literal[
-        "mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn",
-        "resnet20", "resnet32", "resnet56", "resnet50", "cifar_vgg16", "cifar_vgg19", "vgg16", "vgg19", "mobilenet_v1",
-    ] = "mlp"  # fmt: skip
-    widths: Annotated[tuple[Count, ...], ARRAY, Only(("name", "mlp"))] = (300, 100)
-    dropout: Fraction = 0.0
-    adjust_dropout: bool = False
-
-    @pydantic.field_validator("adjust_dropout")
-    @classmethod
-    def _of_some_dropout(cls, value: bool, info: pydantic.ValidationInfo) -> bool:
-        if value and not info.data.get("dropout"):
-            raise ValueError("has no effect without dropout")
-        return value
 
 
 class Phase(Table):
@@ -334,4 +299,4 @@ def _as_before(table: Any, patterns: bool = False) -> Any:
     if not isinstance(table, dict):
         return table
     kept = {key: value for key, value in table.items() if patterns or key not in _BEFORE or value != _BEFORE[key]}
-    return {key: _as_before(value, key == "rules") for key, value in kept.items()}
+    return {key: value if key == "options" else _as_before(value, key == "rules") for key, value in kept.items()}

@@ -14,7 +14,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab import checkpoint, foreign, orbax_files, store
+from jaxprune.lab import checkpoint, data, foreign, orbax_files, store
 from jaxprune.lab import config as cfg
 from jaxprune.storage import Artifact, container, paths
 from jaxprune.storage.quantize import is_quantized
@@ -135,7 +135,8 @@ def _of_run(folder: Path, everything: bool) -> Model:
     metadata = {}
     if run is not None:
         seed = int(folder.absolute().relative_to(run).parts[0].removeprefix("seed_"))
-        metadata = store.identity(cfg.load(run / "config.toml"), seed)
+        config = cfg.load(run / "config.toml")
+        metadata = store.identity(config, seed, *data.facts(config.data))
     left_out = tuple(dict.fromkeys(name.split("/")[0] for name in leaves if not name.startswith(PARAMS)))
     return Model(_nested(params), _nested(masks) if masks.keys() == params.keys() else None, metadata, left_out)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.lab import streams
+from jaxprune.lab import own_data, streams
 from jaxprune.lab.data_files import CLASSES, SHAPES, SPLITS, DataError, read_idx
 from jaxprune.lab.data_import import (
     import_folder,
@@ -26,6 +26,8 @@ from jaxprune.lab.data_import import (
     read_records,
     refuse_unknown,
 )
+from jaxprune.lab.data_section import Data
+from jaxprune.lab.problems import ConfigError
 
 __all__ = [
     "CLASSES",
@@ -34,8 +36,10 @@ __all__ = [
     "DataError",
     "Dataset",
     "classes",
+    "facts",
     "import_folder",
     "load",
+    "of_config",
     "read_idx",
     "split_validation",
 ]
@@ -52,6 +56,8 @@ LABELS = {
 """Names of classes that are not digits."""
 
 _DIGITS_TRAIN = 1437
+DIGITS_SCALE = 16.0
+"""What pixels of `digits` are divided by; those of other sets are divided by 255."""
 
 
 class Dataset(NamedTuple):
@@ -92,8 +98,32 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
 
 
+def of_config(section: Data) -> Dataset:
+    """The data set of a [data] section, ours or the user's own.
+
+    Raises:
+        DataError: see `load` and `own_data.load`.
+        ConfigError: images are to be moved or mirrored, and there are none.
+    """
+    if not own_data.is_own(section.name):
+        return load(section.name, section.data_dir or None)
+    arrays, scale, count = own_data.load(section)
+    if arrays[0].ndim != 4 and (section.shift or section.flip):
+        key = "shift" if section.shift else "flip"
+        raise ConfigError(f"data.{key}: only for images (n, h, w, c), {section.name} gives {arrays[0].shape}.")
+    return Dataset(section.name, *arrays, scale=scale, classes=count)
+
+
+def facts(section: Data) -> tuple[tuple[int, ...], int]:
+    """Shape of one input, and how many classes there are; the user's own data are loaded for it."""
+    if own_data.is_own(section.name):
+        dataset = of_config(section)
+        return dataset.train_images.shape[1:], dataset.classes
+    return IMAGES[section.name], classes(section.name)
+
+
 def classes(name: str) -> int:
-    """How many classes a data set has."""
+    """How many classes a data set of ours has."""
     return 1000 if name == "imagenet2012" else CLASSES
 
 
@@ -110,7 +140,7 @@ def _load_digits() -> Dataset:
     images = images.astype(np.uint8).reshape(-1, 8, 8, 1)[order]
     labels = labels.astype(np.int32)[order]
     n = _DIGITS_TRAIN
-    return Dataset("digits", images[:n], labels[:n], images[n:], labels[n:], scale=16.0, classes=10)
+    return Dataset("digits", images[:n], labels[:n], images[n:], labels[n:], scale=DIGITS_SCALE, classes=10)
 
 
 class _Source(NamedTuple):

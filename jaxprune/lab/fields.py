@@ -45,7 +45,14 @@ def _below_one(value: float) -> float:
     raise ValueError(f"expected a fraction in [0, 1), arrived {value:.12g}{hint}")
 
 
-def must(holds: Callable[[Any], object], expected: str) -> AfterValidator:
+@dataclasses.dataclass(frozen=True)
+class Must(AfterValidator):
+    """A condition, and what the reference of keys says of it."""
+
+    said: str = ""
+
+
+def must(holds: Callable[[Any], object], expected: str) -> Must:
     """A condition on a value, said in words."""
 
     def check(value: Any) -> Any:
@@ -53,14 +60,14 @@ def must(holds: Callable[[Any], object], expected: str) -> AfterValidator:
             return value
         raise ValueError(f"expected {expected}, arrived {show(value)}")
 
-    return AfterValidator(check)
+    return Must(check, expected)
 
 
 class Only(tuple[str, ...]):
     """Annotates a key that has an effect only where another key, the first here, has one of the other values."""
 
 
-Fraction = Annotated[float, AfterValidator(_below_one)]
+Fraction = Annotated[float, Must(_below_one, "a fraction in [0, 1)")]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # JAX keeps 32 bits of a seed

@@ -235,7 +235,7 @@ def comparison(results: list[dict[str, Any]]) -> Figure:
         results: `results.json` of each run.
     """
     kept = [100 * (1 - result["sparsity"]["mean"]) for result in results]
-    datasets = {result["dataset"]["name"] for result in results}
+    datasets = {result.get("dataset", {}).get("name") for result in results}
     over_kept = len(datasets) == 1 and len({round(share, 6) for share in kept}) >= 3
     heights = [0.9 + 0.5 * max(len(results), 1)] + [3.4] * over_kept
     figure = Figure(figsize=(9.0, sum(heights) + 0.3), layout="constrained")

@@ -27,7 +27,7 @@ PREDICT = """\
 Say what a model makes of images: class and probability of each, and the time of one, dense and sparse, with the kernels
 that really ran. FILE says which model it is (those of `jaxprune run` do). Images are PNG or JPEG of any size, in colour
 or grey. For a model of digits, what differs from the background is scaled and centred as MNIST's digits are, be it dark
-on light or light on dark.
+on light or light on dark. A sample that is no image is a .npy file, an array of the shape that the model takes.
 
   jaxprune predict runs/quickstart-1a2b3c4d/seed_0/model.jaxprune four.png photo.jpg
 """
@@ -51,7 +51,8 @@ def add_parsers(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> Non
     _add_convert(commands, style, do["convert"])
     predict = commands.add_parser("predict", help="classify images", description=PREDICT, **style)
     predict.add_argument("file", metavar="FILE", type=Path, help="model.jaxprune")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="PNG or JPEG")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="PNG or JPEG; or one sample as .npy")
+    predict.add_argument("--model", metavar="MODULE:NAME", default="", help="allow a model of your own to be imported")
     predict.add_argument(
         "--formats", "--format", metavar="FORMAT", nargs="+", default=[], help="sparse formats to time (default: those "
         "made for one image on this device)",

@@ -7,6 +7,7 @@ up to all or down to none: 100 % is written only where it is exact.
 """
 
 import base64
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -91,7 +92,7 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
     rows = [
         (name, percent(point["sparsity"]["mean"], 2),
          *(with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
-         f"{point['artifact']['ratio']:.1f}", point["hash"])
+         _file_cells(point.get("artifact"))[1], point["hash"])
         for name, point in zip(curves.point_names(results["points"]), results["points"], strict=True)
     ]  # fmt: skip
     body = [
@@ -135,7 +136,7 @@ def comparison_headline(results: list[Record]) -> str:
     """Say in one sentence what the runs span. Runs on different data are counted, never ranked."""
     if not results:
         return "No runs to compare."
-    names = list(dict.fromkeys(result["dataset"]["name"] for result in results))
+    names = list(dict.fromkeys(map(_data_name, results)))
     count = f"{len(results)} run{'s' if len(results) > 1 else ''}"
     if len(names) > 1:
         return f"{count} on {len(names)} data sets ({', '.join(names)}): compare within a data set only."
@@ -181,13 +182,13 @@ def _circumstances(results: Record) -> str:
 def _facts(results: Record) -> list[tuple[str, str]]:
     sparse, seconds = results["sparse"], results["seconds"]["mean"]
     each = " for each seed" if len(results["seeds"]) > 1 else ""
-    stored = [("File", _file_text(results["artifact"]))] if "artifact" in results else []  # older runs have none
+    stored = [("On disk", _file_text(results["artifact"]))] if "artifact" in results else []  # older runs have none
     macs = [("Multiply-adds", _macs_text(results["macs"]))] if "macs" in results else []
     return [
         ("Sparsity", f"{with_deviation(results['sparsity'])} of the pruned leaves"),
         ("Overall", f"{with_deviation(results['overall_sparsity'])} of all parameters"),
         *macs,
-        ("Stored", f"{sparse['format']}, {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
+        ("In memory", f"as {sparse['format']}, ready to run: {size_text(sparse['dense_bytes'], sparse['bytes'])}"),
         *stored,
         ("Time", f"{seconds:,.1f} s{each}"),
     ]
@@ -201,7 +202,7 @@ def _macs_text(macs: Record) -> str:
 def _file_text(stored: Record) -> str:
     how = "weights as they are" if stored["quantize"] == "none" else stored["quantize"]
     size = f"{stored['bytes']['mean']:,.0f} bytes, {factor(stored['dense_bytes'], stored['bytes']['mean'])} than dense"
-    return f"{how}, {size}; accuracy {with_deviation(stored['accuracy'])}"
+    return f"model.jaxprune, packed: {how}, {size}; accuracy {with_deviation(stored['accuracy'])}"
 
 
 def _change(results: Record, accuracy: Record | None) -> str:
@@ -213,21 +214,29 @@ def _change(results: Record, accuracy: Record | None) -> str:
 
 
 _RUN_COLUMNS = ("Run", "Data", "Sparsity", "Dense, %", "Pruned, %", "Fine-tuned, %", "Sparse, %",
-                "Sparse minus dense, points", "Sparse = masked", "Bytes of dense", "File, %", "File, times smaller",
-                "Seeds", "Config")  # fmt: skip
+                "Sparse minus dense, points", "Sparse = masked", "In memory, of dense", "From file, %",
+                "File, times smaller", "Seeds", "Config")  # fmt: skip
 
 
 def _run_rows(results: list[Record]) -> list[tuple[str, ...]]:
     rows = []
     for result in results:
-        accuracy, sparse, seeds = result["accuracy"], result["sparse"], str(len(result["seeds"]))
+        accuracy, sparse, seeds = result["accuracy"], result.get("sparse"), str(len(result["seeds"]))
         cells = [points(accuracy[stage]) if accuracy.get(stage) else "-" for stage in _STAGES]
-        agrees = "yes" if agreement_text(result)[0] else "NO" if sparse["agreement"]["values"] else "not compared"
-        share = percent(sparse["bytes"] / sparse["dense_bytes"]) if sparse["dense_bytes"] else "-"
-        start = (result["name"], result["dataset"]["name"], percent(result["sparsity"]["mean"]))
+        agrees = _agrees(sparse["agreement"]["values"] if sparse else ())
+        share = percent(sparse["bytes"] / sparse["dense_bytes"]) if sparse and sparse["dense_bytes"] else "-"
+        start = (result["name"], _data_name(result), percent(result["sparsity"]["mean"]))
         change, stored = _change(result, accuracy.get("sparse")) or "-", _file_cells(result.get("artifact"))
         rows.append((*start, *cells, change, agrees, share, *stored, seeds, result["hash"]))
     return rows
+
+
+def _agrees(values: Sequence[float]) -> str:
+    return "not compared" if not values else "yes" if set(values) == {1.0} else "NO"
+
+
+def _data_name(result: Record) -> str:
+    return result.get("dataset", {}).get("name", "-")  # points of older sweeps do not say it
 
 
 def _file_cells(stored: Record | None) -> tuple[str, str]:

@@ -29,14 +29,14 @@ class Loaded(NamedTuple):
     Attributes:
         apply: (params, images (batch, h, w, c)) -> logits (batch, classes).
         params: dense.
-        shape: (h, w, c) of its images.
-        prepare: path of an image -> what the model expects.
+        shape: (h, w, c) of its images, or what else it takes.
+        prepare: path of an image, or of a sample as a .npy -> what the model expects.
         labels: names of the classes.
     """
 
     apply: Callable[..., Any]
     params: Any
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     prepare: Callable[[Path], np.ndarray]
     labels: Sequence[str]
 
@@ -77,12 +77,17 @@ class Latency:
     refused: str
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path, own: str = "") -> Loaded:
     """The model that a file's metadata name.
+
+    Args:
+        path: of the file.
+        own: MODULE:NAME of a model of the user's own, which a file alone may not have imported.
 
     Raises:
         FileError: a damaged file.
-        ValueError: its metadata name no model known here, or its tensors are not that model's.
+        ValueError: its metadata name no model known here, or code that `own` does not; or its tensors are not that
+            model's.
         OSError: it cannot be read.
     """
     with Artifact(path) as file:
@@ -91,8 +96,9 @@ def load(path: Path) -> Loaded:
     match about:
         case {"model": {"name": "keras_resnet50"}, "labels": list(labels)}:
             return _keras_resnet50(path, labels)
-        case {"model": {"name": str()} as model, "image": [int(), int(), int()] as shape, "classes": int(classes)}:
-            given, image = cfg.Model.model_validate(model), (shape[0], shape[1], shape[2])
+        case {"model": {"name": str(name)} as model, "image": [int(), *_] as shape, "classes": int(classes)}:
+            _refuse_unasked(path, name, own)
+            given, image = cfg.Model.model_validate(model), tuple(shape)
         case _:
             raise ValueError(
                 f"{path} does not say which model it is: its metadata have no model, image and classes. Files of "
@@ -101,13 +107,45 @@ def load(path: Path) -> Loaded:
     network = models.shapes(given, image, classes)
     kind = str(about.get("data"))
     labels = data.LABELS.get(kind) or [str(label) for label in range(classes)]
-    make = images.PREPARE.get(kind, images.photograph)
     params = jp.load(path, like=_as_small(network.params, sizes))
     try:
         jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((1, *image), jnp.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its tensors do not fit together in a {given.name}: {error}") from None
-    return Loaded(network.apply, params, image, lambda file: make(images.read(file), image), labels)
+    return Loaded(network.apply, params, image, lambda file: _prepared(file, kind, image), labels)
+
+
+def _refuse_unasked(path: Path, name: str, own: str) -> None:
+    """A file may come from anywhere: code that it names is imported only where the user names it too."""
+    if own and name != own:
+        raise ValueError(f"{path} is of the model {name}, not of {own}.")
+    if ":" in name and not own:
+        raise ValueError(
+            f"{path} is of a model of your own, {name}, and a file alone imports no code: say --model {name} as well."
+        )
+
+
+def _prepared(file: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An image as those that the model was trained on, or a sample that an array file holds as it is."""
+    if file.suffix == ".npy":
+        return _sample(file, kind, shape)
+    if len(shape) != 3:
+        raise ValueError(f"{file}: expected a sample of shape {shape} as a .npy file: the model takes no images.")
+    return images.PREPARE.get(kind, images.photograph)(images.read(file), (shape[0], shape[1], shape[2]))
+
+
+def _sample(file: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no array file: {error}") from None
+    pixels = found.dtype == np.uint8
+    if (found.shape != shape and (*found.shape, 1) != shape) or not (pixels or found.dtype.kind == "f"):
+        raise ValueError(
+            f"{file}: expected one sample {shape}, floats or uint8 pixels, arrived {found.dtype} {found.shape}."
+        )
+    scale = data.DIGITS_SCALE if kind == "digits" else 255.0
+    return found.astype(np.float32).reshape(shape) / np.float32(scale if pixels else 1)
 
 
 def _as_small(params: Any, sizes: Mapping[str, Sequence[int]]) -> Any:

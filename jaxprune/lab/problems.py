@@ -19,6 +19,12 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def reason(error: Exception) -> str:
+    """What code of the user's own failed by: its kind and the first line of its words."""
+    first = (str(error).strip() or "without a word").splitlines()[0]
+    return f"{type(error).__name__}: {first}"
+
+
 def line(root: type[pydantic.BaseModel], error: ErrorDetails, file: object, flags: Sequence[tuple[str, ...]]) -> str:
     """One problem in one line; what a flag brought in is said as that flag."""
     path = tuple(step for step in error["loc"] if not str(step).startswith("<"))

@@ -22,13 +22,7 @@ from jaxprune.lab.fields import (
 )
 from jaxprune.lab.problems import show
 
-
-def _word(kind: str) -> AfterValidator:
-    def check(name: str) -> str:
-        words.known(kind, name)
-        return name
-
-    return AfterValidator(check)
+_word = words.word
 
 
 def _rewind(text: str) -> str:

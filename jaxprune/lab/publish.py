@@ -115,9 +115,16 @@ def write(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> 
 
 def page(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """The run's page, from what lies in its folder."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    machine = json.loads((folder / "machine.json").read_text())
+    metrics = _metrics(folder / "metrics.jsonl")
+    machine = files.read_json(folder / "machine.json", "Delete it, and results.json, and run again.")
     return html.report_page(summary, (folder / "config.toml").read_text(), machine, metrics, pictures)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete results.json beside it and run again.") from None
 
 
 def rewrite_page(folder: Path) -> Path:
@@ -126,5 +133,5 @@ def rewrite_page(folder: Path) -> Path:
         path.stem: path.read_bytes() for name in FIGURES if (path := folder / "figures" / f"{name}.png").exists()
     }
     path = folder / "report.html"
-    path.write_text(page(folder, files.read_results(folder), pictures))
+    path.write_text(page(folder, files.read_run(folder), pictures))
     return path

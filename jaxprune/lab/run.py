@@ -25,7 +25,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, files, machine, store, train
+from jaxprune.lab import data, files, machine, own_data, store, train
 from jaxprune.lab.samples import samples_of
 from jaxprune.lab.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.storage.quantize import dequantize
@@ -72,6 +72,8 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher,
 
     started = _now()
     dataset = shared.dataset(config.data)
+    if own_data.is_own(config.data.name):
+        own_data.remember(dataset, config.data.name, folder / own_data.REMEMBERED)
     results, records, first = [], [], None
     for seed in config.seeds:
         done = run_seed(config, seed, dataset, folder, watcher, records, shared)
@@ -96,11 +98,13 @@ def _seed_result(config: cfg.Config, seed: int, dataset: data.Dataset, done: See
         for name, params in (("dense", done.dense), ("pruned", done.pruned), ("finetuned", done.finetuned))
     }
     compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format)
-    classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply)), compressed, test)
+    odd = "dense" if ":" in config.model.name else "refuse"  # what a model of the user's own does is not known
+    classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply, unsupported=odd)), compressed, test)
     path = folder / f"seed_{seed}" / "model.jaxprune"
     apply_stored, values = jax.jit(done.stored.apply), dequantize(done.stored.params)
     accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
-    about = store.identity(config, seed) | {"sparsity": round(done.sparsity, 6), "accuracy": round(accuracy, 6)}
+    about = store.identity(config, seed, test.images.shape[1:], dataset.classes)
+    about |= {"sparsity": round(done.sparsity, 6), "accuracy": round(accuracy, 6)}
     store.write(path, config.store, done.stored.params, done.stored.masks, about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), "float32")

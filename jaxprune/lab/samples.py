@@ -5,19 +5,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Num
 
 
 class Samples(NamedTuple):
     """Images and labels on the device, or read as they are looked at (`jaxprune.lab.streams`).
 
     Attributes:
-        images: uint8, (n, h, w, c).
+        images: uint8 (n, h, w, c), or what else a model takes, (n, ...).
         labels: int32, (n,).
-        scale: what pixels are divided by to come into [0, 1].
+        scale: what pixels are divided by to come into [0, 1]; 1 of what are no pixels.
     """
 
-    images: UInt8[Array, "n h w c"]
+    images: Num[Array, "n ..."]
     labels: Int[Array, "n"]
     scale: Float[Array, ""]
 
@@ -28,12 +28,12 @@ def samples_of(images: Any, labels: Any, scale: float) -> Samples:
     return Samples(images, labels, jnp.float32(scale))
 
 
-def scaled(samples: Samples, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Pixels as float32 in [0, 1]."""
+def scaled(samples: Samples, images: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Pixels as float32 in [0, 1]; what are no pixels as they are."""
     return images.astype(jnp.float32) / samples.scale
 
 
-def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> UInt8[Array, "b h w c"]:
+def shifted(images: Num[Array, "b h w c"], key: Key[Array, ""], most: int) -> Num[Array, "b h w c"]:
     """Each image moved up or down and sideways, by -most to most pixels with equal chance; what comes in is 0."""
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
@@ -41,7 +41,7 @@ def shifted(images: UInt8[Array, "b h w c"], key: Key[Array, ""], most: int) -> 
     return cut(padded, corners)
 
 
-def mirrored(images: UInt8[Array, "b h w c"], key: Key[Array, ""]) -> UInt8[Array, "b h w c"]:
+def mirrored(images: Num[Array, "b h w c"], key: Key[Array, ""]) -> Num[Array, "b h w c"]:
     """Each image as it is or mirrored sideways, with equal chance."""
     chosen = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(chosen, images[:, :, ::-1], images)

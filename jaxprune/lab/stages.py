@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, data, evidence, metrics, models, store, streams, train
+from jaxprune.lab import build, data, evidence, metrics, models, own_data, store, streams, train
 from jaxprune.lab import config as cfg
 from jaxprune.lab.samples import samples_of
 from jaxprune.storage.quantize import dequantize
@@ -46,14 +46,19 @@ class Shared:
 
     def dataset(self, section: cfg.Data) -> data.Dataset:
         """The data set of a [data] section."""
-        key = (section.name, section.data_dir)
+        key = (section.name, section.data_dir, repr(section.options))
         if key not in self._datasets:
-            self._datasets[key] = data.load(section.name, section.data_dir or None)
+            self._datasets[key] = data.of_config(section)
         return self._datasets[key]
 
     def training(self, config: cfg.Config, own: Path) -> Path:
         """Where the checkpoints of a seed's dense training are, `own` being the seed's folder."""
-        return own / "train" if self.folder is None else self.folder / cfg.training_hash(config) / own.name
+        if self.folder is None:
+            return own / "train"
+        folder = self.folder / cfg.training_hash(config)
+        if own_data.is_own(config.data.name):
+            own_data.remember(self.dataset(config.data), config.data.name, folder / own_data.REMEMBERED)
+        return folder / own.name
 
 
 class SeedRun(NamedTuple):
@@ -117,7 +122,7 @@ def run_seed(
 def _network(config: cfg.Config, seed: int, dataset: data.Dataset) -> tuple[models.Network, dict[str, Any]]:
     init, *rest = jax.random.split(jax.random.key(seed), 1 + len(STAGES))
     shape = tuple(int(side) for side in dataset.train_images.shape[1:])
-    return models.build(config.model, shape, dataset.classes, init), dict(zip(STAGES, rest, strict=True))  # pyright: ignore[reportArgumentType]
+    return models.build(config.model, shape, dataset.classes, init), dict(zip(STAGES, rest, strict=True))
 
 
 class _SeedStages:
@@ -129,7 +134,7 @@ class _SeedStages:
         watcher: Watcher, log: metrics.MetricsLog,
     ):  # fmt: skip
         self.config, self.seed, self.network, self.folder, self.training = config, seed, network, folder, training
-        self.keys, self.watcher, self.log = keys, watcher, log
+        self.keys, self.watcher, self.log, self.classes = keys, watcher, log, dataset.classes
         self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
         self.validation = samples_of(*validation, held_in.scale)
         self.test = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
@@ -225,7 +230,8 @@ class _SeedStages:
         """What the model of a round is worth on the test data, which decide nothing, and its file."""
         path = self.folder / "rounds" / f"{number}.jaxprune"
         path.parent.mkdir(exist_ok=True)
-        jp.save(path, params, masks=masks, metadata=store.identity(self.config, self.seed))
+        about = store.identity(self.config, self.seed, self.test.images.shape[1:], self.classes)
+        jp.save(path, params, masks=masks, metadata=about)
         return {
             "accuracy": train.accuracy(train.predict(self.apply, params, self.test), self.test),
             "removed": train.sparsity(masks, self.selected),
@@ -271,7 +277,7 @@ class _SeedStages:
         """The network's function for training: batch norms look at the batch; where less is left, less is dropped."""
         model, observe = self.config.model, self.network.observe
         if observe is not None:
-            return lambda params, images, key=None: observe(params, images)
+            return lambda params, images, key=None: observe(params, images, key)
         if masks is None or not model.adjust_dropout:
             return self.network.apply
         rates = {name: float(rate) for name, rate in jp.adjusted_dropout(model.dropout, masks).items()}

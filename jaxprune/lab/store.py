@@ -18,7 +18,7 @@ import numpy as np
 import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab import config as cfg
-from jaxprune.lab import data, models, train
+from jaxprune.lab import models, train
 from jaxprune.lab.samples import Samples
 from jaxprune.storage.quantize import cast, to_codebooks, to_integers
 from jaxprune.types import Masks, Params
@@ -93,12 +93,14 @@ def quantize(store: cfg.Store, params: Any, masks: Any) -> Any:
     return params if store.quantize == "none" else cast(params, store.quantize, select=select)
 
 
-def identity(config: cfg.Config, seed: int) -> dict[str, Any]:
+def identity(config: cfg.Config, seed: int, image: Sequence[int], classes: int) -> dict[str, Any]:
     """What a file says of its model: enough to build it and to find the run, and no more, since it counts.
 
     Args:
         config: the experiment.
         seed: of this model.
+        image: shape of one input.
+        classes: how many there are.
     """
     return {
         "name": config.name,
@@ -106,8 +108,8 @@ def identity(config: cfg.Config, seed: int) -> dict[str, Any]:
         "seed": seed,
         "data": config.data.name,
         "model": config.model.model_dump(mode="json", exclude={"dropout", "adjust_dropout"}),
-        "image": list(data.IMAGES[config.data.name]),
-        "classes": data.classes(config.data.name),
+        "image": list(image),
+        "classes": classes,
         "jaxprune": importlib.metadata.version("jaxprune"),
     }
 

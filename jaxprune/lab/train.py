@@ -142,7 +142,7 @@ def mean_loss(
     shift: int = 0,
     flip: bool = False,
     teacher: Teacher | None = None,
-) -> tuple[Float[Array, ""], tuple[Int[Array, ""], dict[str, Array]]]:
+) -> tuple[Float[Array, ""], tuple[Int[Array, ""], dict[str, Any]]]:
     """Mean loss over some rows of the samples; how many of them are classified right, and statistics of the batch.
 
     The loss is the cross-entropy in nats, with a teacher mixed with the distance from its answers. `apply` gives

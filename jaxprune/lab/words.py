@@ -15,9 +15,12 @@ from typing import Any
 
 import jaxprune as jp
 from jaxprune import criteria
-from jaxprune.lab.problems import show
+from jaxprune.lab.fields import Must
+from jaxprune.lab.problems import reason, show
 
 FACTORIES = ("joint_taylor", "momentum")
+DROPPING = ("mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn")
+"""Models with dropout."""
 REGISTRY: dict[str, dict[str, Any]] = {
     "criterion": {name: getattr(criteria, name) for name in criteria.__all__ if name != "Running"},
     "granularity": {
@@ -38,7 +41,13 @@ REGISTRY: dict[str, dict[str, Any]] = {
     },
     "schedule": {one.__name__: one for one in (jp.cubic, jp.linear, jp.cosine, jp.exponential)},
     "preset": dict(jp.presets()),
-}
+    "model": dict.fromkeys((
+        *DROPPING, "resnet20", "resnet32", "resnet56", "resnet50", "cifar_vgg16", "cifar_vgg19", "vgg16", "vgg19",
+        "mobilenet_v1",
+    )),
+    "data set": dict.fromkeys(("digits", "mnist", "fashion_mnist", "cifar10", "imagenet2012")),
+}  # fmt: skip
+"""Of models and data sets the names alone: `jaxprune.lab.models` and `jaxprune.lab.data` know what they stand for."""
 
 
 def known(kind: str, name: str) -> Any:
@@ -54,12 +63,24 @@ def known(kind: str, name: str) -> Any:
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{show(name)} cannot be imported: {error}") from error
+        except Exception as error:  # a module of the user's own, in which anything may happen
+            why = str(error) if isinstance(error, ImportError | AttributeError) else reason(error)
+            raise ValueError(f"{show(name)} cannot be imported: {why}") from error
     near = difflib.get_close_matches(name, table, 1)
     own = "" if kind == "preset" else " or MODULE:NAME"
     hint = f", did you mean {show(near[0])}?" if near else f"; there are {', '.join(table)}"
     raise ValueError(f"expected a {kind} by its name{own}, arrived {show(name)}{hint}")
+
+
+def word(kind: str) -> Must:
+    """Annotates a key whose value is a name that is `known`."""
+
+    def check(name: str) -> str:
+        known(kind, name)
+        return name
+
+    names = [f'`"{name}"`' for name in REGISTRY[kind]] + ([] if kind == "preset" else ["MODULE:NAME"])
+    return Must(check, ", ".join(names))
 
 
 def criterion(name: str, granularity: Any) -> Any:

@@ -24,10 +24,10 @@ def of_run(folder: Path) -> Network:
         ValueError: it is no run folder, or not finished.
         CheckpointError: its last checkpoint is damaged.
     """
-    files.read_results(folder)
+    files.read_run(folder)
     config = cfg.load(folder / "config.toml")
-    name, key = config.data.name, jax.random.key(config.seeds[0])
-    network = of_config(config.name, config.model, data.IMAGES[name], data.classes(name), key)
+    key = jax.random.key(config.seeds[0])
+    network = of_config(config.name, config.model, *data.facts(config.data), key)
     found, _ = checkpoint.restore_latest(
         folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)
     )
@@ -45,7 +45,7 @@ def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
         folder: of `jaxprune run`, finished.
         like: params of the network, for their structure.
     """
-    results = files.read_results(folder)
+    results = files.read_run(folder)
     rounds = folder / f"seed_{results['seeds'][0]}" / "rounds"
     return {
         round(one["removed"], 6): lambda number=number: jp.load(rounds / f"{number}.jaxprune", like=like)

@@ -4,6 +4,7 @@
 |---|---|
 | `small` | MLP, LeNets and the CNN of the TensorFlow tutorial |
 | `trainable` | what experiments train, by the name in a config |
+| `own` | a model of the user's own, by MODULE:NAME |
 | `vgg`, `resnet`, `mobilenet` | convolutional networks |
 | `vit`, `decoder` | transformers for images and for text |
 | `parts` | layers that they share, and random weights |

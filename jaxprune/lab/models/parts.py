@@ -10,7 +10,7 @@ runs under `jax_numpy_rank_promotion="raise"`.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,13 @@ from jaxprune import tree
 from jaxprune.types import Params
 
 _SEEN = "seen in this batch"
+
+
+class New(NamedTuple):
+    """A statistic as it is after a batch, of a model that moves its own; others are those of the batch alone."""
+
+    value: Array
+
 
 Layer: TypeAlias = Mapping[str, Array]
 Layers: TypeAlias = Mapping[str, Layer]
@@ -83,7 +90,7 @@ def batch_norm(layer: Layer, x: Float[Array, "*rows c"], epsilon: float) -> Floa
     return _biased(layer, centred * scale)
 
 
-def observed(apply: Callable[[Layers, Array], Array]) -> Callable[[Layers, Array], tuple[Array, dict[str, Array]]]:
+def observed(apply: Callable[[Layers, Array], Array]) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """A model as it is trained: (params, images) -> logits, and the statistics of this batch by the names of leaves.
 
     Batch norms use these in the place of those in the params, which are to follow them: see `followed`.
@@ -92,7 +99,7 @@ def observed(apply: Callable[[Layers, Array], Array]) -> Callable[[Layers, Array
         apply: of a model whose batch norms are layers of their own.
     """
 
-    def observing(params: Layers, x: Array) -> tuple[Array, dict[str, Array]]:
+    def observing(params: Layers, x: Array, key: Any = None) -> tuple[Array, dict[str, Array]]:
         seen: dict[str, dict[str, Array]] = {name: {} for name, layer in params.items() if "var" in layer}
         given = {name: {**layer, _SEEN: seen[name]} if name in seen else layer for name, layer in params.items()}
         logits = apply(given, x)  # pyright: ignore[reportArgumentType]
@@ -101,11 +108,14 @@ def observed(apply: Callable[[Layers, Array], Array]) -> Callable[[Layers, Array
     return observing
 
 
-def followed(params: Params, seen: Mapping[str, Array], momentum: float = 0.9) -> Params:
+def followed(params: Params, seen: Mapping[str, Array | New], momentum: float = 0.9) -> Params:
     """Params whose statistics have gone a step towards those of a batch: momentum old + (1 - momentum) new."""
-    return tree.map_named(
-        lambda name, leaf: momentum * leaf + (1 - momentum) * seen[name] if name in seen else leaf, params
-    )
+
+    def moved(name: str, leaf: Array) -> Array:
+        found = seen.get(name, New(leaf))
+        return found.value if isinstance(found, New) else momentum * leaf + (1 - momentum) * found
+
+    return tree.map_named(moved, params)
 
 
 def layer_norm(layer: Layer, x: Float[Array, "*rows c"], epsilon: float) -> Float[Array, "*rows c"]:

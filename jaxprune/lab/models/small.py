@@ -8,6 +8,7 @@ Convolutions are NHWC with HWIO kernels, matrices (in, out).
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,12 +30,12 @@ class Network(NamedTuple):
         params: pytree of arrays, or of `jax.ShapeDtypeStruct`, leaf names such as "layers/0/kernel".
         apply: (params, images (batch, h, w, c), key=None, rates=None) -> logits (batch, classes); a key switches
             dropout on, `rates` has other rates than the model's, by the leaf that dropout comes after.
-        observe: (params, images) -> logits and statistics of the batch, of a network with batch norms.
+        observe: (params, images, key=None) -> logits and statistics of the batch, of a network with batch norms.
     """
 
     params: Any
     apply: Callable[..., Float[Array, "batch classes"]]
-    observe: Callable[[Any, Array], tuple[Array, dict[str, Array]]] | None = None
+    observe: Callable[..., tuple[Array, dict[str, Any]]] | None = None
 
 
 @jax.custom_jvp
@@ -113,22 +114,22 @@ def _dropped(x: Array, rate: float, key: Array | None) -> Array:
     return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
 
 
-def build(model: Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> Network:
+def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> Network:
     """The configured network for images of one shape, initialised with `key`.
 
     Args:
         model: the [model] section.
-        image: (h, w, c).
+        image: (h, w, c), or of any shape for an mlp.
         classes: number of logits.
         key: draws the initial weights; equal keys give equal weights.
 
     Raises:
-        ConfigError: the images are too small for the network.
+        ConfigError: the images are too small for the network, or no images.
     """
     return _network(_module(model, image, classes, key))
 
 
-def shapes(model: Model, image: tuple[int, int, int], classes: int) -> Network:
+def shapes(model: Model, image: tuple[int, ...], classes: int) -> Network:
     """The configured network with the shapes of its params: nothing is computed.
 
     Args:
@@ -142,14 +143,26 @@ def shapes(model: Model, image: tuple[int, int, int], classes: int) -> Network:
     return _network(nnx.eval_shape(lambda: _module(model, image, classes, jax.random.key(0))))
 
 
-def _module(model: Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> nnx.Module:
+def _module(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> nnx.Module:
     rngs = nnx.Rngs(params=key)
     if model.name in ("mlp", "lenet_300_100"):
         widths = model.widths if model.name == "mlp" else (300, 100)
-        return MLP((image[0] * image[1] * image[2], *widths, classes), model.dropout, rngs)
+        return MLP((math.prod(image), *widths, classes), model.dropout, rngs)
+    image = as_image(model, image)
     if model.name == "lenet_5":
         return ConvNet(image, (20, 50), 500, classes, "VALID", relu_convs=False, dropout=model.dropout, rngs=rngs)
     return ConvNet(image, (32, 64), 1024, classes, "SAME", relu_convs=True, dropout=model.dropout, rngs=rngs)
+
+
+def as_image(model: Model, image: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of an input as that of an image.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if len(image) != 3:
+        raise ConfigError(f"model.name: {model.name} takes images (height, width, channels), the data has {image}.")
+    return image[0], image[1], image[2]
 
 
 def _network(module: nnx.Module) -> Network:

@@ -49,7 +49,7 @@ def build(name: str, key: Key[Array, ""], side: int | None = None) -> Network:
     """
     if name in MNIST:
         image = (side or 28, side or 28, 1)
-        return of_config(name, cfg.Model(name=name), image, classes=10, key=key)  # pyright: ignore[reportArgumentType]
+        return of_config(name, cfg.Model(name=name), image, classes=10, key=key)
     chosen = model(name, side)
     return Network(name, random_params(chosen.shapes(), key), chosen.apply, chosen.sample)
 
@@ -66,24 +66,24 @@ def shapes(name: str, side: int | None = None) -> Network:
     """
     if name in MNIST:
         image = (side or 28, side or 28, 1)
-        return _named(name, trainable.shapes(cfg.Model(name=name), image, classes=10), image)  # pyright: ignore[reportArgumentType]
+        return _named(name, trainable.shapes(cfg.Model(name=name), image, classes=10), image)
     chosen = model(name, side)
     return Network(name, chosen.shapes(), chosen.apply, chosen.sample)
 
 
-def of_config(name: str, model: cfg.Model, image: tuple[int, int, int], classes: int, key: Key[Array, ""]) -> Network:
+def of_config(name: str, model: cfg.Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> Network:
     """A network of the experiments, without what only training needs.
 
     Args:
         name: what it is called.
         model: the [model] section.
-        image: (h, w, c).
+        image: shape of one input.
         classes: number of logits.
         key: draws the weights.
     """
     return _named(name, trainable.build(model, image, classes, key), image)
 
 
-def _named(name: str, network: small.Network, image: tuple[int, int, int]) -> Network:
+def _named(name: str, network: small.Network, image: tuple[int, ...]) -> Network:
     sample = jax.ShapeDtypeStruct(image, jnp.float32)
     return Network(name, network.params, lambda params, images: network.apply(params, images), sample)
