@@ -92,7 +92,7 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
     rows = [
         (name, percent(point["sparsity"]["mean"], 2),
          *(with_deviation(point["accuracy"][stage]) for stage in ("dense", "finetuned")),
-         _file_cells(point.get("artifact"))[1], point["hash"])
+         f"{point['artifact']['ratio']:.1f}" if "artifact" in point else "-", point["hash"])
         for name, point in zip(curves.point_names(results["points"]), results["points"], strict=True)
     ]  # fmt: skip
     body = [
