@@ -6,6 +6,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+import jaxprune as jp
+
 
 class Draw:
     """Weights of a model, drawn in order."""

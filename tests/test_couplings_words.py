@@ -1,4 +1,4 @@
-"""Couplings in words: layers by the names of their matrices, what goes with each, and what is left alone by its name."""
+"""Couplings in words: layers named by their matrices, what goes with each, and what is left alone by its name."""
 
 import jax.numpy as jnp
 import numpy as np
