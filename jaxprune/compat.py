@@ -60,7 +60,8 @@ def closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> ClosedJaxpr:
 def varying_axes(value: Any) -> frozenset[str]:
     """The axes of `jax.shard_map` over which a value varies from device to device; none where this is not checked."""
     kind = value if isinstance(value, ShapedArray) else jax.typeof(value)
-    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
+    manual = getattr(kind, "mat", None)
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
 
 
 def type_like(shape: tuple[int, ...], dtype: Any, *others: Any) -> ShapedArray:

@@ -290,10 +290,9 @@ def _kept(
         all_of = jnp.where(whole, jnp.uint32(TOP), jnp.where(split, last[None], jnp.uint32(0)))
         return tuple(all_of[i] for i in range(len(wide)))
 
-    nowhere = jnp.zeros(threshold.shape, jnp.uint32)
     # As results of a conditional they are arguments of what follows, so that arrays of one shape share a program.
     search = partial(_search, below, enough, wide, axes, threshold)
-    last = lax.cond(jnp.any(split), lambda: ends(search().cut), lambda: ends(nowhere))
+    last = lax.cond(jnp.any(split), lambda: ends(search().cut), lambda: ends(jnp.zeros_like(threshold)))
     kept = [(p > threshold) | ((p == threshold) & (i < end)) for p, i, end in zip(wide, places, last, strict=True)]
     return tuple(keep.reshape(array.shape) for keep, array in zip(kept, scores, strict=True))
 

@@ -42,10 +42,10 @@ def _written(static: Sequence[Any]) -> bytes:
     return json.dumps(list(static[1:])).encode()  # the first is Equinox's own
 
 
-def _read(format: type[SparseWeight], static: Sequence[Any], parts: Sequence[Any]) -> SparseWeight:
+def _read(format: type[SparseWeight], aux_data: Any, children: Sequence[Any]) -> SparseWeight:
     """A weight with these fields, which is only asked for its structure."""
     weight = object.__new__(format)
-    values = {True: iter(static), False: iter(parts)}
+    values = {True: iter(aux_data), False: iter(children)}
     for field in dataclasses.fields(format):
         value = next(values[bool(field.metadata.get("static", False))])
         object.__setattr__(weight, field.name, tuple(value) if isinstance(value, list) else value)
