@@ -199,14 +199,16 @@ def _power(eqn: Any, values: list[Any]) -> list[Any]:
     n = 2 if eqn.primitive.name == "square" else eqn.params["y"]
     (base,) = values
     base = _in_range(base, 0)
-    return [_in_range(Scaled(*_bound(eqn, [base.mantissa]), n * base.exponent))]
+    (result,) = _bound(eqn, [base.mantissa])
+    return [_in_range(Scaled(result, n * base.exponent))]
 
 
 def _root(eqn: Any, values: list[Any]) -> list[Any]:
     """Square root, or one over it, of a number whose exponent is made even."""
     (mantissa, exponent), sign = values[0], 1 if eqn.primitive.name == "sqrt" else -1
     half = exponent // 2
-    return [Scaled(*_bound(eqn, [times_power(mantissa, exponent - 2 * half)]), sign * half)]
+    (root,) = _bound(eqn, [times_power(mantissa, exponent - 2 * half)])
+    return [Scaled(root, sign * half)]
 
 
 def _levelled(eqn: Any, values: list[Any]) -> list[Any]:
