@@ -199,8 +199,8 @@ def _power(eqn: Any, values: list[Any]) -> list[Any]:
     n = 2 if eqn.primitive.name == "square" else eqn.params["y"]
     (base,) = values
     base = _in_range(base, 0)
-    (power,) = _bound(eqn, [base.mantissa])
-    return [_in_range(Scaled(power, n * base.exponent))]
+    (result,) = _bound(eqn, [base.mantissa])
+    return [_in_range(Scaled(result, n * base.exponent))]
 
 
 def _root(eqn: Any, values: list[Any]) -> list[Any]:
