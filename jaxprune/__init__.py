@@ -11,12 +11,17 @@ update land on exact zero, and `sparse` makes the zeros a weight of another kind
 is left to a small file.
 """
 
-from jaxprune import evidence, sparse, storage
-from jaxprune.compact import Compacted, compact, expand, smaller
+from jaxprune import sparse, storage
+from jaxprune.channels.channels import Channels
+from jaxprune.channels.compaction import Compacted, compact, expand, smaller
+from jaxprune.channels.couplings import Couplings, couplings
+from jaxprune.channels.permutation import Permuted, permute_channels, reorder
+from jaxprune.channels.resizing import resized
 from jaxprune.criteria import (
     Running,
     activation_mean,
     apoz,
+    evidence,
     fisher,
     geometric_median,
     gradient,
@@ -35,7 +40,6 @@ from jaxprune.criteria import (
     taylor_squared,
     wanda,
 )
-from jaxprune.distillation import distillation_loss
 from jaxprune.distributions import (
     ERK,
     NM,
@@ -51,10 +55,8 @@ from jaxprune.distributions import (
     kth_largest,
     top_k_mask,
 )
-from jaxprune.dropout import adjusted_dropout
 from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
 from jaxprune.layout import BY_NAME, FLAX, TORCH, Axes, Layout
-from jaxprune.loops import Iterated, Round, iterate, iterative
 from jaxprune.masks import (
     apply_masks,
     nonzero_masks,
@@ -66,23 +68,22 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.methods import Method, compute_masks
-from jaxprune.penalties import group_lasso, growing_penalty, l1
-from jaxprune.permutation import Permuted, permute_channels, reorder
-from jaxprune.presets import Preset, presets
-from jaxprune.regrowth import regrow_masks
 from jaxprune.report import summarize
-from jaxprune.resizing import resized
 from jaxprune.schedules import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
-from jaxprune.sensitivity import sensitivity
-from jaxprune.splicing import splice
+from jaxprune.search.sensitivity import sensitivity
+from jaxprune.search.targets import Within, compacted_cost, masks_within
 from jaxprune.storage import load, save
-from jaxprune.targets import Within, compacted_cost, masks_within
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
-from jaxprune.tracing.channels import Channels
 from jaxprune.tracing.costs import byte_costs, costs, mac_costs
-from jaxprune.tracing.couplings import Couplings, couplings
-from jaxprune.transforms import keep_params_sparse, prune, regrow
+from jaxprune.training.distillation import distillation_loss
+from jaxprune.training.dropout import adjusted_dropout
+from jaxprune.training.loops import Iterated, Round, iterate, iterative
+from jaxprune.training.penalties import group_lasso, growing_penalty, l1
+from jaxprune.training.presets import Preset, presets
+from jaxprune.training.prune import keep_params_sparse, prune, regrow
+from jaxprune.training.regrowth import regrow_masks
+from jaxprune.training.splice import splice
 from jaxprune.tree import weights
 
 __version__ = "0.1.0"

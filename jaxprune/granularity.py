@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxprune.exact.numerics import ordered_sum
 from jaxprune.layout import Axes, from_view, view_shape
-from jaxprune.numerics import ordered_sum
 from jaxprune.tree import each_by_rule
 
 View = Float[Array, "*layers spatial n_in n_out"]

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from jaxprune import tree
-from jaxprune.meshes import lying_like
+from jaxprune.exact.meshes import lying_like
 from jaxprune.types import Masks, Params
 
 

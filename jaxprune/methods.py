@@ -17,6 +17,8 @@ from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
 from jaxprune.criteria import BY_AXES, Running, joint_taylor, magnitude, momentum
 from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
+from jaxprune.exact.meshes import lying_like, placed
+from jaxprune.exact.numerics import settled
 from jaxprune.granularity import (
     AcrossLeaves,
     Block,
@@ -27,8 +29,6 @@ from jaxprune.granularity import (
     across_leaves,
     granularities,
 )
-from jaxprune.meshes import lying_like, placed
-from jaxprune.numerics import settled
 from jaxprune.types import Masks, Params, Schedule, Scores, Sparsity, UpdateWhen
 
 

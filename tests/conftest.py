@@ -35,9 +35,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # pydantic reads them, some name protocols of its own that cannot be checked.
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 MODULES = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
-NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - {"jaxprune", "jaxprune.lab"}
+PACKAGES = {"jaxprune", "jaxprune.lab", "jaxprune.lab.recipe"}  # of which not all modules are
+NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - PACKAGES
 SECTIONS = ("config", "data_section", "fields", "prune_section")
-PYDANTIC = {f"jaxprune.lab.{name}" for name in SECTIONS}
+PYDANTIC = {f"jaxprune.lab.recipe.{name}" for name in SECTIONS}
 jaxtyping.install_import_hook(sorted(NAMES - PYDANTIC), "checker.checked")
 
 hypothesis.settings.register_profile(

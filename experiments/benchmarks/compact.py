@@ -20,7 +20,7 @@ from tables import describe_machine, print_table
 
 import jaxprune as jp
 from jaxprune.lab.models import zoo
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 
 
 def make_input(sample: jax.ShapeDtypeStruct, batch: int) -> jax.Array:

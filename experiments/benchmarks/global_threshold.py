@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from tables import describe_machine, print_table
 
-from jaxprune.ranking import kth_largest, top_k_masks
-from jaxprune.sparse import timing
+from jaxprune.exact.ranking import kth_largest, top_k_masks
+from jaxprune.sparse.tuning import timing
 
 SPARSITY = 0.9
 STAGES = ((64, 256, 3), (128, 512, 4), (256, 1024, 6), (512, 2048, 3))

@@ -28,11 +28,14 @@ import photographs
 from tables import describe_machine
 
 from jaxprune import nonzero_masks, sparsity_of
-from jaxprune.lab import build, checkpoint, data, stages, train
-from jaxprune.lab import config as cfg
 from jaxprune.lab.bench.of_run import of_run
-from jaxprune.storage.quantize import dequantize, to_integers
-from jaxprune.storage.simulated import calibrate, int8
+from jaxprune.lab.checkpoints import checkpoint
+from jaxprune.lab.data import sets
+from jaxprune.lab.recipe import build
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import stages, train
+from jaxprune.quantize.codes import dequantize, to_integers
+from jaxprune.quantize.int8 import calibrate, int8
 from jaxprune.tree import weights
 
 CALIBRATION = 512
@@ -53,7 +56,7 @@ def models_of(folder: Path, config: cfg.Config) -> Iterator[tuple[Callable[..., 
 def compare(folder: Path, percentile: float) -> None:
     """Two rows of the table."""
     config = cfg.load(folder / "config.toml")
-    dataset = data.load(config.data.name, config.data.data_dir or None)
+    dataset = sets.load(config.data.name, config.data.data_dir or None)
     test = stages.samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
     images = train.scaled(test, jnp.asarray(dataset.train_images[:CALIBRATION]))
     for apply, params in models_of(folder, config):

@@ -16,7 +16,7 @@ import optax
 from tables import describe_machine, print_table
 
 import jaxprune as jp
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 
 LEAVES, SIDE = 50, (512, 1000)
 METHODS = {

@@ -17,10 +17,11 @@ import numpy as np
 import photographs
 
 import jaxprune as jp
-from jaxprune.lab import costs, machine
 from jaxprune.lab.bench import contest, sparsify
-from jaxprune.sparse import timing
-from jaxprune.storage.simulated import calibrate, int8
+from jaxprune.lab.commands import costs
+from jaxprune.lab.runs import machine
+from jaxprune.quantize.int8 import calibrate, int8
+from jaxprune.sparse.tuning import timing
 
 HERE = Path(__file__).parent
 CALIBRATION = 4

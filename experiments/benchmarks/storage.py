@@ -22,7 +22,7 @@ import jax
 import jaxprune as jp
 from jaxprune import tables
 from jaxprune.lab.models import zoo
-from jaxprune.storage.quantize import to_integers
+from jaxprune.quantize.codes import to_integers
 
 PUBLISHED = {0.0: 12.49, 0.1: 21.86, 0.2: 19.45, 0.3: 17.05, 0.4: 14.64, 0.5: 12.23, 0.6: 9.83, 0.7: 7.42, 0.8: 5.02,
              0.9: 2.61}  # fmt: skip

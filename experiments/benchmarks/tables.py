@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from jaxprune.sparse import machine, timing
+from jaxprune.sparse.tuning import machine, timing
 
 
 def describe_machine() -> str:

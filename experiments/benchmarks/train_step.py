@@ -31,7 +31,7 @@ from jax import lax
 from tables import describe_machine, print_table
 
 import jaxprune as jp
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 
 BATCH = 128
 SHAPES = {"conv1": (5, 5, 1, 32), "conv2": (5, 5, 32, 64), "fc1": (3136, 1024), "fc2": (1024, 10)}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
-from jaxprune.numerics import ordered_sum, rounded
+from jaxprune.exact.numerics import ordered_sum, rounded
 from jaxprune.tree import each_by_rule
 from jaxprune.types import Scores
 

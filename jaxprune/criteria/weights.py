@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxprune.numerics import ordered_sum, rounded
+from jaxprune.exact.numerics import ordered_sum, rounded
 from jaxprune.types import Scores
 
 View = Float[Array, "*layers spatial n_in n_out"]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune.distributions.contest import Dims, Groups, Kept, required
-from jaxprune.numerics import settled
-from jaxprune.ranking import fitting_masks
+from jaxprune.exact.numerics import settled
+from jaxprune.exact.ranking import fitting_masks
+from jaxprune.exact.wide import Wide, larger, left_of, wide
 from jaxprune.tree import each_by_rule
 from jaxprune.types import Sparsity
-from jaxprune.wide import Wide, larger, left_of, wide
 
 FINEST = 1 << 62  # of these units the whole is made where no unit divides all costs
 ROUNDING = Fraction(1, 1 << 50)  # of a sparsity that is a Python float

@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.checks import check_sparsity, is_concrete
-from jaxprune.numerics import rounded_share
-from jaxprune.ranking import top_k_mask
+from jaxprune.exact.numerics import rounded_share
+from jaxprune.exact.ranking import top_k_mask
 from jaxprune.types import Sparsity
 
 Groups = Mapping[str, Float[Array, "*layers g_spatial g_in g_out"]]
@@ -61,3 +61,17 @@ def contest(scores: Float[Array, "..."], sparsity: Sparsity, axes: tuple[int, ..
     """
     n = count(scores, axes)
     return top_k_mask(scores, n - rounded_share(n, sparsity), axes)
+
+
+def check_several(name: str, groups: Groups) -> None:
+    """Refuse groups of which an output has one.
+
+    Raises:
+        ValueError: a leaf has one group for each output.
+    """
+    for leaf, scores in groups.items():
+        if count(scores, (-3, -2)) == 1:
+            raise ValueError(
+                f"`{name}` needs several groups for every output, {leaf!r} has one: it would remove all or none. "
+                "Use `Uniform` or `Global` with this granularity."
+            )

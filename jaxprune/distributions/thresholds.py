@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, count, refuse
-from jaxprune.numerics import ordered_sum, settled
+from jaxprune.exact.numerics import ordered_sum, settled
 from jaxprune.types import Sparsity
 
 

@@ -29,14 +29,13 @@ and convolutions, with bias, residual and ReLU in the kernel (`fuse`); the other
 measurements.
 """
 
-from jaxprune.sparse import exports, native, reference
+from jaxprune import native
+from jaxprune.sparse import exports, reference
 from jaxprune.sparse.apply import apply
 from jaxprune.sparse.blocks import BlockWeight
-from jaxprune.sparse.cache import user_cache
 from jaxprune.sparse.compress import compress, decompress, nbytes
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
 from jaxprune.sparse.matmul import matmul, times, times_transposed
-from jaxprune.sparse.plan import Plan
 from jaxprune.sparse.tiles import (
     NativeBlockWeight,
     NativeInt8Weight,
@@ -44,7 +43,9 @@ from jaxprune.sparse.tiles import (
     NativeRowWeight,
     NativeWeight,
 )
-from jaxprune.sparse.tune import tune
+from jaxprune.sparse.tuning.cache import user_cache
+from jaxprune.sparse.tuning.plan import Plan
+from jaxprune.sparse.tuning.tune import tune
 
 __all__ = [
     "FORMATS",

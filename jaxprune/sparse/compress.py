@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune import tree
 from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, matrix_of
-from jaxprune.sparse.plan import Plan
+from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.types import Params
 
 

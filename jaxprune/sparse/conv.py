@@ -15,7 +15,7 @@ import quax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxprune.meshes import lying_as_dense
+from jaxprune.exact.meshes import lying_as_dense
 from jaxprune.sparse.formats import SparseWeight
 from jaxprune.sparse.native_product import Sizes, native_product_p, operands, result_dtype
 from jaxprune.sparse.tiles import NativeWeight

@@ -5,7 +5,7 @@
     blob = exported.serialize()
     jax.export.deserialize(blob).call(sparse_params, x)          elsewhere, after `import jaxprune`
 
-The calls are `jaxprune.sparse.native.TARGET` of the native formats and jaxlib's "cpu_csr_sparse_dense_ffi" of "bcsr":
+The calls are `jaxprune.native.TARGET` of the native formats and jaxlib's "cpu_csr_sparse_dense_ffi" of "bcsr":
 jax promises for its own old ones alone that later versions have them. The other formats need no checks off.
 
 A weight is written as its format's name and its static fields, in JSON; its arrays are arguments of the program.

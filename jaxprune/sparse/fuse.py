@@ -24,7 +24,7 @@ from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxprune.compat import closed
-from jaxprune.sparse.native import LARGEST_POOL
+from jaxprune.native import LARGEST_POOL
 from jaxprune.sparse.native_product import Steps, fused_product_p, native_product_p
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -31,7 +31,7 @@ from jax.extend.core.primitives import name_p, sharding_constraint_p
 from jaxtyping import Array, ArrayLike, Inexact, Num
 
 from jaxprune.compat import pvary_p
-from jaxprune.meshes import lying_as_dense
+from jaxprune.exact.meshes import lying_as_dense
 from jaxprune.sparse import gpu
 from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
 from jaxprune.sparse.primitives import columns_product

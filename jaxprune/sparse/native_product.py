@@ -16,8 +16,8 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Num, Shaped
 
+from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
-from jaxprune.sparse import native
 from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.tiles import NativeWeight, coordinates

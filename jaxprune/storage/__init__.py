@@ -8,12 +8,12 @@
 FORMAT.md beside this file is all that a reader in another language needs.
 """
 
+from jaxprune.quantize.codes import Affine, Codebook, cast, dequantize, to_codebooks, to_integers
+from jaxprune.quantize.int8 import calibrate, int8
+from jaxprune.quantize.sharing import reshare, share_weights
 from jaxprune.storage.artifact import Artifact, save
 from jaxprune.storage.container import FileError
 from jaxprune.storage.loading import load
-from jaxprune.storage.quantize import Affine, Codebook, cast, dequantize, to_codebooks, to_integers
-from jaxprune.storage.sharing import reshare, share_weights
-from jaxprune.storage.simulated import calibrate, int8
 
 __all__ = [
     "Affine",

@@ -24,11 +24,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
+from jaxprune.quantize.codes import is_quantized
 from jaxprune.storage import container, memory, passes, paths, records, values
 from jaxprune.storage.container import FileError, Header
 from jaxprune.storage.encodings import pattern_of
 from jaxprune.storage.patterns import PatternError
-from jaxprune.storage.quantize import is_quantized
 from jaxprune.storage.records import Record, RecordError
 from jaxprune.storage.streams import StreamError
 from jaxprune.storage.tensors import Pieces, Stored, encode

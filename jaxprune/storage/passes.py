@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt, UInt8
 
-from jaxprune.sparse import native
-from jaxprune.sparse.native import codecs
+from jaxprune import native
+from jaxprune.native import codecs
 from jaxprune.storage import memory
 from jaxprune.storage.bits import ones
 from jaxprune.storage.threads import each

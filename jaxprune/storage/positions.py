@@ -6,8 +6,8 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxprune.sparse import native
-from jaxprune.sparse.native import codecs
+from jaxprune import native
+from jaxprune.native import codecs
 from jaxprune.storage.bits import ones, pack, packed_size, unpack
 from jaxprune.storage.patterns import Bits, Pattern, Places, Shape, Streams, check, runs
 

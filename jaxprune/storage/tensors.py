@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 
+from jaxprune.quantize.codes import Affine, Codebook
 from jaxprune.storage import memory, passes, records, streams, values
 from jaxprune.storage.bits import ones
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
 from jaxprune.storage.passes import any_bit, has_negative_zeros, nonzero
 from jaxprune.storage.patterns import Bitmask, Dense, Pattern, PatternError
 from jaxprune.storage.positions import Gaps
-from jaxprune.storage.quantize import Affine, Codebook
 from jaxprune.storage.records import Part, Record, RecordError
 from jaxprune.storage.streams import Stream
 from jaxprune.storage.values import Leaf

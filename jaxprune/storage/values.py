@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
+from jaxprune.quantize.codes import Affine, Codebook
 from jaxprune.storage import bits, streams
 from jaxprune.storage.patterns import Index, Streams
-from jaxprune.storage.quantize import Affine, Codebook
 from jaxprune.storage.streams import Stream
 
 Leaf = np.ndarray | Affine | Codebook

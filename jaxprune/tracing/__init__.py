@@ -5,6 +5,7 @@
 | `paths` | the way of a leaf to the operation that consumes it |
 | `sites` | `Site`, one use of one leaf, and the operation rebuilt from it |
 | `uses` | what one operation does with a leaf |
+| `operations` | which of them work element by element, which change nothing |
 | `finder` | `trace`, which walks the jaxpr and finds the sites |
 | `refusals` | params that are not consumed, uses that cannot be followed |
 | `selection` | `weights_of` and `layout_of`: what the sites say of the leaves |

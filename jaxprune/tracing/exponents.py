@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxprune.compat import present_forms, scan_groups
 from jaxprune.tracing.inlined import CALLS, bind, evaluate
-from jaxprune.tracing.rules import IDENTITIES
+from jaxprune.tracing.operations import IDENTITIES
 from jaxprune.tracing.sites import OPS
 
 _NOTHING = -(2**20)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from jaxprune.tracing.reshapes import runs
+from jaxprune.tracing.operations import merged_axes
 
 Step = tuple[str, Any]
 
@@ -190,7 +190,7 @@ def _reshaped(
     if 0 in old:
         return (frozenset[int]().union(*axes),) * len(new)
     found = [frozenset[int]()] * len(new)
-    for olds, news in runs(old, new):
+    for olds, news in merged_axes(old, new):
         taken = frozenset[int]().union(*(axes[axis] for axis in olds))
         for axis in news:
             found[axis] = taken

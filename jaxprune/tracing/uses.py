@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jax.extend.core import Literal
 
+from jaxprune.tracing.operations import ELEMENTWISE, IDENTITIES
 from jaxprune.tracing.paths import Path
 from jaxprune.tracing.refusals import Lost
-from jaxprune.tracing.rules import ELEMENTWISE, IDENTITIES
 from jaxprune.tracing.sites import KINDS, OPS, Site, make_site
 
 Value: TypeAlias = Path | bool

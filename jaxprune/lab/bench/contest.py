@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxprune import sparse, tree
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 from jaxprune.types import Params
 
 TURN = 0.03

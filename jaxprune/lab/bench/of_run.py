@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune.lab import build, checkpoint, data, files, train
-from jaxprune.lab import config as cfg
+from jaxprune.lab.checkpoints import checkpoint
+from jaxprune.lab.data import sets
 from jaxprune.lab.models.zoo import Network, of_config
+from jaxprune.lab.recipe import build
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import files, train
 
 
 def of_run(folder: Path) -> Network:
@@ -27,7 +30,7 @@ def of_run(folder: Path) -> Network:
     files.read_run(folder)
     config = cfg.load(folder / "config.toml")
     key = jax.random.key(config.seeds[0])
-    network = of_config(config.name, config.model, *data.facts(config.data), key)
+    network = of_config(config.name, config.model, *sets.facts(config.data), key)
     found, _ = checkpoint.restore_latest(
         folder / f"seed_{config.seeds[0]}" / "finetune", _template(config, network.params)
     )

@@ -78,7 +78,7 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
         "--profile", metavar="FILE:COLUMN", nargs="+", default=[], help="non-zeros per layer, from a csv"
     )
     model.add_argument("--run", metavar="FOLDER", type=Path, help="the model of a finished run, or of its rounds")
-    model.add_argument("--tune", action="store_true", help="also the plan that jaxprune.sparse.tune finds here")
+    model.add_argument("--tune", action="store_true", help="also the plan that jaxprune.sparse.tuning.tune finds here")
     model.add_argument("--cache", metavar="FOLDER", type=Path, help="where tune keeps its timings")
     model.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")
     _common(model)

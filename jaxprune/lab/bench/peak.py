@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 
 
 class Peak(NamedTuple):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxprune import sparse, tracing, tree
 from jaxprune.lab.bench.contest import Entry, Result, stored_slots
 from jaxprune.lab.bench.peak import Peak
-from jaxprune.sparse import timing
+from jaxprune.sparse.tuning import timing
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
 

@@ -18,7 +18,7 @@ from jaxprune.lab.bench import peak as peaks
 from jaxprune.lab.bench.layers import Layers, Progress
 from jaxprune.lab.bench.rows import Row, append, read
 from jaxprune.lab.bench.whole import Whole
-from jaxprune.sparse import machine
+from jaxprune.sparse.tuning import machine
 
 FILE = "bench.jsonl"
 Measure = Callable[[peaks.Peak, Progress], Iterator[list[Row]]]
@@ -110,8 +110,8 @@ def draw(file: Path, out: Path) -> list[Path]:
     Raises:
         ValueError: the file holds no rows, or none that ran.
     """
-    from jaxprune.lab import figures  # brings matplotlib
     from jaxprune.lab.bench import figures as bench_figures
+    from jaxprune.lab.report import figures
 
     rows = [row for row in read(file) if not row["refused"]]
     if not rows:

@@ -2,7 +2,7 @@
 
 Sparsities come from one number for all layers, from a profile (a csv file), or from a run that pruned for real. What a
 format cannot store stays dense inside the contestant, and is counted and named with the reason; `tune` is the network
-as `jaxprune.sparse.tune` would have it run here.
+as `jaxprune.sparse.tuning.tune` would have it run here.
 """
 
 import dataclasses

@@ -20,11 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from jaxprune import tree
-from jaxprune.lab import words
-from jaxprune.lab.config import ConfigError, Model
 from jaxprune.lab.models.parts import New
 from jaxprune.lab.models.small import Network
-from jaxprune.lab.problems import reason
+from jaxprune.lab.recipe import words
+from jaxprune.lab.recipe.config import ConfigError, Model
+from jaxprune.lab.recipe.problems import reason
 from jaxprune.types import Params
 
 KEPT = (nnx.Param, nnx.BatchStat)

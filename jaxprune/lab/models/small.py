@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from jaxprune.lab.config import ConfigError, Model
+from jaxprune.lab.recipe.config import ConfigError, Model
 from jaxprune.types import Params
 
 Rates: TypeAlias = Mapping[str, float]

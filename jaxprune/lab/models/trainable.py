@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from jaxprune.lab.config import Model
 from jaxprune.lab.models import own, small
 from jaxprune.lab.models.parts import initial_params, observed
 from jaxprune.lab.models.registry import MODELS
 from jaxprune.lab.models.small import Network
+from jaxprune.lab.recipe.config import Model
 
 
 def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> Network:

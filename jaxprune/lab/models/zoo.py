@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxprune.lab import config as cfg
 from jaxprune.lab.models import small, trainable
 from jaxprune.lab.models.parts import random_params
 from jaxprune.lab.models.registry import MNIST, MODELS, NAMES, Model, model
+from jaxprune.lab.recipe import config as cfg
 
 __all__ = ["MNIST", "MODELS", "NAMES", "Model", "Network", "build", "model", "of_config", "shapes"]
 

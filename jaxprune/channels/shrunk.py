@@ -1,0 +1,154 @@
+"""A program with channels removed: the same operations on smaller arrays, written anew where they name a size.
+
+    reshape (8, 4, 64) -> (8, 256), 10 of the 64 gone      becomes      (8, 4, 54) -> (8, 216)
+
+Works for whatever function was traced, also one that has sizes in it and refuses smaller weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn, Literal
+from jaxtyping import Bool
+
+from jaxprune.channels.couplings import Walk
+from jaxprune.compat import ClosedJaxpr, closed
+from jaxprune.tracing.inlined import BODIES, bind, evaluate, with_bodies
+
+Kept = tuple[Bool[np.ndarray, " _"], ...]
+
+
+class Shrinker:
+    """Runs programs whose units were walked, some of them removed.
+
+    Attributes:
+        walk: units of the program.
+        live: for every unit whether it is kept; of roots.
+    """
+
+    def __init__(self, walk: Walk, live: Bool[np.ndarray, " units"]) -> None:
+        self.walk, self.live = walk, live
+
+    def run(self, jaxpr: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
+        """Results of a program on inputs whose channels are removed already.
+
+        Args:
+            jaxpr: the program, as it was walked.
+            values: its inputs, smaller.
+        """
+        consts = [taken(value, self.kept(var)) for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)]
+        return evaluate(closed(jaxpr.jaxpr, consts), values, self._step)
+
+    def kept(self, atom: Any) -> Kept:
+        """For every axis of an array which indices are kept."""
+        return tuple(self.live[self.walk.units.roots(ids)] for ids in self.walk.of(atom))
+
+    def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        name, params = eqn.primitive.name, dict(eqn.params)
+        values = [
+            taken(value, self.kept(atom)) if isinstance(atom, Literal) else value
+            for atom, value in zip(eqn.invars, values, strict=True)
+        ]
+        if name in BODIES:
+            return self._bodies(eqn, values)
+        given, results = [self.kept(atom) for atom in eqn.invars], [self.kept(var) for var in eqn.outvars]
+        if name == "iota":  # numbers made out of nothing, of which some are left out afterwards
+            return [taken(bind(eqn, values, params)[0], results[0])]
+        if name == "slice" and not all(keep.all() for keep in given[0]):
+            return [_slice(params, values[0], given[0])]
+        if name in _RESIZED:
+            params |= _RESIZED[name](params, given, results)
+        return bind(eqn, values, params)
+
+    def _bodies(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        def smaller(body: ClosedJaxpr) -> ClosedJaxpr:
+            shapes = [
+                jax.ShapeDtypeStruct(_left(var.aval.shape, self.kept(var)), var.aval.dtype) for var in body.jaxpr.invars
+            ]
+            return jax.make_jaxpr(lambda *inputs: self.run(body, inputs))(*shapes)
+
+        return bind(eqn, values, with_bodies(eqn, smaller))
+
+
+def taken(value: Any, kept: Kept) -> Any:
+    """An array without the indices that are not kept."""
+    for axis, keep in enumerate(kept):
+        if not keep.all():
+            value = jnp.take(value, np.flatnonzero(keep), axis)
+    return value
+
+
+def _slice(params: dict[str, Any], value: Any, kept: Kept) -> Any:
+    cuts = []
+    steps = params["strides"] or (1,) * len(kept)
+    for axis, (keep, *cut) in enumerate(
+        zip(kept, params["start_indices"], params["limit_indices"], steps, strict=True)
+    ):
+        if keep.all():
+            cuts.append(cut)
+            continue
+        wanted = np.arange(*cut)
+        places = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]  # in the smaller array
+        if len(places) and np.all(np.diff(places) == 1):
+            cuts.append((int(places[0]), int(places[-1]) + 1, 1))
+        else:
+            value = jnp.take(value, places, axis)
+            cuts.append((0, len(places), 1))
+    starts, stops, steps = zip(*cuts, strict=True)
+    return lax.slice(value, starts, stops, None if params["strides"] is None else steps)
+
+
+def _left(sizes: Sequence[Any], kept: Kept) -> tuple[Any, ...]:
+    """What is left of sizes, symbolic ones too: with these, channels are merged as often as it says."""
+    return tuple(
+        size if keep.all() else size * int(keep.sum()) // len(keep) for size, keep in zip(sizes, kept, strict=True)
+    )
+
+
+def _shape(word: str) -> Callable[..., dict[str, Any]]:
+    return lambda params, given, results: {word: _left(params[word], results[0])}
+
+
+def _groups(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
+    groups, channels = params["feature_group_count"], given[0][params["dimension_numbers"].lhs_spec[1]]
+    return {"feature_group_count": int(channels.sum()) // (len(channels) // groups) if groups > 1 else 1}
+
+
+def _padding(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
+    config = list(params["padding_config"])
+    for axis, (low, high, inside) in enumerate(config):
+        keep = results[0][axis]
+        if keep.all():
+            continue
+        if low > 0 or high > 0:
+            config[axis] = (int(keep[: max(low, 0)].sum()), int(keep[len(keep) - max(high, 0) :].sum()), inside)
+        if low < 0 or high < 0 or inside:
+            config[axis] = (low, high, inside)
+    return {"padding_config": tuple(config)}
+
+
+def _parts(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
+    axis = params["axis"]
+    return {"sizes": _left(params["sizes"], tuple(kept[axis] for kept in results))}
+
+
+def _gathered(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
+    """Axes that are taken whole stay whole."""
+    sizes = zip(params["slice_sizes"], given[0], strict=True)
+    return {"slice_sizes": tuple(size if keep.all() or size != len(keep) else int(keep.sum()) for size, keep in sizes)}
+
+
+_RESIZED: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "broadcast_in_dim": _shape("shape"),
+    "reshape": _shape("new_sizes"),
+    "conv_general_dilated": _groups,
+    "pad": _padding,
+    "split": _parts,
+    "gather": _gathered,
+    "dynamic_slice": _gathered,
+}
+"""Operations with sizes among their parameters -> those parameters for the smaller arrays."""

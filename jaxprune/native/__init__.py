@@ -1,0 +1,178 @@
+"""CPU kernels in C++, called from compiled programs as XLA custom calls.
+
+Built with the package where a C++ compiler is found; where none was, everything else works, and `why_missing` says so.
+XLA registers a custom call built for another jaxlib without a word and fails when it runs, so `why_missing` makes one.
+The loops exist for several instruction sets; which one runs is decided when the first product does, by the processor,
+or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
+"""
+
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
+
+from jaxprune.exact.meshes import varying_like
+
+# Beside this file; or, where the sources are used in place, where the package was installed.
+_BESIDE = Path(__file__).parent / "_kernels.so"
+_INSTALLED = [Path(entry) / "jaxprune" / "native" / "_kernels.so" for entry in sys.path]
+LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
+TARGET = "jaxprune_product"
+INTERFACE = 4  # as in product.cc
+LARGEST_POOL = 8  # likewise
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded kernels; or the reason why there are none."""
+    if not LIBRARY.exists():
+        return (
+            "The native kernels were not built, for want of a C++ compiler when jaxprune was installed. Install one "
+            "(such as g++), then `pip install --force-reinstall --no-deps` jaxprune; or use another format."
+        )
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"The native kernels cannot be loaded: {error}. Reinstall jaxprune on this machine."
+    if getattr(loaded, "jaxprune_interface", int)() != INTERFACE:
+        return f"The native kernels {LIBRARY} are those of another version of jaxprune. Reinstall it."
+    return loaded
+
+
+def library() -> ctypes.CDLL:
+    """The loaded kernels.
+
+    Raises:
+        RuntimeError: there are none; see `why_not_loaded`.
+    """
+    loaded = _library()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def why_not_loaded() -> str:
+    """Why there is no library here, with the way out; "" where there is, which is enough for the codecs."""
+    loaded = _library()
+    return loaded if isinstance(loaded, str) else ""
+
+
+def why_missing() -> str:
+    """Why no native kernels run here, with the way out; "" where they do.
+
+    The first time it makes one call, which takes some milliseconds, from wherever it is asked: inside of any
+    transformation, and under any of jax's contexts.
+    """
+    return why_not_loaded() or _why_not_called()
+
+
+@functools.cache
+def _why_not_called() -> str:
+    """What is wrong with one real call of the loaded kernels, "" if nothing."""
+    reasons = []
+    # Traces and contexts (meshes, guards, devices) belong to a thread; in one of its own there are none.
+    thread = threading.Thread(target=lambda: reasons.append(_called()), name="jaxprune-first-call")
+    thread.start()
+    thread.join()
+    return reasons[0]
+
+
+def _register() -> None:
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().jaxprune_product), platform="cpu")
+
+
+def _called() -> str:
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        return f"The native kernels run on CPU, which JAX was told to leave out. Add it to `jax_platforms`. ({error})"
+    none = np.zeros(0, np.float32)
+    parts = (np.full(1, 2, np.float32), np.zeros(1, np.uint8), np.array([0, 1], np.int32), none, none, none)
+    try:
+        _register()
+        with jax.transfer_guard("allow"):  # one of the whole process would hold here too
+            operands = jax.device_put((*parts, np.full((1, 1), 3, np.float32)), device)
+            call = jax.jit(lambda *operands: product(*operands, shape=(1, 1), dtype=np.float32, tile=1))
+            y = float(np.asarray(call(*operands))[0, 0])
+    except Exception as error:  # whatever XLA, or jax before it, has against these kernels
+        says = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            "The native kernels fail when they are called, as those built for another jaxlib do: reinstall jaxprune, "
+            f"in the newest version, or use another format. (The error: {says})"
+        )
+    return "" if y == 6 else f"The native kernels say that 2 x 3 is {y}. Reinstall jaxprune, or use another format."
+
+
+def instruction_set() -> str:
+    """Name of the loops that run here: "avx512", "avx2" or "portable"; "" without native kernels."""
+    if why_missing():
+        return ""
+    name = library().jaxprune_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def product(
+    values: Shaped[Array, " nse"],
+    index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"],
+    bounds: Int32[Array, " tiles_times_groups_plus_1"],
+    scale: Float32[Array, " n_out_or_0"],
+    bias: Float32[Array, " n_out_or_none"],
+    residual: Float[Array, "..."],
+    x: Float[Array, "*batch_and_window channels"],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    tile: int,
+    group: int = 1,
+    window: tuple[int, ...] = (),
+    relu: bool = False,
+) -> Float[Array, "..."]:
+    """relu(pool(scale * W x) + bias + residual) on this processor, for W in tiles as `jaxprune.sparse.tiles` says.
+
+    Everything but W x may be left out, an empty array then. Indices and bounds that lead outside are found in the call,
+    before they are used.
+
+    Args:
+        values: non-zeros, tile by tile: float32, bfloat16, or int8 with a scale for every output.
+        index: their inputs, counted from the tile's first.
+        bounds: where each output's run begins and the last one ends, tile by tile, n_out + 1 a tile.
+        scale: of every output.
+        bias: of every output.
+        residual: what is added, shaped as the result and of its dtype.
+        x: (n, in), or images (n, height, width, channels) where there is a window; float32 or bfloat16.
+        shape: of the result, (n, out) or (n, height, width, out).
+        dtype: of the result, float32 or bfloat16; sums are float32.
+        tile: inputs of a tile.
+        group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for
+            each group instead of each output.
+        window: of a convolution, two numbers each: kernel, stride, padding before, dilation, and the pool of whose
+            pixels each of the result is the largest, (1, 1) for none. Inputs are then (window, channels).
+        relu: whether negative results become 0.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name.
+    """
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, dtype))
+    attributes = {
+        "tile": np.int64(tile),
+        "group": np.int64(group),
+        "window": np.asarray(window, np.int64),
+        "relu": bool(relu),
+    }
+    operands = (values, index, bounds, scale, bias, residual, x)
+    return call(*(varying_like(operand, *operands) for operand in operands), **attributes)
+
+
+# With the import, so that an exported program finds its kernels in a process that does nothing else; it starts no
+# backend. What is wrong with it, if anything, `why_missing` says.
+if not why_not_loaded():
+    with contextlib.suppress(Exception):
+        _register()

@@ -1,0 +1,278 @@
+// The product W @ x, and the convolution, as an XLA custom call: checks what it is handed, cuts the work up, and runs
+// it on XLA's own threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxprune {
+
+const Kernels& BestKernels() {
+  static const Kernels* best = [] {
+    const char* wish = std::getenv("JAXPRUNE_ISA");
+    const Kernels* sets[] = {
+#if defined(JAXPRUNE_X86)
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? &kAvx512 : nullptr,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2 : nullptr,
+#endif
+        &kPortable};
+    for (const Kernels* set : sets) {
+      if (set && wish && std::strcmp(wish, set->name) == 0) return set;
+    }
+    for (const Kernels* set : sets) {
+      if (set) return set;
+    }
+    return &kPortable;
+  }();
+  return *best;
+}
+
+namespace {
+
+constexpr int64_t kAlign = 64;
+// Below this many multiply-adds of whole vectors a task is done before another thread is awake.
+constexpr int64_t kWorthAThread = 1 << 13;
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeepScratch = false;  // a product's own, so that no byte beyond it goes unseen
+#else
+constexpr bool kKeepScratch = true;
+#endif
+
+struct DeleteAligned {
+  void operator()(float* floats) const { ::operator delete[](floats, std::align_val_t{kAlign}); }
+};
+
+// This thread's scratch, on a cache line's boundary, or null where there is no memory; kept, since fresh pages cost
+// more than many a product.
+float* Scratch(int64_t floats) {
+  thread_local std::unique_ptr<float, DeleteAligned> kept;
+  thread_local int64_t size = 0;
+  if (floats > size || !kKeepScratch) {
+    kept.reset();
+    kept.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{kAlign}, std::nothrow)));
+    size = kept ? floats : 0;
+  }
+  return kept.get();
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The part of [0, n) that is i's of `parts`.
+std::pair<int64_t, int64_t> Part(int64_t n, int64_t parts, int64_t i) {
+  const int64_t each = n / parts, rest = n % parts;
+  return {each * i + std::min(i, rest), each * (i + 1) + std::min(i + 1, rest)};
+}
+
+constexpr char kOutside[] = "`index` or `bounds` lead outside of the weight";
+constexpr char kNoMemory[] = "no memory for the inputs that `x` and `window` make";
+
+// What is wrong, or null; the same of `PanelProduct`.
+const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Operands& ops) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t parts = w.inputs * w.group < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  std::atomic<const char*> wrong{nullptr};
+  ForEach(pool, parts, [&](int64_t i) {
+    const auto [first, last] = Part(w.groups(), parts, i);
+    if (!kernels.vector(w, ops, {0, 1, first, last})) wrong = kOutside;
+  });
+  return wrong;
+}
+
+const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
+                         const Operands& ops) {
+  const int64_t positions = window.positions(), units = CeilDiv(positions, kernels.unit);
+  const double each = static_cast<double>(w.inputs * w.group + w.n_in) * window.pool();
+  const double work = each * CeilDiv(positions, kernels.panel_columns / 4);
+  const int64_t threads = work < 2 * kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t panels = CeilDiv(positions, kernels.panel_columns);
+  // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
+  const int64_t splits = panels % threads == 0 || panels >= 8 * threads ? 1 : std::min(threads, w.groups());
+  std::atomic<const char*> wrong{nullptr};
+  ForEach(pool, panels * splits, [&](int64_t i) {
+    // Whole units, the same number in every panel if it can be.
+    const auto [from, to] = Part(units, panels, i / splits);
+    const auto [first, last] = Part(w.groups(), splits, i % splits);
+    const int64_t begin = from * kernels.unit, count = std::min(to * kernels.unit, positions) - begin;
+    float* scratch = Scratch(kernels.scratch(w, window, count, last - first));
+    if (!scratch) {
+      wrong = kNoMemory;
+    } else if (!kernels.panel(w, window, ops, {begin, count, first, last}, scratch)) {
+      wrong = kOutside;
+    }
+  });
+  return wrong;
+}
+
+// ---- what arrives ----
+
+ffi::Error Refuse(const std::string& why) { return ffi::Error::InvalidArgument("jaxprune_product: " + why); }
+
+bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: *type = Type::kF32; return true;
+    case ffi::DataType::BF16: *type = Type::kBF16; return true;
+    case ffi::DataType::S8: *type = Type::kS8; return true;
+    default: return false;
+  }
+}
+
+bool IsActivation(Type type) { return type == Type::kF32 || type == Type::kBF16; }
+
+// Sizes below are such that their products, and those with strides, stay far from 2^63.
+constexpr int64_t kMostElements = int64_t{1} << 40, kMostStep = 1 << 20, kMostPool = 8;
+
+// Whether no size is negative, and the product of those that are not 0 is at most kMostElements.
+bool IsSized(ffi::Span<const int64_t> dimensions) {
+  int64_t product = 1;
+  for (int64_t n : dimensions) {
+    if (n < 0 || (n > 0 && __builtin_mul_overflow(product, n, &product)) || product > kMostElements) return false;
+  }
+  return true;
+}
+
+int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
+
+// The window's numbers, as `jaxprune.native` lays them out: kernel, stride, padding before, dilation, pool; of x
+// and y the shapes say the rest. Empty for a matrix product.
+std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x, const ffi::AnyBuffer& y,
+                       Window* out) {
+  const auto xs = x.dimensions(), ys = y.dimensions();
+  if (numbers.size() == 0) {
+    if (xs.size() != 2) return "`x` must be (batch, in)";
+    if (ys.size() != 2) return "the result must be (batch, out)";
+    out->images = 1;
+    out->width = out->out_width = xs[0];
+    out->channels = xs[1];
+    return xs[0] == ys[0] ? "" : "`x` and the result must have the same batch";
+  }
+  if (numbers.size() != 10) return "`window` must have 10 numbers, or none";
+  if (xs.size() != 4) return "`x` must be (batch, height, width, channels)";
+  if (ys.size() != 4) return "the result must be (batch, height, width, out)";
+  if (xs[0] != ys[0]) return "`x` and the result must have the same batch";
+  for (int i = 0; i < 10; ++i) {
+    const bool padding = i == 4 || i == 5, pool = i > 7;
+    if (numbers[i] < (padding ? 0 : 1) || numbers[i] > (pool ? kMostPool : kMostStep)) return "`window` has a number out of range";
+  }
+  *out = {xs[0],      xs[1],      xs[2],      xs[3],      ys[1],      ys[2],     numbers[0],
+          numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
+  constexpr int64_t kPixel[] = {1, 1, 1, 1, 0, 0, 1, 1, 1, 1};
+  const bool each_pixel = std::equal(numbers.begin(), numbers.end(), kPixel);
+  if (each_pixel && xs[1] == ys[1] && xs[2] == ys[2]) {  // long rows are packed faster
+    out->width = out->out_width = out->positions();
+    out->images = out->height = out->out_height = 1;
+  }
+  return "";
+}
+
+std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
+                       const ffi::AnyBuffer& scale, int64_t tile, int64_t group, Weight* w) {
+  if (!TypeOf(values, &w->type)) return "`values` must be float32, bfloat16 or int8";
+  const bool narrow = index.element_type() == ffi::DataType::U8;
+  if (!narrow && index.element_type() != ffi::DataType::U16) return "`index` must be uint8 or uint16";
+  if (bounds.element_type() != ffi::DataType::S32) return "`bounds` must be int32";
+  const int64_t reach = narrow ? 256 : 65536;
+  if (tile < 1 || tile > reach) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
+  if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
+  if (w->n_out % group != 0) return "`group` must divide the outputs";
+  if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
+  if (Count(values) > INT32_MAX - 64) return "`values` must be fewer than 2^31 - 64";  // loops step beyond the last
+  w->n_tiles = CeilDiv(w->n_in, tile);
+  w->group = group;
+  int64_t n_bounds;
+  const bool overflows = __builtin_mul_overflow(w->n_tiles, w->groups() + 1, &n_bounds);
+  if (overflows || Count(bounds) != n_bounds) return "`bounds` must have ceil(in / tile) * (out / group + 1) numbers";
+  if (scale.element_type() != ffi::DataType::F32) return "`scale` must be float32";
+  if (Count(scale) != 0 && Count(scale) != w->n_out) return "`scale` must have one number for each output, or none";
+  w->values = values.untyped_data();
+  w->index = index.untyped_data();
+  w->bounds = static_cast<const int32_t*>(bounds.untyped_data());
+  w->scale = Count(scale) ? static_cast<const float*>(scale.untyped_data()) : nullptr;
+  w->wide = !narrow;
+  w->tile = tile;
+  w->inputs = Count(index);
+  return "";
+}
+
+std::string ReadOperands(const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual, const ffi::AnyBuffer& x,
+                         const ffi::AnyBuffer& y, int64_t n_out, bool relu, Operands* ops) {
+  if (!TypeOf(x, &ops->x_type) || !IsActivation(ops->x_type)) return "`x` must be float32 or bfloat16";
+  if (!TypeOf(y, &ops->y_type) || !IsActivation(ops->y_type)) return "the result must be float32 or bfloat16";
+  if (bias.element_type() != ffi::DataType::F32) return "`bias` must be float32";
+  if (Count(bias) != 0 && Count(bias) != n_out) return "`bias` must have one number for each output, or none";
+  if (residual.element_type() != y.element_type()) return "`residual` must be of the result's dtype";
+  if (Count(residual) != 0 && Count(residual) != Count(y)) return "`residual` must have the result's shape, or none";
+  ops->x = x.untyped_data();
+  ops->y = y.untyped_data();
+  ops->bias = Count(bias) ? static_cast<const float*>(bias.untyped_data()) : nullptr;
+  ops->residual = Count(residual) ? residual.untyped_data() : nullptr;
+  ops->relu = relu;
+  return "";
+}
+
+ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
+                   ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::AnyBuffer x,
+                   ffi::Result<ffi::AnyBuffer> y, int64_t tile, int64_t group, ffi::Span<const int64_t> numbers,
+                   bool relu) {
+  Window window;
+  Weight w;
+  Operands ops;
+  const std::pair<const char*, const ffi::AnyBuffer*> buffers[] = {
+      {"`values`", &values}, {"`index`", &index},       {"`bounds`", &bounds}, {"`scale`", &scale},
+      {"`bias`", &bias},     {"`residual`", &residual}, {"`x`", &x},           {"the result", &*y}};
+  for (const auto& [name, buffer] : buffers) {
+    if (!IsSized(buffer->dimensions())) return Refuse(std::string(name) + " must be of at most 2^40 elements");
+  }
+  if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
+  const int64_t taps = window.kernel_height * window.kernel_width;
+  if (__builtin_mul_overflow(taps, window.channels, &w.n_in) || w.n_in > INT32_MAX) {
+    return Refuse("`x` and `window` must make fewer than 2^31 inputs");
+  }
+  w.n_out = y->dimensions().back();
+  if (std::string why = ReadWeight(values, index, bounds, scale, tile, group, &w); !why.empty()) return Refuse(why);
+  if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
+  const int64_t positions = window.positions();
+  if (positions == 0 || w.n_out == 0) return ffi::Error::Success();
+  const Kernels& kernels = BestKernels();
+  const char* wrong = numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
+                                                            : PanelProduct(pool, kernels, w, window, ops);
+  return wrong ? Refuse(wrong) : ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxprune
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("tile")
+                                  .Attr<int64_t>("group")
+                                  .Attr<ffi::Span<const int64_t>>("window")
+                                  .Attr<bool>("relu"));
+
+// Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
+extern "C" int jaxprune_interface() { return 4; }
+
+// Name of the instruction set that runs.
+extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }
+
+#pragma GCC visibility pop

@@ -1,0 +1,297 @@
+"""Tune: measure every use of every leaf on this machine, and compress only what pays.
+
+    sites of the traced model, by leaf
+    for each leaf    dense against every format, at the shapes of its sites       -> the best, if it clearly wins
+    for the model    all winners together against dense; if it is not faster, half of them, ... -> or none
+
+Measured alone, an operation is a promise; the model as a whole is what counts, since XLA fuses around a dense
+operation and not around a kernel. So the last word is a measurement of the whole, and what is returned has either won
+it or is the dense model itself.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune import tree
+from jaxprune.layout import BY_NAME, Axes, Layout
+from jaxprune.sparse.compress import compress
+from jaxprune.sparse.formats import FORMATS, SparseWeight
+from jaxprune.sparse.tuning import cache as files
+from jaxprune.sparse.tuning import machine, timing
+from jaxprune.sparse.tuning.plan import LeafPlan, Plan, SiteTimings
+from jaxprune.sparse.tuning.race import REFUSALS, contest
+from jaxprune.sparse.tuning.records import from_plain, to_plain
+from jaxprune.sparse.tuning.whole import Model, settle
+from jaxprune.tracing import Site
+from jaxprune.tracing.finder import jaxpr_of, sites_of
+from jaxprune.tracing.sites import PRODUCTS
+from jaxprune.types import Params
+
+MARGIN = 0.03
+"""A format must be this fraction faster than dense at the sites of a leaf, or the leaf stays dense."""
+
+Progress = Callable[[int, int, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What is the same for all leaves of one call."""
+
+    layout: Layout
+    folder: Path | None
+    repeats: int | None
+    seconds: float
+    machine: Mapping[str, Any]
+
+
+def tune(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    x: Any,
+    *more_args: Any,
+    formats: Iterable[str] | None = None,
+    select: tree.Select = tree.weights,
+    layout: Layout = BY_NAME,
+    cache: str | os.PathLike[str] | bool | None = True,
+    repeats: int | None = None,
+    seconds: float = 0.1,
+    progress: Progress | None = None,
+) -> Plan:
+    """The format of every leaf that makes this model fastest here, at these shapes; dense where dense is.
+
+    Runs the model and its operations many times, on the device of the params. A format must beat dense by more than
+    `MARGIN` at the sites of its leaf, and the whole planned model the whole dense model by more than `whole.MARGIN`,
+    both beyond the noise of the medians; otherwise dense stays. So an unpruned model gets an all-dense plan.
+
+    What was measured is kept in files, by operation, shapes, dtypes, number and rough pattern of the non-zeros, batch,
+    formats, machine and versions; a second call on the same model runs and compiles nothing.
+
+    Args:
+        apply_fn: the model, (params, x, *more_args) -> arrays.
+        params: the pruned params, any pytree of arrays.
+        x: input of the shape that will be served: an array or a `jax.ShapeDtypeStruct`, in any pytree.
+        more_args: further arguments; what is no array is handed over as it is.
+        formats: names in `FORMATS`; all that do not round the weights, if None.
+        select: which leaves, as a function (name, leaf) -> bool or name rules.
+        layout: which axes of a leaf are summed over, see `compress`.
+        cache: the folder of those files, at most 32 MiB of them; True: the user's, `sparse.user_cache()`, or none where
+            that cannot be written; None keeps nothing.
+        repeats: runs of each contestant; as many as fill `seconds`, from 5 to 50, if None.
+        seconds: aim for all runs of one contestant at one site; the whole model is given ten times that.
+        progress: called as (done, total, name) before each leaf, and before the whole model under the name "model".
+
+    Returns:
+        The plan, for `compress(params, plan)`. All leaves "dense" with the `reason`, where that is best.
+
+    Raises:
+        ValueError: an unknown format; nothing is selected; too few `repeats`; the cache cannot be written.
+        TypeError: a leaf is compressed already, traced, no array or not floating.
+
+    Example:
+        >>> plan = tune(model.apply, params, x)
+        >>> predict = jax.jit(apply(model.apply))
+        >>> y = predict(compress(params, plan), x)
+    """
+    names = _names(formats)
+    if repeats is not None and repeats < timing.LEAST:
+        raise ValueError(f"`repeats` is {timing.LEAST} or more, so that medians have a spread; {repeats} arrived.")
+    _check(params)
+    selected = tree.selected_leaves(select, params)
+    folder = files.prepare(cache)
+    params, args = _resident(params), _resident((x, *more_args))
+    selected = {name: leaf for name, leaf in tree.named_leaves(params).items() if name in selected}
+    jaxpr = jaxpr_of(apply_fn, params, *args)
+    setting = _Setting(layout, folder, repeats, seconds, machine.describe(_device(selected)))
+    patterns = {name: files.pattern(_matrix(name, leaf, layout)) for name, leaf in selected.items()}
+    key = _key(setting, names, model=files.text_of(jaxpr), patterns=patterns, axes=_axes(selected, layout))
+    if (plan := _kept_plan(folder, key)) is not None:
+        return plan
+    sites = sites_of(jaxpr, params)
+    leaves = []
+    for done, (name, leaf) in enumerate(selected.items()):
+        _report(progress, done, len(selected) + 1, name)
+        uses = [site for site in sites if site.name == name and site.kind in PRODUCTS]
+        leaves.append(_tune_leaf(name, leaf, uses, names, patterns[name], setting))
+    _report(progress, len(selected), len(selected) + 1, "model")
+    model = Model(apply_fn, params, args, repeats, 10 * seconds)
+    leaves, attempts, reason = settle(leaves, model)
+    plan = Plan(tuple(leaves), tuple(attempts), reason, setting.machine)
+    files.write(folder, key, plan.to_json())
+    files.trim(folder)
+    _report(progress, len(selected) + 1, len(selected) + 1, "model")
+    return plan
+
+
+def _names(formats: Iterable[str] | None) -> list[str]:
+    if formats is None:
+        return [name for name, format in FORMATS.items() if not format.lossy]
+    names = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
+    for name in names:
+        if name != "dense" and name not in FORMATS:
+            raise ValueError(f"There is no format {name!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+    return [name for name in names if name != "dense"]
+
+
+def _check(params: Params) -> None:
+    for name, leaf in tree.named_leaves(params).items():
+        if isinstance(leaf, Tracer):
+            raise TypeError(f"Leaf {name!r} is traced. `tune` measures, so it runs outside `jit`, `grad` and `vmap`.")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"Leaf {name!r} is a `ShapeDtypeStruct`: how fast its zeros make it depends on its values.")
+    for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SparseWeight)):
+        if isinstance(leaf, SparseWeight):
+            raise TypeError(f"Leaf {leaf.name!r} is compressed already. Call `decompress(params)` first.")
+
+
+def _resident(values: Any) -> Any:
+    """The same arrays in the device's memory, so that no run copies them; shapes alone become arrays of ones."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.numpy.ones(leaf.shape, leaf.dtype)
+        return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    return jax.tree.map(one, values)
+
+
+def _device(selected: Mapping[str, Any]) -> Any:
+    return next(iter(next(iter(selected.values())).devices()))
+
+
+def _axes(selected: Mapping[str, Any], layout: Layout) -> dict[str, Axes]:
+    return {name: layout.axes(name, leaf.shape) for name, leaf in selected.items()}
+
+
+def _matrix(name: str, leaf: Any, layout: Layout) -> np.ndarray:
+    """All inputs by all outputs, in host memory."""
+    axes = layout.axes(name, leaf.shape)
+    ordered = np.transpose(np.asarray(leaf), (*axes.layers, *axes.spatial, *axes.inputs, *axes.outputs))
+    return ordered.reshape(-1, max(1, int(np.prod([leaf.shape[axis] for axis in axes.outputs]))))
+
+
+def _report(progress: Progress | None, done: int, total: int, name: str) -> None:
+    if progress is not None:
+        progress(done, total, name)
+
+
+def _key(setting: _Setting, names: list[str], **parts: Any) -> str:
+    settings = (setting.repeats, setting.seconds, MARGIN)
+    return files.key(machine=dict(setting.machine), kernels=files.kernels(), formats=names, settings=settings, **parts)
+
+
+def _kept_plan(folder: Path | None, key: str) -> Plan | None:
+    text = files.read(folder, key)
+    try:
+        return None if text is None else Plan.from_json(text)
+    except ValueError:
+        return None
+
+
+def _tune_leaf(
+    name: str, leaf: Any, sites: list[Site], names: list[str], pattern: dict[str, Any], setting: _Setting
+) -> LeafPlan:
+    """The leaf's contests at all of its sites, and the best format of them."""
+    axes = setting.layout.axes(name, leaf.shape)
+    kept = [_kept_contest(site, names, pattern, axes, setting) for site in sites]
+    rivals = {} if all(kept) else _rivals(name, leaf, names, setting.layout)
+    measured = [
+        one or _measure(site, leaf, rivals, names, pattern, axes, setting)
+        for site, one in zip(sites, kept, strict=True)
+    ]
+    plan = LeafPlan(
+        name=name,
+        shape=tuple(leaf.shape),
+        dtype=leaf.dtype.name,
+        **axes._asdict(),
+        nse=pattern["nse"],
+        sparsity=1 - pattern["nse"] / max(1, leaf.size),
+        format="dense",
+        why="",
+        sites=tuple(measured),
+    )
+    format, why = choose(plan, names)
+    return dataclasses.replace(plan, format=format, why=why)
+
+
+def choose(leaf: LeafPlan, names: Iterable[str]) -> tuple[str, str]:
+    """The fastest format over all sites of the leaf if it clearly beats dense, else dense; and why.
+
+    Clearly: by more than `MARGIN`, and with 95 % intervals of the medians that do not meet.
+
+    Args:
+        leaf: with its timings.
+        names: the formats that competed.
+    """
+    if not leaf.sites:
+        return "dense", "No matrix product or convolution uses it directly."
+    times = {name: ms for name in names if (ms := leaf.milliseconds(name)) is not None}
+    dense = leaf.milliseconds("dense")
+    if dense is None or not times:
+        return "dense", "No format runs here: " + _refusals(leaf)
+    best = min(times, key=lambda name: times[name])
+    gain = f"{best} takes {times[best]:.3f} ms, dense {dense:.3f} ms"
+    noise = (leaf.notch(best) or 0.0) + (leaf.notch("dense") or 0.0)
+    if times[best] >= (1 - MARGIN) * dense:
+        return "dense", f"Dense is fastest, or as fast: {gain}."
+    if times[best] + noise >= dense:
+        return "dense", f"Too close to tell: {gain}, with a noise of {noise:.3f} ms."
+    return best, f"Faster: {gain}."
+
+
+def _refusals(leaf: LeafPlan) -> str:
+    reasons = {timing.refused: None for site in leaf.sites for timing in site.timings if timing.refused}
+    return " ".join(reasons) or "none was to be tried."
+
+
+def _rivals(name: str, leaf: Any, names: list[str], layout: Layout) -> dict[str, SparseWeight | str]:
+    """Format -> the compressed leaf, or why it cannot be."""
+    if len(leaf.devices()) > 1:
+        return dict.fromkeys(names, f"Leaf {name!r} lies on {len(leaf.devices())} devices, compressed ones on one.")
+    rivals: dict[str, SparseWeight | str] = {}
+    for format in names:
+        try:
+            rivals[format] = compress({name: leaf}, format, select=lambda *_: True, layout=layout)[name]
+        except REFUSALS as error:
+            rivals[format] = str(error)
+    return rivals
+
+
+def _contest_key(site: Site, names: list[str], pattern: dict[str, Any], axes: Axes, setting: _Setting) -> str:
+    # Any leaf of these shapes and zeros takes as long, whatever its name and however often it is used.
+    what = dataclasses.replace(site, name="", index=0, count=1, macs=0)
+    return _key(setting, names, site=to_plain(what), pattern=pattern, axes=axes)
+
+
+def _kept_contest(
+    site: Site, names: list[str], pattern: dict[str, Any], axes: Axes, setting: _Setting
+) -> SiteTimings | None:
+    text = files.read(setting.folder, _contest_key(site, names, pattern, axes, setting))
+    try:
+        kept = None if text is None else from_plain(SiteTimings, json.loads(text))
+    except ValueError:
+        return None
+    return kept and dataclasses.replace(kept, count=site.count)
+
+
+def _measure(
+    site: Site,
+    leaf: Any,
+    rivals: Mapping[str, SparseWeight | str],
+    names: list[str],
+    pattern: dict[str, Any],
+    axes: Axes,
+    setting: _Setting,
+) -> SiteTimings:
+    timings = contest(site, leaf, rivals, repeats=setting.repeats, seconds=setting.seconds)
+    measured = SiteTimings(site.op, site.x_shape, site.x_dtype, site.count, timings)
+    key = _contest_key(site, names, pattern, axes, setting)
+    files.write(setting.folder, key, json.dumps(to_plain(measured), allow_nan=False))
+    return measured

@@ -1,0 +1,79 @@
+"""Distillation: the dense model as the teacher of the pruned one.
+
+Where masks take capacity away, the teacher's probabilities say more of each sample than its label does.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxprune.checks import is_concrete
+from jaxprune.exact.numerics import at_least_float32
+
+
+def distillation_loss(
+    logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+) -> Float[Array, ""]:
+    r"""How far the student's probabilities are from the teacher's, both softened by a temperature.
+
+    $T^2 \, \mathrm{KL}(\mathrm{softmax}(z' / T) \,\Vert\, \mathrm{softmax}(z / T))$, the mean over the batch. The
+    factor keeps gradients of one size as T moves. No gradient goes to the teacher.
+
+    Args:
+        logits: z, the student's, (*batch, classes).
+        teacher_logits: z', likewise. A class at minus infinity has no say.
+        temperature: T > 0; at high ones the loss compares logits rather than probabilities.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for logits that are); 0 where the two agree.
+
+    Raises:
+        ValueError: shapes differ or have no sample, or the temperature is not above 0.
+
+    References:
+        Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2. The paper has the cross entropy, which is the same
+        up to the teacher's entropy: the gradients are equal.
+
+    Example:
+        Mixed with the task's loss, while the model is pruned. The teacher is an argument like all weights.
+
+        >>> import jax, jax.numpy as jnp, jaxprune as jp, optax
+        >>> def model(params, x):
+        ...     return x @ params["kernel"]
+        >>> def loss(params, teacher, x, labels):
+        ...     logits = model(params, x)
+        ...     task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        ...     soft = jp.distillation_loss(logits, model(teacher, x), temperature=4.0)
+        ...     return 0.1 * task + 0.9 * soft
+        >>> tx = jp.prune(optax.sgd(0.1), jp.Method(), sparsity=0.5, update_when=jp.at(0))
+        >>> @jax.jit
+        ... def step(params, opt_state, teacher, x, labels):
+        ...     grads = jax.grad(loss)(params, teacher, x, labels)
+        ...     updates, opt_state = tx.update(grads, opt_state, params)
+        ...     return optax.apply_updates(params, updates), opt_state
+        >>> teacher = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+        >>> x, labels = jnp.eye(8), jnp.argmax(teacher["kernel"], -1)
+        >>> params = jax.tree.map(jnp.copy, teacher)
+        >>> opt_state = tx.init(params)
+        >>> params, opt_state = step(params, opt_state, teacher, x, labels)
+    """
+    if jnp.shape(logits) != jnp.shape(teacher_logits) or 0 in jnp.shape(logits):
+        raise ValueError(
+            "`distillation_loss` needs logits (*batch, classes) of student and teacher for the same samples, at least "
+            f"one; got shapes {jnp.shape(logits)} and {jnp.shape(teacher_logits)}."
+        )
+    if is_concrete(temperature) and not 0 < temperature < float("inf"):
+        raise ValueError(f"`distillation_loss` needs a finite temperature > 0, got {float(temperature):g}.")
+    student, teacher = (_log_softmax(z, temperature) for z in (logits, jax.lax.stop_gradient(teacher_logits)))
+    # 0 log 0 = 0, where the teacher leaves a class out.
+    losses = optax.losses.kl_divergence_with_log_targets(student, teacher, where=teacher != -jnp.inf)
+    return jnp.mean(losses) * jnp.square(jnp.asarray(temperature, losses.dtype))
+
+
+def _log_softmax(logits: Array, temperature: float | Array) -> Array:
+    wide = at_least_float32(logits.dtype)
+    return jax.nn.log_softmax(logits.astype(wide) / jnp.asarray(temperature, wide))
