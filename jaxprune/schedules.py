@@ -1,11 +1,14 @@
 """Schedule: how sparse at which step, and at which steps masks are computed anew.
 
 A schedule maps a step to a sparsity, `update_when` maps a step to yes or no. Steps are counted by `prune`, from 0,
-one an update; both are plain functions of a traced integer, so that moving through them never recompiles.
+one an update; both are functions of a traced integer, so that moving through them never recompiles. Schedules made here
+know when they change, so that `update_when` follows from them unless it is said.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -14,6 +17,23 @@ from jaxprune.checks import check_sparsity
 from jaxprune.types import Schedule, UpdateWhen
 
 Step = Integer[Array, ""] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A schedule that knows when it changes.
+
+    Attributes:
+        sparsity_at: step -> sparsity.
+        update_when: step -> whether masks should be computed for it; the last time where the schedule ends.
+    """
+
+    sparsity_at: Callable[[Any], Any]
+    update_when: UpdateWhen
+
+    def __call__(self, step: Any) -> Any:
+        """The sparsity at a step."""
+        return self.sparsity_at(step)
 
 
 def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
@@ -43,8 +63,15 @@ def as_schedule(sparsity: Schedule | Float[Array, ""] | float | None) -> Schedul
     return constant(sparsity)
 
 
-def as_update_when(update_when: UpdateWhen | Bool[Array, ""] | bool) -> UpdateWhen:
-    """A function of the step as it is; a bool, known or traced, as that at every step."""
+def as_update_when(
+    update_when: UpdateWhen | Bool[Array, ""] | bool | None, schedule: Schedule | None = None
+) -> UpdateWhen:
+    """A function of the step as it is; a bool, known or traced, as that at every step; None follows from the schedule.
+
+    Of a schedule that does not know when it changes, masks are computed every 100 steps.
+    """
+    if update_when is None:
+        return schedule.update_when if isinstance(schedule, Timed) else every(100)
     return update_when if callable(update_when) else lambda step: update_when
 
 
@@ -55,13 +82,18 @@ def one_shot(sparsity: float, step: int = 0) -> Schedule:
         ValueError: `sparsity` is not in [0, 1).
     """
     check_sparsity(sparsity)
-    return lambda now: jnp.where(jnp.asarray(now) >= step, jnp.float32(sparsity), jnp.float32(0.0))
+
+    def schedule(now: Step) -> Float[Array, ""]:
+        return jnp.where(jnp.asarray(now) >= step, jnp.float32(sparsity), jnp.float32(0.0))
+
+    return Timed(schedule, at(step))
 
 
 def cubic(final: float, *, begin: int, end: int, initial: float = 0.0) -> Schedule:
     r"""Fast at first, slow at the end.
 
     $s_t = s_f + (s_i - s_f) (1 - p)^3$ with $p = \frac{t - t_0}{t_1 - t_0}$ from $t_0$ to $t_1$; 0 before, $s_f$ after.
+    Unless said otherwise masks follow every 100 steps, in a ramp below 1000 steps every tenth of it, and at its end.
 
     Args:
         final: sparsity from `end` on.
@@ -119,14 +151,15 @@ def _ramp(
         ramp = jnp.where(done == 1, jnp.float32(final), of(done))
         return jnp.where(jnp.asarray(step) >= begin, ramp, jnp.float32(0.0))
 
-    return schedule
+    follows = every(max(1, min(100, (end - begin) // 10)), begin=begin, end=end)
+    return Timed(schedule, lambda step: follows(step) | (jnp.asarray(step) == end))
 
 
 def alternating(sparsity: float, *, dense: int, sparse: int, begin: int, end: int) -> Schedule:
     """Dense for `begin` steps; then sparse and dense phases in turn until `end`; sparse for ever after.
 
-    Masks must be computed where phases begin, such as with `every(n)` for an n that divides them. They open for a dense
-    phase, and weights that were dead start again from zero.
+    Masks must be computed where phases begin, as they are unless said otherwise; they open for a dense phase, and
+    weights that were dead start again from zero.
 
     Args:
         sparsity: of the sparse phases.
@@ -152,7 +185,8 @@ def alternating(sparsity: float, *, dense: int, sparse: int, begin: int, end: in
         pruned = (now >= begin) & (((now - begin) % (sparse + dense) < sparse) | (now >= end))
         return jnp.where(pruned, jnp.float32(sparsity), jnp.float32(0.0))
 
-    return schedule
+    starts = [every(sparse + dense, begin=first, end=end) for first in (begin, begin + sparse)]
+    return Timed(schedule, lambda step: starts[0](step) | starts[1](step) | (jnp.asarray(step) == end))
 
 
 def rounds(
@@ -191,7 +225,7 @@ def rounds(
         done = jnp.floor_divide(jnp.asarray(step, jnp.int32) - begin, length) + 1
         return table[jnp.clip(done, 0, count)]
 
-    return schedule
+    return Timed(schedule, every(length, begin=begin, end=begin + (count - 1) * length))
 
 
 def every(steps: int, *, begin: int = 0, end: int | None = None) -> UpdateWhen:

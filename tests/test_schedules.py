@@ -3,12 +3,27 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxprune import alternating, at, constant, cosine, cubic, every, exponential, linear, one_shot, rounds
+from jaxprune import (
+    Method,
+    alternating,
+    at,
+    constant,
+    cosine,
+    cubic,
+    every,
+    exponential,
+    linear,
+    one_shot,
+    prune,
+    rounds,
+)
+from jaxprune.schedules import as_update_when
 
 FINALS = [0.5, 0.9, 0.98]
 F32 = {f: float(np.float32(f)) for f in FINALS}
@@ -174,3 +189,36 @@ def test_a_sparsity_that_is_no_fraction_is_refused(make, sparsity):
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+FOLLOWED = {
+    "one shot": (one_shot(0.9, step=7), [7]),
+    "a ramp of 3 steps": (cubic(0.9, begin=2, end=4), [2, 3, 4]),
+    "a ramp of a step": (linear(0.9, begin=5, end=5), [5]),
+    "a ramp whose end no period meets": (cosine(0.9, begin=10, end=75), [*range(10, 75, 6), 75]),
+    "a long ramp": (exponential(0.9, begin=50, end=1230), [*range(50, 1230, 100), 1230]),
+    "rounds": (rounds(0.9, count=3, length=20, begin=4), [4, 24, 44]),
+    "phases": (alternating(0.9, dense=10, sparse=20, begin=5, end=60), [5, 25, 35, 55, 60]),
+    "a function": (lambda step: jnp.float32(0.5), [*range(0, 1500, 100)]),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_masks_follow_a_schedule_up_to_its_end(name):
+    schedule, due = FOLLOWED[name]
+    when = as_update_when(None, schedule)
+    assert np.flatnonzero(at_steps(when, np.arange(1500))).tolist() == due
+
+
+def test_a_ramp_ends_where_it_says():
+    """With masks every 100 steps, as they were unless said, a ramp of 250 steps ended at 0.893."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(20, 50)), jnp.float32)}
+    tx = prune(optax.sgd(0.0), Method(), sparsity=cubic(0.9, begin=0, end=250))
+
+    def step(state, _):
+        _, state = tx.update(params, state, params)
+        return state, jnp.sum(state.masks["kernel"])
+
+    _, alive = jax.jit(lambda state: jax.lax.scan(step, state, None, length=300))(tx.init(params))
+    assert alive[-1] == 100
+    assert np.flatnonzero(np.diff(alive))[-1] == 249

@@ -74,7 +74,7 @@ def prune(
     method: Method,
     *,
     sparsity: Schedule | Float[Array, ""] | float | None = None,
-    update_when: UpdateWhen | Bool[Array, ""] | bool = schedules.every(100),
+    update_when: UpdateWhen | Bool[Array, ""] | bool | None = None,
     masks: Masks | None = None,
     key: Key[Array, ""] | None = None,
     packed: bool = False,
@@ -90,8 +90,9 @@ def prune(
         method: what to prune and how to choose.
         sparsity: schedule, step -> fraction removed; a number is that fraction at every step; None for distributions
             that decide themselves.
-        update_when: step -> bool; a bool is that at every step. Steps are calls of `update`, from 0; inside
-            `optax.MultiSteps` they are its updates.
+        update_when: step -> bool; a bool is that at every step; None follows from the schedule, with the last update
+            where it ends, and every 100 steps if it does not know when it changes. Steps are calls of `update`, from 0;
+            inside `optax.MultiSteps` they are its updates.
         masks: of a model that is sparse already, such as `nonzero_masks(params)`: what is dead by them is dead from the
             first update on, counts, and never comes back. Without, zeros of the params are weights like others. With
             `update_when=False` these masks are the last.
@@ -110,7 +111,8 @@ def prune(
             ends with; at `update`, no params.
     """
     inner = optax.with_extra_args_support(inner)
-    schedule, when = schedules.as_schedule(sparsity), schedules.as_update_when(update_when)
+    schedule = schedules.as_schedule(sparsity)
+    when = schedules.as_update_when(update_when, schedule)
     stored = pack_masks if packed else lambda masks: masks
 
     def init(params: Params) -> PruneState:

@@ -49,7 +49,7 @@ def splice(
     method: Method,
     *,
     sparsity: Schedule | Float[Array, ""] | float | None = None,
-    update_when: UpdateWhen | Bool[Array, ""] | bool = schedules.every(100),
+    update_when: UpdateWhen | Bool[Array, ""] | bool | None = None,
     margin: Float[Array, ""] | float = 0.0,
     decay: Float[Array, ""] | float = 0.0,
     key: Key[Array, ""] | None = None,
@@ -65,7 +65,7 @@ def splice(
         sparsity: schedule, step -> fraction removed; a number is that fraction at every step; None for distributions
             that decide themselves: with `SigmaThreshold(k)` weights die below k / (1 + margin) deviations and come
             back above k.
-        update_when: step -> bool; a bool is that at every step.
+        update_when: as in `prune`.
         margin: advantage of the living, >= 0.
         decay: $\lambda$ >= 0; gradients of dead weights are $g + \lambda w$, which draws them to zero.
         key: for criteria that draw random numbers; folded with the step.
@@ -87,7 +87,8 @@ def splice(
         if is_concrete(value) and not 0 <= value < float("inf"):
             raise ValueError(f"`splice({name}=...)` is a number of at least 0, got {value}.")
     inner = optax.with_extra_args_support(inner)
-    schedule, when = schedules.as_schedule(sparsity), schedules.as_update_when(update_when)
+    schedule = schedules.as_schedule(sparsity)
+    when = schedules.as_update_when(update_when, schedule)
     favouring = dataclasses.replace(method, criterion=_favouring(method.criterion, margin))
 
     def init(params: Params) -> SpliceState:
