@@ -43,7 +43,7 @@ TREES = {
     "equinox": lambda: eqx.filter(eqx.filter_eval_shape(Net), tree.is_array),
     "haiku": lambda: jax.eval_shape(MLP.init, KEY, X),
     "list": lambda: [struct(4, 8), struct(8), [struct(8, 2)]],
-    "tuple": lambda: (struct(4, 8), {"b": struct(8, 2)}),
+    "tuple": lambda: (struct(4, 8), {"v": struct(8, 2)}),
     "bare": lambda: struct(4, 8),
     "bfloat16": lambda: {"a": struct(4, 8, dtype=jnp.bfloat16), "b": struct(8, 2, dtype=jnp.float16)},
 }

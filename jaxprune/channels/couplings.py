@@ -121,7 +121,11 @@ class Couplings:
         self.check_shapes({name: np.shape(leaf) for name, leaf in tree.named_leaves(params).items()})
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The same, of the shapes of all leaves by name."""
+        """The same, of the shapes of all leaves by name.
+
+        Raises:
+            ValueError: likewise.
+        """
         for name, known in self.channels.items():
             if shapes.get(name) != tuple(map(len, known)):
                 raise ValueError(

@@ -58,7 +58,9 @@ def lying_like(argument: str) -> Callable[[F], F]:
     return decorate
 
 
-def lying_as_dense(sparse: Callable[..., Array], dense: Callable[[Any], Array], weight: Any, x: Any) -> Array:
+def lying_as_dense(
+    sparse: Callable[..., Any], dense: Callable[[Any], Any], weight: Any, x: Shaped[Array, "..."]
+) -> Shaped[Array, "..."]:
     """sparse(weight, x), which lies where dense(x) would on explicit axes; inside of `sparse` these are automatic.
 
     Args:

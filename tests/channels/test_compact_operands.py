@@ -174,7 +174,9 @@ def test_arrays_written_in_the_function():
 def test_channels_are_permuted_beside_numbers_written_in_the_function():
     params, x, fn = {"a": normal(5, 6), "b": normal(6, 3)}, normal(4, 5), LITERALS["added"]
     found = jp.couplings(fn, params, x)
-    permuted = jp.permute_channels(jp.Method(distribution=jp.NM(1, 2), select=["b"]), params, found).params
+    permuted = jp.permute_channels(
+        jp.Method(distribution=jp.NM(1, 2), select=["b"], layout=jp.FLAX), params, found
+    ).params
     all_equal_the_masked_model(fn, params, all_alive(params), x, (fn, permuted))
 
 

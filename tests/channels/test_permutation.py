@@ -212,7 +212,7 @@ def test_two_runs_of_a_model_come_to_the_optimum_of_all_that_read_them(leaves):
 def test_channels_read_backwards():
     params = {"a": jnp.asarray(normal(6, 8), jnp.float32), "b": jnp.asarray(normal(8, 3, seed=1), jnp.float32)}
     found = jp.couplings(lambda p, x: jax.nn.relu(x @ p["a"])[:, ::-1] @ p["b"], params, jnp.ones((5, 6)))
-    got = jp.permute_channels(jp.Method(distribution=jp.NM(2, 4), select=["b"]), params, found)
+    got = jp.permute_channels(jp.Method(distribution=jp.NM(2, 4), select=["b"], layout=jp.FLAX), params, found)
     np.testing.assert_allclose(kept(got.params["b"], 2, 4), most(np.asarray(params["b"]), 2, 4), rtol=1e-6)
 
 
@@ -331,7 +331,7 @@ def test_operations_that_cannot_be_followed_are_named():
         return jax.lax.top_k(x @ params["w"], 4)[0] @ params["v"]
 
     params = {"w": jnp.ones((6, 8)), "v": jnp.ones((4, 2))}
-    method = jp.Method(distribution=jp.NM(2, 4), select=["v"])
+    method = jp.Method(distribution=jp.NM(2, 4), select=["v"], layout=jp.FLAX)
     found = jp.couplings(fn, params, jnp.ones((5, 6)))
     with pytest.raises(ValueError, match=r"The 4 inputs of 'v' must keep their order: .* not be followed: top_k at"):
         jp.permute_channels(method, params, found, leaves="v")

@@ -41,8 +41,8 @@ STAGES = {"train": 40, "prune": 25, "finetune": 20}
 # `python -c DRIVER how argument jaxprune's own words...`: the command line, with an accident built in.
 DRIVER = """
 import os, resource, signal, sys, threading
-from jaxprune import cli
-from jaxprune.lab import checkpoint
+from jaxprune.lab.commands import main as cli
+from jaxprune.lab.checkpoints import checkpoint
 
 how, argument, *words = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been told to ignore it

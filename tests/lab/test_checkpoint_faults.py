@@ -69,7 +69,7 @@ import itertools, os, sys, signal, resource
 import numpy as np, jax, orbax.checkpoint
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from jaxprune.lab import checkpoint
+from jaxprune.lab.checkpoints import checkpoint
 def state_of(step):
     return {{"w": np.full((50, 30), step, np.float32), "mask": np.arange(9) % 2 == step % 2, "step": step}}
 """
@@ -215,7 +215,7 @@ import logging, threading
 from pathlib import Path
 import numpy as np
 import orbax.checkpoint  # which changes settings of its own when it is imported
-from jaxprune.lab import checkpoint
+from jaxprune.lab.checkpoints import checkpoint
 def settings():
     loggers = map(logging.getLogger, ("", "absl", "asyncio"))
     return sys.unraisablehook, [(logger.disabled, logger.level, logger.filters) for logger in loggers]

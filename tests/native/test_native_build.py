@@ -17,7 +17,7 @@ from sparse_helpers import make_leaf, make_x, needs_kernels
 from jaxprune import native, sparse
 
 REPOSITORY = Path(__file__).parents[2]
-SOURCES = REPOSITORY / "jaxprune" / "sparse" / "native"
+SOURCES = REPOSITORY / "jaxprune" / "native"
 # Optimized as little as can be, and for no processor in particular: it compiles in a tenth of the time.
 FLAGS = ["-O0", "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", "-isystem", SOURCES / "third_party"]
 PORTABLE = ["-DKERNELS=kPortable", '-DISA_NAME="portable"', "-DVECTOR_BYTES=16", "-Wno-psabi"]
