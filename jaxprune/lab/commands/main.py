@@ -152,16 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print the results as JSON instead")
     report.set_defaults(do=_report, refuse=report.error)
 
-    bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
-    load = bring.add_parser(
-        "import", help="make a data set readable from its original files", **style,
-        description="Write mnist, fashion_mnist (idx or idx.gz files) or cifar10 (PNG sheets) from FOLDER as a "
-        "prepared TensorFlow Datasets data set, which that library itself then reads. TensorFlow is not needed.",
-    )  # fmt: skip
-    load.add_argument("name", metavar="NAME", help="mnist, fashion_mnist or cifar10")
-    load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
-    load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
-    load.set_defaults(do=_import)
+    _add_data(commands, style)
 
     costs = commands.add_parser("costs", help="count a model's weights and multiply-adds", description=COSTS, **style)
     costs.add_argument("model", metavar="MODEL", help="a model's name, such as resnet50, vgg19 or lenet_5")
@@ -177,6 +168,19 @@ def _parser() -> argparse.ArgumentParser:
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     file_options.add_parsers(commands, style, {"inspect": _inspect, "convert": _convert, "predict": _predict})
     return parser
+
+
+def _add_data(commands: Any, style: dict[str, Any]) -> None:
+    bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
+    load = bring.add_parser(
+        "import", help="make a data set readable from its original files", **style,
+        description="Write mnist, fashion_mnist (idx or idx.gz files) or cifar10 (PNG sheets) from FOLDER as a "
+        "prepared TensorFlow Datasets data set, which that library itself then reads. TensorFlow is not needed.",
+    )  # fmt: skip
+    load.add_argument("name", metavar="NAME", help="mnist, fashion_mnist or cifar10")
+    load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
+    load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
+    load.set_defaults(do=_import)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
