@@ -250,7 +250,7 @@ class SparseWeight(quax.ArrayValue):
 
     @staticmethod
     def default(primitive: Any, values: Any, params: dict[str, Any]) -> Any:
-        """What quax calls for a primitive without a rule: some are entered or are for parts, others refused or dense."""
+        """What quax calls for a primitive without a rule: checkpoints are entered, most others refused or dense."""
         if primitive is lax.optimization_barrier_p:
             return lax.optimization_barrier(values)
         if primitive is remat_p:
