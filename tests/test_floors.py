@@ -154,3 +154,11 @@ def test_versions_of_jax_are_known_to_compat_alone():
     assert private == {"jaxprune.compat"}
     compared = re.compile(r"(jax|jaxlib|flax)\.__version\w*\s*[<>=(]|version_info\s*[<>=]")
     assert not [module for module, path in MODULES.items() if compared.search(path.read_text())]
+
+
+def test_every_room_says_what_it_is_for():
+    """And is a package: a folder without its `__init__`, left out by a pattern of `.gitignore`, is still imported."""
+    for folder in {path.parent for path in MODULES.values()}:
+        module = MODULES.get(module_name(folder / "__init__.py"))
+        assert module, f"{folder} has no __init__.py."
+        assert ast.get_docstring(ast.parse(module.read_text())), f"{module} says nothing."

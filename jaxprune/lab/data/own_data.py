@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.lab.runs import files
-from jaxprune.lab.recipe import words
 from jaxprune.lab.data.files import DataError
+from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import reason
+from jaxprune.lab.runs import files
 
 EXPECTED = "(train inputs, train labels), (test inputs, test labels)"
 REMEMBERED = "data.txt"

@@ -17,7 +17,15 @@ import numpy as np
 
 from jaxprune.lab.data import own_data, streams
 from jaxprune.lab.data.files import CLASSES, SHAPES, SPLITS, DataError, read_idx
-from jaxprune.lab.data.importing import import_folder, one_line, open_builder, open_source, quiet_tfds, read_records, refuse_unknown
+from jaxprune.lab.data.importing import (
+    import_folder,
+    one_line,
+    open_builder,
+    open_source,
+    quiet_tfds,
+    read_records,
+    refuse_unknown,
+)
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import ConfigError
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 import jaxprune as jp
-from jaxprune.lab.runs import train
+from jaxprune.lab.data.samples import Samples
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.config import ConfigError
-from jaxprune.lab.data.samples import Samples
+from jaxprune.lab.runs import train
 from jaxprune.types import Params
 
 SAMPLES = 2048  # of the training data

@@ -24,10 +24,10 @@ import jax
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.data import own_data, sets
-from jaxprune.lab.runs import files, machine, store, train
 from jaxprune.lab.data.samples import samples_of
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import files, machine, store, train
 from jaxprune.lab.runs.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.quantize.codes import dequantize
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune.lab.recipe import build
-from jaxprune.lab.data import own_data, sets, streams
-from jaxprune.lab.runs import evidence, metrics, store, train
 from jaxprune.lab import models
-from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.data import own_data, sets, streams
 from jaxprune.lab.data.samples import samples_of
+from jaxprune.lab.recipe import build
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import evidence, metrics, store, train
 from jaxprune.quantize.codes import dequantize
 from jaxprune.quantize.sharing import reshare, share_weights
 from jaxprune.types import Masks, Params

@@ -17,10 +17,10 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab import models
-from jaxprune.lab.runs import train
 from jaxprune.lab.data.samples import Samples
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import train
 from jaxprune.quantize.codes import cast, to_codebooks, to_integers
 from jaxprune.types import Masks, Params
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from jaxprune import tables
 from jaxprune.lab.recipe import config as cfg
-from jaxprune.lab.runs import files
-from jaxprune.lab.report import wording
 from jaxprune.lab.recipe import words
+from jaxprune.lab.report import wording
+from jaxprune.lab.runs import files
 from jaxprune.lab.runs import run as lab_run
 
 KEPT = (

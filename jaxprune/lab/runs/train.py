@@ -28,8 +28,8 @@ import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.data import streams
-from jaxprune.lab.models.parts import followed
 from jaxprune.lab.data.samples import Samples, mirrored, scaled, shifted
+from jaxprune.lab.models.parts import followed
 from jaxprune.types import Masks, Params
 
 CHUNK, PIXELS = 1000, 2**24  # images evaluated at once, and numbers in them
