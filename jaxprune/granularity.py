@@ -249,11 +249,11 @@ class Geometry(NamedTuple):
 class AcrossLeaves(Protocol):
     """The pair of maps for all leaves at once; its groups may reach from one leaf to another."""
 
-    def pool_leaves(self, scores: Mapping[str, View], leaves: Geometry) -> Mapping[str, Groups]:
+    def pool_leaves(self, scores: Mapping[str, View], geometry: Geometry) -> Mapping[str, Groups]:
         """Scores of groups, by name of a leaf, or of whatever competes as the outputs of a leaf do."""
         ...
 
-    def expand_leaves(self, kept: Mapping[str, Any], leaves: Geometry) -> dict[str, Shaped[Array, "..."]]:
+    def expand_leaves(self, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
         """Masks, shaped like the leaves, of every leaf that the groups reach."""
         ...
 
@@ -268,7 +268,7 @@ class LeafByLeaf:
 
     granularity: Granularity | GranularityByRule
 
-    def pool_leaves(self, scores: Mapping[str, View], leaves: Geometry) -> dict[str, Groups]:
+    def pool_leaves(self, scores: Mapping[str, View], geometry: Geometry) -> dict[str, Groups]:
         """Scores of the groups of each leaf.
 
         Raises:
@@ -283,12 +283,12 @@ class LeafByLeaf:
                 raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
         return groups
 
-    def expand_leaves(self, kept: Mapping[str, Any], leaves: Geometry) -> dict[str, Shaped[Array, "..."]]:
+    def expand_leaves(self, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
         """Masks of each leaf."""
         by_leaf = granularities(self.granularity, kept)
         masks = {}
         for name, verdicts in kept.items():
-            axes, shape = leaves.axes[name], leaves.shapes[name]
+            axes, shape = geometry.axes[name], geometry.shapes[name]
             masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
         return masks
 

@@ -83,13 +83,13 @@ class Channels:
     def _is_ignored(self, names: list[str]) -> bool:
         return any(fnmatch.filter(names, pattern) for pattern in self.ignore)
 
-    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]], leaves: Geometry) -> dict[str, Groups]:
+    def pool_leaves(self, scores: Mapping[str, Float[Array, "..."]], geometry: Geometry) -> dict[str, Groups]:
         """One score for every channel that has weights among these leaves, layer by layer."""
-        self.couplings.check_shapes(leaves.shapes)
+        self.couplings.check_shapes(geometry.shapes)
         totals = jnp.zeros(self.couplings.count, jnp.float32)
         weights = np.zeros(self.couplings.count)
         for name, view in scores.items():
-            score = layouts.from_view(view, leaves.axes[name], leaves.shapes[name])
+            score = layouts.from_view(view, geometry.axes[name], geometry.shapes[name])
             for axis, ids in enumerate(self.couplings.channels[name]):
                 if (ids == STAYS).all():
                     continue
@@ -102,7 +102,7 @@ class Channels:
         return {layer: mean[group][None, None] for layer, group in scored.items()}
 
     def expand_leaves(
-        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], leaves: Geometry
+        self, kept: Mapping[str, Bool[Array, "1 1 channels"]], geometry: Geometry
     ) -> dict[str, Bool[Array, "..."]]:
         """The verdict on every channel, for all the weights that it has: masks of all leaves that channels reach."""
         alive = jnp.ones(self.couplings.count, bool)
@@ -111,7 +111,7 @@ class Channels:
                 alive = alive.at[np.asarray(group)].set(kept[layer].reshape(-1))
         masks = {}
         for name, along_axes in self.couplings.channels.items():
-            shape = leaves.shapes[name]
+            shape = geometry.shapes[name]
             mask = jnp.ones(shape, bool)
             for axis, ids in enumerate(along_axes):
                 if (ids == STAYS).all():

@@ -11,6 +11,8 @@
 | `selection` | `weights_of` and `layout_of`: what the sites say of the leaves |
 | `costs` | weights and multiply-adds of the sites, dense and left under masks |
 | `activations` | bytes of activations alive at once |
+| `inlined`, `symbolic` | a jaxpr without calls, and with numbers in the place of symbolic sizes |
+| `exponents`, `products` | the model computed anew: on numbers that cannot overflow, and with a tap on its products |
 """
 
 from jaxprune.tracing.finder import trace
