@@ -31,8 +31,7 @@ class AlternatingDirections:
 
     $W = (H + \rho I)^{-1} (H T - V + \rho D)$, $D = P(W + V / \rho)$, $V \leftarrow V + \rho (W - D)$, with P keeping
     the largest of each contest, on inputs scaled to $H_{ii} = 1$. One eigendecomposition of H serves all $\rho$. The
-    weights on the mask are then fitted exactly, and the mask is improved by exchanges: the largest of W minus the
-    gradient, as long as the error falls.
+    weights on the mask are then fitted exactly.
 
     Attributes:
         damping: see `Solver`.
@@ -40,17 +39,15 @@ class AlternatingDirections:
         every: steps between two changes of $\rho$, which grows by 1.3, 1.2 or 1.1: the faster, the more of the mask
             still changes.
         iterations: most steps.
-        exchanges: most tries to improve the mask.
 
     References:
-        Meng et al. 2024, arXiv:2406.07831, algorithm 1; exchanges are hard thresholding pursuit, Foucart 2011.
+        Meng et al. 2024, arXiv:2406.07831, algorithm 1.
     """
 
     damping: float = 0.01
     penalty: float = 0.1
     every: int = 3
     iterations: int = 300
-    exchanges: int = 10
 
     def __call__(
         self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution | None = None
@@ -68,19 +65,7 @@ class AlternatingDirections:
         mask = self._settle(goal, full, sparsity, pattern)
         first = best(jnp.abs(goal), sparsity, pattern)  # never worse than this
         (weight, off), (plain, plain_off) = fit(mask, goal), fit(first, goal)
-        better = off <= plain_off
-        chosen = [jnp.where(better, *pair) for pair in ((mask, first), (weight, plain), (off, plain_off))]
-
-        def exchange(_: Any, state: Any) -> Any:
-            mask, weight, off, reach = state
-            stepped = weight - reach * (full @ (weight - goal))
-            other = best(jnp.abs(stepped), sparsity, pattern)
-            fitted, now = fit(other, jnp.where(mask, weight, stepped))
-            fell = now < off
-            taken = (jnp.where(fell, new, old) for new, old in ((other, mask), (fitted, weight), (now, off)))
-            return *taken, jnp.where(fell, reach, reach / 2)
-
-        mask, weight, *_ = lax.fori_loop(0, self.exchanges, exchange, (*chosen, jnp.float32(1.0)))
+        mask, weight = (jnp.where(off <= plain_off, *pair) for pair in ((mask, first), (weight, plain)))
         return Solved(weight / scale, mask)
 
     def _settle(self, goal: Weight, full: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Mask:
