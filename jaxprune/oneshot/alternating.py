@@ -4,7 +4,7 @@ minimise  tr (W - T)^T H (W - T)  so that W = D and D has few non-zeros
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
