@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from jaxprune.lab.bench.rows import Row, break_even
-from jaxprune.lab.bench.table import zeros
+from jaxprune.lab.bench.rows import Row, break_even, zeros
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the yellow is left out, it fades on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A6538A", "#56B4E9", "#E69F00", "#000000")

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.checks import check_sparsity
 from jaxprune.lab.bench import contest, rivals, sparsify
-from jaxprune.lab.bench.peak import Peak
-from jaxprune.lab.bench.rows import Row, Work, measured, rates, work_of
+from jaxprune.lab.bench.rows import Peak, Row, Work, measured, rates, work_of
 from jaxprune.lab.models.parts import random_params
 from jaxprune.types import Params
 

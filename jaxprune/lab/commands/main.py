@@ -273,12 +273,12 @@ def _costs(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _bench(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab.bench import bar, session
+    from jaxprune.lab.bench import session
 
     plan = options.plan_of(arguments)
     measure = session.prepare(plan)
     try:
-        with bar.bar(quiet=arguments.quiet) as progress:
+        with session.bar(quiet=arguments.quiet) as progress:
             text = session.run(plan, measure, arguments.out, shlex.join(arguments.command), progress)
     except KeyboardInterrupt:
         print(f"jaxprune: interrupted; what was measured is in {arguments.out / session.FILE}", file=sys.stderr)
