@@ -212,9 +212,9 @@ def break_evens(rows: Sequence[Row]) -> dict[tuple[str, int, str], tuple[str, fl
     return {key: break_even(points.items()) for key, points in groups.items() if len(points) > 1}
 
 
-def zeros(row: Row) -> str:
-    """How sparse the case is, in words: "90 %", or the name of the profile."""
-    return f"{100 * row['sparsity']:.4g} %" if isinstance(row["sparsity"], float) else str(row["sparsity"])
+def zeros(sparsity: float | str) -> str:
+    """How sparse a case is, in words: "90 %", or the name of the profile."""
+    return f"{100 * sparsity:.4g} %" if isinstance(sparsity, float) else str(sparsity)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

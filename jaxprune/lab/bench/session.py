@@ -155,7 +155,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     calls = [f"{target} x{n}" if n > 1 else target for target, n in sorted(row["custom_calls"].items())]
     return (
         row["model"],
-        rows.zeros(row),
+        rows.zeros(row["sparsity"]),
         row["contestant"],
         str(row["batch"]),
         f"{row['median_ms']:.3f}",

@@ -20,7 +20,7 @@ import jaxprune as jp
 from jaxprune import sparse
 from jaxprune.lab.bench import contest, sparsify
 from jaxprune.lab.bench.layers import Progress
-from jaxprune.lab.bench.rows import Peak, Row, measured, work_of
+from jaxprune.lab.bench.rows import Peak, Row, measured, work_of, zeros
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.data import sets
 from jaxprune.lab.models import zoo
@@ -101,14 +101,13 @@ def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
 
     def measure(peak: Peak, progress: Progress) -> Iterator[list[Row]]:
         total, done = len(cases) * len(plan.batches), 0
-        for zeros, make in cases.items():
+        for sparsity, make in cases.items():
             params = make()
             entries = contest.enter(params, plan.formats)
             for batch in plan.batches:
-                label = zeros if isinstance(zeros, str) else f"{zeros:.0%}"
-                progress(done, total, f"{name} {label} batch {batch}")
+                progress(done, total, f"{name} {zeros(sparsity)} batch {batch}")
                 tell = functools.partial(progress, done, total)
-                case = {"kind": "model", "model": model, "image": list(image), "batch": batch, "sparsity": zeros}
+                case = {"kind": "model", "model": model, "image": list(image), "batch": batch, "sparsity": sparsity}
                 yield _rows(plan, network, params, case, entries, peak, tell)
                 done += 1
         progress(done, total, "done")
@@ -131,7 +130,7 @@ def _cases(plan: Whole) -> tuple[Network, dict[str | float, Callable[[], Params]
     if not profiles:
         counts = {s: sparsify.uniform_counts(network.params, s) for s in plan.sparsities or (UNIFORM,)}
     return network, {
-        zeros: functools.partial(sparsify.prune_to, network.params, kept, drawn) for zeros, kept in counts.items()
+        label: functools.partial(sparsify.prune_to, network.params, kept, drawn) for label, kept in counts.items()
     }
 
 

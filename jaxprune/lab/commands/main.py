@@ -21,7 +21,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 OF_THE_LAB = {
     *("absl", "array_record", "flax", "matplotlib", "orbax", "PIL", "pydantic", "pydantic_core", "rich", "sklearn"),
-    *("tensorflow_datasets", "tomli_w"),
+    *("jinja2", "tensorflow_datasets", "tomli_w"),
 }
 """Packages that experiments need and the library does not, as they are imported."""
 
