@@ -3,7 +3,6 @@
 Drawn from rows that ran, `jaxprune.lab.bench.rows`. A batch has one colour and one marker in all figures.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -261,20 +260,9 @@ def _sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
     left = [1 - sparsity for sparsity in sparsities]
     axes.set_xlim(1.15 * max(left), min(left) / 1.15)  # first: a new scale would choose limits, and warn of one point
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(_apart(left)))
+    axes.xaxis.set_major_locator(FixedLocator(style.apart(left, 0.07)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * (1 - value):.3g} %"))
-
-
-def _apart(left: Sequence[float]) -> list[float]:
-    """Those whose labels do not run into each other; the outermost two in any case."""
-    ordered = sorted(left, reverse=True)
-    least = 0.07 * math.log(ordered[0] / ordered[-1])
-    kept = ordered[:1]
-    for value in ordered[1:-1]:
-        if math.log(kept[-1] / value) >= least and math.log(value / ordered[-1]) >= least:
-            kept.append(value)
-    return kept + ordered[1:][-1:]
 
 
 def _speedup_axis(axes: Axes, ratios: Sequence[float]) -> None:

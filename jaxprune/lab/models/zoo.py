@@ -9,7 +9,7 @@ network = shapes("decoder_7b")                          # `jax.ShapeDtypeStruct`
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from jaxprune.lab.models.vit import ViT
 from jaxprune.lab.recipe import config as cfg
 
 
-@runtime_checkable
 class Model(Protocol):
     """What the frozen configuration of a larger network can do."""
 

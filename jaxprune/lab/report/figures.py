@@ -251,14 +251,8 @@ def _accuracy_over_kept(axes: Axes, results: list[dict[str, Any]], kept: Sequenc
             shares, means, errors = zip(*found, strict=True)
             axes.errorbar(shares, [100 * m for m in means], yerr=[100 * e for e in errors], **_stage_style(stage))
     ticks = sorted({float(f"{share:.3g}") for share in kept if share > 0})
-    # labels need room: of ticks closer than a twelfth of the axis only the first stays
-    room = (np.log(ticks[-1]) - np.log(ticks[0])) / 12 if ticks else 0.0
-    spaced: list[float] = []
-    for tick in ticks:
-        if not spaced or np.log(tick) - np.log(spaced[-1]) >= room:
-            spaced.append(tick)
     style.kept_axis(axes)
-    axes.set_xticks(spaced)
+    axes.set_xticks(style.apart(ticks, 1 / 12))
     axes.set_ylabel("test accuracy")
     axes.yaxis.set_major_formatter(PERCENT)
 

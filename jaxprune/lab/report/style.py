@@ -4,6 +4,7 @@ A figure is made and freed without pyplot or any other global state, so it can b
 runs and models are somebody's text: a "$" in them must not start a formula.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,3 +111,19 @@ def kept_axis(axes: Axes, ticks: Any = None) -> None:
     axes.invert_xaxis()
     axes.tick_params(axis="x", which="minor", length=0)
     axes.set_xlabel("weights kept in the pruned leaves (log scale, fewer to the right)")
+
+
+def apart(values: Sequence[float], least: float) -> list[float]:
+    """Values on a log axis whose labels do not run into each other; the outermost two in any case.
+
+    Args:
+        values: above zero.
+        least: distance of two labels, as a share of the axis.
+    """
+    ordered = sorted(values, reverse=True)
+    room = least * math.log(ordered[0] / ordered[-1]) if ordered else 0.0
+    kept = ordered[:1]
+    for value in ordered[1:-1]:
+        if math.log(kept[-1] / value) >= room and math.log(value / ordered[-1]) >= room:
+            kept.append(value)
+    return kept + ordered[1:][-1:]
