@@ -104,9 +104,9 @@ def measure(plan: Layers, peak: Peak, progress: Progress) -> Iterator[list[Row]]
 def weights(size: tuple[int, int], sparsity: float, plan: Layers) -> Params:
     """Kernels "000/kernel", "001/kernel", ... (in, out), scaled so that activations keep their size."""
     n_layers = plan.layers if size[0] == size[1] else 1
-    values, zeros = jax.random.split(jax.random.key(plan.seed))
+    values, places = jax.random.split(jax.random.key(plan.seed))
     dense = random_params({f"{i:03d}/kernel": jax.ShapeDtypeStruct(size, jnp.float32) for i in range(n_layers)}, values)
-    return sparsify.prune_to(dense, sparsify.uniform_counts(dense, sparsity), zeros)
+    return sparsify.prune_to(dense, sparsify.uniform_counts(dense, sparsity), places)
 
 
 def _case(
