@@ -162,3 +162,29 @@ def test_every_room_says_what_it_is_for():
         module = MODULES.get(module_name(folder / "__init__.py"))
         assert module, f"{folder} has no __init__.py."
         assert ast.get_docstring(ast.parse(module.read_text())), f"{module} says nothing."
+
+
+def code_lines(function):
+    """Of a function without its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    said = function.body[0] if ast.get_docstring(function, clean=False) is not None else None
+    return lines - (said.end_lineno - said.lineno + 1 if said else 0)
+
+
+def test_lines_of_code_are_counted_without_docstrings():
+    one, two = ast.parse('def f():\n  """a\n\n  b"""\n  return 1\ndef g():\n  x = 1\n  return x').body
+    assert (code_lines(one), code_lines(two)) == (2, 3)
+
+
+def test_files_functions_and_folders_are_small():
+    """A file is read in one sitting, a function seen at one glance, a folder of the lab known by heart."""
+    large = []
+    for module, path in MODULES.items():
+        text = path.read_text()
+        large += [f"{module}: {lines} lines"] if (lines := len(text.splitlines())) > 350 else []
+        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        large += [f"{module}.{one.name}: {code_lines(one)} lines" for one in functions if code_lines(one) > 60]
+    for folder in {path.parent for path in (PACKAGE / "lab").rglob("*.py")}:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        large += [f"{folder.relative_to(PACKAGE)}: {len(files)} files"] if len(files) > 12 else []
+    assert not large, "\n".join(large)

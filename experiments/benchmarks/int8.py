@@ -28,7 +28,7 @@ import photographs
 from tables import describe_machine
 
 from jaxprune import nonzero_masks, sparsity_of
-from jaxprune.lab.bench.of_run import of_run
+from jaxprune.lab.bench.whole import of_run
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.data import sets
 from jaxprune.lab.recipe import build

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.lab.bench import layers, networks, peak, sparsify
+from jaxprune.lab.bench import layers, rows, sparsify
+from jaxprune.lab.models import zoo
 
 PROFILES = Path(__file__).parents[2] / "experiments" / "benchmarks" / "profiles" / "resnet50.csv"
 PNG = b"\x89PNG\r\n\x1a\n"
-PEAK = peak.Peak(gflops=100.0, gbytes=20.0, how="invented")
+PEAK = rows.Peak(gflops=100.0, gbytes=20.0, how="invented")
 PLAN = layers.Layers(((32, 32),), (2,), (0.5, 0.9), ("bcsr",), repeats=2)
 
 
@@ -25,6 +26,6 @@ def nonzeros(params):
 
 def pruned_resnet():
     """A ResNet-50 for small images, the same pruned by a profile, and the counts."""
-    network = networks.build("resnet50", jax.random.key(0), 32)
+    network = zoo.deployed("resnet50", jax.random.key(0), 32)
     counts = sparsify.profile_counts(network.params, sparsify.read_profile(f"{PROFILES}:pruned_83"))
     return network, sparsify.prune_to(network.params, counts, jax.random.key(1)), counts

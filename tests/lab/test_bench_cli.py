@@ -13,9 +13,7 @@ from sparse_helpers import needs_kernels
 from jaxprune import sparse
 from jaxprune.lab.bench import (
     layers,
-    of_run,
     options,
-    peak,
     rows,
     session,
     sparsify,
@@ -28,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch):
-    monkeypatch.setattr(session.peaks, "measure", functools.partial(peak.measure, 64, 1, 2))
+    monkeypatch.setattr(rows, "measure_peak", functools.partial(rows.measure_peak, 64, 1, 2))
 
 
 def refused(capsys, *words):
@@ -235,7 +233,7 @@ def test_without_kernels_it_says_why_and_goes_on(tmp_path, capsys, monkeypatch):
 def test_the_model_of_a_finished_run(tmp_path, capsys):
     config = write_config(tmp_path)
     assert cli.main(["run", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 0
-    network = of_run.of_run(tmp_path / "run")
+    network = whole.of_run(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert nonzeros(network.params) == {
         leaf["name"]: leaf["nnz"] for leaf in result["leaves"] if leaf["name"].endswith("kernel")

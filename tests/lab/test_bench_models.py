@@ -7,7 +7,7 @@ import pytest
 from bench_helpers import PROFILES, nonzeros, pruned_resnet
 
 from jaxprune import sparse, tracing, tree
-from jaxprune.lab.bench import networks, sparsify
+from jaxprune.lab.bench import sparsify
 from jaxprune.lab.data.files import SHAPES
 from jaxprune.lab.models import parts, zoo
 from jaxprune.lab.models.resnet import ResNet50
@@ -73,7 +73,7 @@ def test_the_epilogue_is_add_add_relu():
 @pytest.mark.parametrize("name", zoo.MNIST)
 def test_the_mnist_models_run(name):
     def logits(key, images):
-        network = networks.build(name, key)
+        network = zoo.deployed(name, key)
         assert network.sample.shape == SHAPES["mnist"]
         return network.apply(network.params, images)
 

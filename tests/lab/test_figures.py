@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from jaxprune.lab.report import figures
+from jaxprune.lab.report import figures, style, wording
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -281,13 +281,26 @@ def test_odd_comparisons_draw(results):
 # files, colours, state
 
 
+def test_labels_on_a_log_axis_keep_apart_and_the_ends_stay():
+    assert style.apart([1, 2, 4, 4.1, 90, 100], 0.1) == [100, 4.1, 2, 1]
+    assert style.apart([5], 0.1) == [5]
+    assert style.apart([], 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1.5e6, "1.5 MB"), (2e10, "20 GB")]
+)
+def test_bytes_have_the_largest_unit_that_leaves_one(value, text):
+    assert wording.bytes_text(value) == text
+
+
 def test_save_and_data_uri_hold_the_same_picture(tmp_path):
     figures.save(figures.leaf_sparsity([leaf()]), tmp_path / "new" / "leaf.png")
     data = (tmp_path / "new" / "leaf.png").read_bytes()
-    for source in (figures.leaf_sparsity([leaf()]), tmp_path / "new" / "leaf.png", str(tmp_path / "new" / "leaf.png")):
-        head, _, body = figures.data_uri(source).partition(",")
-        assert head == "data:image/png;base64"
-        assert base64.b64decode(body) == data
+    assert data == figures.png(figures.leaf_sparsity([leaf()]))
+    head, _, body = figures.data_uri(data).partition(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(body) == data
 
 
 def test_a_stage_has_one_colour_everywhere(weights):

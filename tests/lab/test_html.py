@@ -99,7 +99,16 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.pieces).replace("\u00a0", " ").split())
 
 
-PAGES = {"report": report, "comparison": lambda: html.comparison_page([RESULT, changed(name="b")], {"comparison": PNG})}
+def sweep(result=RESULT, caption="accuracy_over_kept"):
+    points = [{**result, "values": {"prune.preset": name}} for name in ("snip", EVIL)]
+    return html.sweep_page({**result, "title": result["name"], "points": points}, {caption: PNG})
+
+
+PAGES = {
+    "report": report,
+    "comparison": lambda: html.comparison_page([RESULT, changed(name="b")], {"comparison": PNG}),
+    "sweep": sweep,
+}
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
@@ -197,8 +206,10 @@ def test_everything_from_outside_is_escaped():
     assert "<script" not in page
     assert reader.text.count("<script>alert(1)</script>") >= 10
     assert ("alt", EVIL) in reader.attributes
-    other = Reader(html.comparison_page([evil, RESULT], {EVIL: PNG}))
-    assert "script" not in other.tags
+    for other in (html.comparison_page([evil, RESULT], {EVIL: PNG}), sweep(evil, EVIL)):
+        assert "<script" not in other
+        assert Reader(other).text.count("<script>alert(1)</script>") >= 4
+        assert ("alt", EVIL) in Reader(other).attributes
     assert "<script" not in html.summary_markdown([evil])
 
 

@@ -20,6 +20,7 @@ from jaxprune.lab.models.mobilenet import MobileNetV1
 from jaxprune.lab.models.resnet import CifarResNet, ResNet50
 from jaxprune.lab.models.vgg import VGG
 from jaxprune.lab.models.vit import ViT
+from jaxprune.lab.recipe.config import Model
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -314,6 +315,17 @@ def test_networks_by_name():
     assert zoo.shapes("vgg19", 32).sample.shape == (32, 32, 3)
     assert zoo.shapes("vgg19", 32).params["fc6"]["kernel"].shape == (512, 4096)
     assert zoo.shapes("mlp", 8).params["layers"][0]["kernel"].shape == (64, 300)
+
+
+def test_networks_of_a_config():
+    network = zoo.shapes(Model(name="resnet20"), (16, 24, 3), 7)
+    assert network.sample.shape == (16, 24, 3)
+    assert network.params["fc"]["kernel"].shape == (64, 7)
+    assert zoo.shapes(Model(name="lenet_5")).sample.shape == (28, 28, 1)
+    begun, measured = (zoo.build(model, KEY).params for model in (Model(name="resnet20"), "resnet20"))
+    assert np.array_equal(begun["conv1"]["kernel"], measured["conv1"]["kernel"])
+    assert np.array_equal(begun["bn1"]["scale"], np.ones(16))
+    assert not np.array_equal(measured["bn1"]["scale"], np.ones(16))
 
 
 REFUSALS = {

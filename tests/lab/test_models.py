@@ -21,12 +21,12 @@ CONVS = ["conv1/bias", "conv1/kernel", "conv2/bias", "conv2/kernel", "fc1/bias",
 
 def shapes(model, image, classes=10):
     """The leaves without their values, which take seconds to draw."""
-    return tree.named_leaves(jax.eval_shape(lambda: models.build(model, image, classes, KEY).params))
+    return tree.named_leaves(jax.eval_shape(lambda: models.build(model, KEY, image, classes).params))
 
 
 def with_noise(model, image):
     """The network with params of noise, its biases zero."""
-    network = small.shapes(model, image, 10)
+    network = models.shapes(model, image, 10)
     return network._replace(params=drawn(network.params, 0.1))
 
 
@@ -55,7 +55,7 @@ def test_parameter_counts(model, image, weights, biases):
     assert kernels_and_biases(leaves) == (weights, biases)
 
     def logits_of(images):
-        network = models.build(model, image, 10, KEY)
+        network = models.build(model, KEY, image, 10)
         assert models.parameter_count(network.params) == weights + biases
         return network.apply(network.params, images)
 
@@ -83,7 +83,7 @@ def test_leaf_names():
 
 def test_equal_keys_give_equal_weights_and_others_others():
     def leaves(seed):
-        return tree.named_leaves(models.build(Model(name="mlp", widths=(8, 8)), DIGIT, 10, jax.random.key(seed)).params)
+        return tree.named_leaves(models.build(Model(name="mlp", widths=(8, 8)), jax.random.key(seed), DIGIT, 10).params)
 
     one, same, other = leaves(1), leaves(1), leaves(2)
     for name in one:
@@ -195,7 +195,7 @@ def test_the_derivative_of_max_pooling_is_that_of_the_pooling_it_replaces(side):
 @pytest.mark.parametrize(("name", "leaf"), [("lenet_5", "fc1/kernel"), ("lenet_300_100", "layers/1/kernel")])
 def test_rates_stand_for_the_dropout_of_their_leaf(name, leaf):
     model = Model(name=name, dropout=0.9)
-    network = models.build(model, (28, 28, 1), 10, jax.random.key(0))
+    network = models.build(model, jax.random.key(0), (28, 28, 1), 10)
     x, key = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1)), jax.random.key(2)
     none = dict.fromkeys(("fc1/kernel", "layers/0/kernel", "layers/1/kernel"), 0.0)
     np.testing.assert_array_equal(network.apply(network.params, x, key, none), network.apply(network.params, x))

@@ -13,7 +13,7 @@ from lab_helpers import StopAt, Stopped, assert_same_run, write_config
 
 from jaxprune import tree
 from jaxprune.lab import models
-from jaxprune.lab.bench import of_run
+from jaxprune.lab.bench import whole
 from jaxprune.lab.commands import convert, predict
 from jaxprune.lab.commands import main as cli
 from jaxprune.lab.data import sets
@@ -89,7 +89,7 @@ def test_its_files_are_read_back_by_predict_convert_and_bench(folder, tmp_path, 
     found = [predict.answers(model, [image])[0]]
     with Artifact(file) as stored:
         about = convert.metadata_of(stored)
-    network = of_run.of_run(folder)
+    network = whole.of_run(folder)
     logits = network.apply(network.params, jnp.asarray(test[3:4, ..., None], jnp.float32) / 255)
     assert found[0].label == str(int(jnp.argmax(logits)))
     assert found[0].probability == pytest.approx(float(jax.nn.softmax(logits).max()), rel=1e-4)
@@ -137,7 +137,7 @@ def test_data_that_change_are_no_data_to_go_on_with(tmp_path, monkeypatch):
 
 def own(name, image=(8, 8, 1), key=0, **options):
     model = cfg.Model(name=f"own_models:{name}", options=options or None)
-    return models.build(model, image, 3, jax.random.key(key))
+    return models.build(model, jax.random.key(key), image, 3)
 
 
 def test_in_training_a_module_does_what_flax_does_with_it():
@@ -243,7 +243,7 @@ def test_data_become_what_a_run_works_with():
     with pytest.raises(cfg.ConfigError, match=r"data\.shift: only for images .* own_models:features gives \(60, 8\)"):
         sets.of_config(cfg.Data(name="own_models:features", shift=1))
     with pytest.raises(cfg.ConfigError, match=r"lenet_5 takes images .* the data has \(8,\)"):
-        models.build(cfg.Model(name="lenet_5"), (8,), 3, jax.random.key(0))
+        models.build(cfg.Model(name="lenet_5"), jax.random.key(0), (8,), 3)
 
 
 # ---------------------------------------------------------------- the config

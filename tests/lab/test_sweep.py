@@ -14,7 +14,7 @@ from lab_helpers import StopAt, Stopped, arrays_of, checkpoints, tiny, write_con
 
 import jaxprune as jp
 from jaxprune import storage
-from jaxprune.lab.bench import of_run
+from jaxprune.lab.bench import whole
 from jaxprune.lab.commands import convert, predict
 from jaxprune.lab.commands import main as cli
 from jaxprune.lab.data import sets
@@ -336,8 +336,8 @@ def test_rounds_at_given_levels_leave_a_record_and_a_file_each(tmp_path):
     figures = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
     assert {"accuracy_over_kept", "size_over_kept"} <= figures
     assert "<h2>Rounds</h2>" in (tmp_path / "run" / "report.html").read_text()
-    network = of_run.of_run(tmp_path / "run")
-    made = of_run.rounds_of(tmp_path / "run", network.params)
+    network = whole.of_run(tmp_path / "run")
+    made = whole.rounds_of(tmp_path / "run", network.params)
     assert [round(sparsity, 3) for sparsity in made] == [0.25, 0.5, 0.75]
     for read, number in zip(made.values(), (1, 2, 3), strict=True):
         path = tmp_path / "run" / "seed_0" / "rounds" / f"{number}.jaxprune"

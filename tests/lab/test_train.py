@@ -465,7 +465,7 @@ def test_a_stage_with_batch_norms_ends_at_the_statistics_of_its_batches(tmp_path
 
 
 def test_larger_networks_begin_as_they_should():
-    network = models.build(Model(name="resnet20"), (32, 32, 3), 10, jax.random.key(0))
+    network = models.build(Model(name="resnet20"), jax.random.key(0), (32, 32, 3), 10)
     leaves = tree.named_leaves(network.params)
     assert sum(leaf.size for leaf in leaves.values()) == 269_722 + 2 * 688  # the paper's 0.27 M, and statistics
     assert {float(leaf[0]) for name, leaf in leaves.items() if name.endswith(("scale", "var"))} == {1.0}

@@ -13,7 +13,7 @@ import pytest
 from sparse_helpers import needs_kernels, sparse_leaves
 
 from jaxprune import sparse
-from jaxprune.lab.models.small import shapes
+from jaxprune.lab.models import shapes
 from jaxprune.lab.recipe.config import Model
 
 BATCH = 500

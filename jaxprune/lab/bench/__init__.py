@@ -2,6 +2,6 @@
 
     row = one contestant (a format, dense, a rival) in one case (weights, sparsity, batch)
 
-`layers` and `models` make the cases, `contest` measures one, `rows` says what the numbers come to, `table` and
+`layers` and `whole` make the cases, `contest` measures one, `rows` says what the numbers come to, `session` and
 `figures` show them. `jaxprune bench` is the way in.
 """

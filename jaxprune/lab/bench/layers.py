@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.checks import check_sparsity
 from jaxprune.lab.bench import contest, rivals, sparsify
-from jaxprune.lab.bench.peak import Peak
-from jaxprune.lab.bench.rows import Row, Work, measured, rates, work_of
+from jaxprune.lab.bench.rows import Peak, Row, Work, measured, rates, work_of, zeros
 from jaxprune.lab.models.parts import random_params
 from jaxprune.types import Params
 
@@ -96,7 +95,7 @@ def measure(plan: Layers, peak: Peak, progress: Progress) -> Iterator[list[Row]]
             params = weights(size, sparsity, plan)
             entries = contest.enter(params, plan.formats)
             for batch in plan.batches:
-                progress(done, total, f"{size[0]}x{size[1]} {sparsity:.0%} batch {batch}")
+                progress(done, total, f"{size[0]}x{size[1]} {zeros(sparsity)} batch {batch}")
                 yield _case(plan, size, sparsity, batch, entries, peak)
                 done += 1
     progress(done, total, "done")
@@ -105,9 +104,9 @@ def measure(plan: Layers, peak: Peak, progress: Progress) -> Iterator[list[Row]]
 def weights(size: tuple[int, int], sparsity: float, plan: Layers) -> Params:
     """Kernels "000/kernel", "001/kernel", ... (in, out), scaled so that activations keep their size."""
     n_layers = plan.layers if size[0] == size[1] else 1
-    values, zeros = jax.random.split(jax.random.key(plan.seed))
+    values, places = jax.random.split(jax.random.key(plan.seed))
     dense = random_params({f"{i:03d}/kernel": jax.ShapeDtypeStruct(size, jnp.float32) for i in range(n_layers)}, values)
-    return sparsify.prune_to(dense, sparsify.uniform_counts(dense, sparsity), zeros)
+    return sparsify.prune_to(dense, sparsify.uniform_counts(dense, sparsity), places)
 
 
 def _case(

@@ -54,15 +54,11 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
     bench = commands.add_parser("bench", help="measure where sparsity pays on this machine", description=ABOUT, **style)
     kinds = bench.add_subparsers(required=True, metavar="COMMAND")
 
-    layers = kinds.add_parser(
-        "layers", help="layers: sizes x sparsities x batches x formats", description=LAYERS, **style
-    )
-    layers.add_argument(
-        "--sizes", metavar="SIZE", nargs="+", default=["1024", "4096"], help="4096, or INxOUT: 768x3072"
-    )
-    layers.add_argument("--batches", "--batch", metavar="N", nargs="+", default=["1", "16", "64", "256"])
-    layers.add_argument("--sparsities", "--sparsity", metavar="S", nargs="+", default=SPARSITIES,
-                        help="fractions removed, in [0, 1)")  # fmt: skip
+    about = "layers: sizes x sparsities x batches x formats"
+    layers = kinds.add_parser("layers", help=about, description=LAYERS, **style)
+    _several(layers, "--sizes", metavar="SIZE", default=["1024", "4096"], help="4096, or INxOUT: 768x3072")
+    _several(layers, "--batches", "--batch", metavar="N", default=["1", "16", "64", "256"])
+    _several(layers, "--sparsities", "--sparsity", metavar="S", default=SPARSITIES, help="fractions removed, in [0, 1)")
     layers.add_argument("--layers", metavar="N", type=int, default=3, help="how many square layers (default: 3)")
     layers.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="SciPy and PyTorch too")
     _common(layers)
@@ -70,13 +66,9 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
 
     model = kinds.add_parser("model", help="whole networks, end to end", description=MODEL, **style)
     model.add_argument("name", metavar="NAME", nargs="?", default="", help="a model's name; none with --run")
-    model.add_argument("--batches", "--batch", metavar="N", nargs="+", default=["1", "16"])
-    model.add_argument(
-        "--sparsities", "--sparsity", metavar="S", nargs="+", default=[], help="of all layers (default: 0.9)"
-    )
-    model.add_argument(
-        "--profile", metavar="FILE:COLUMN", nargs="+", default=[], help="non-zeros per layer, from a csv"
-    )
+    _several(model, "--batches", "--batch", metavar="N", default=["1", "16"])
+    _several(model, "--sparsities", "--sparsity", metavar="S", default=[], help="of all layers (default: 0.9)")
+    _several(model, "--profile", metavar="FILE:COLUMN", default=[], help="non-zeros per layer, from a csv")
     model.add_argument("--run", metavar="FOLDER", type=Path, help="the model of a finished run, or of its rounds")
     model.add_argument("--tune", action="store_true", help="also the plan that jaxprune.sparse.tuning.tune finds here")
     model.add_argument("--cache", metavar="FOLDER", type=Path, help="where tune keeps its timings")
@@ -90,22 +82,18 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
     plot.set_defaults(do=do["plot"])
 
 
+def _several(parser: argparse.ArgumentParser, *flags: str, **about: Any) -> None:
+    parser.add_argument(*flags, nargs="+", **about)
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--formats", "--format", metavar="FORMAT", nargs="+", default=[], help="default: all that suit the device"
-    )
-    parser.add_argument(
-        "--repeats",
-        metavar="N",
-        type=int,
-        help="rounds of 4 to 40 runs of each (default: as many as take a few seconds)",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of weights, zeros and activations (default: 0)"
-    )
+    rounds = "rounds of 4 to 40 runs of each (default: as many as take a few seconds)"
+    folder = "where rows are added and figures drawn (default: bench)"
+    _several(parser, "--formats", "--format", metavar="FORMAT", default=[], help="default: all that suit the device")
+    parser.add_argument("--repeats", metavar="N", type=int, help=rounds)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights, zeros and inputs (default: 0)")
     parser.add_argument("--platform", metavar="NAME", choices=["cpu", "gpu", "tpu"], help="cpu, gpu or tpu")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("bench"),
-                        help="where rows are added and figures drawn (default: bench)")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("bench"), help=folder)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
 
 
@@ -119,40 +107,28 @@ def plan_of(arguments: argparse.Namespace) -> "Layers | Whole":
 
     platform = session.use_platform(arguments.platform)
     formats = _words(arguments.formats) or session.default_formats(platform)
-    return arguments.plan(arguments, tuple(dict.fromkeys(name for name in formats if name != "dense")))
+    common = {
+        "batches": _numbers(arguments.batches, "--batches", int),
+        "formats": tuple(dict.fromkeys(name for name in formats if name != "dense")),
+        "sparsities": _numbers(arguments.sparsities, "--sparsities", float),
+        "repeats": arguments.repeats,
+        "seed": arguments.seed,
+    }
+    return arguments.plan(arguments, common)
 
 
-def _layers(arguments: argparse.Namespace, formats: tuple[str, ...]) -> "Layers":
+def _layers(arguments: argparse.Namespace, common: dict[str, Any]) -> "Layers":
     from jaxprune.lab.bench.layers import Layers, parse_size
 
-    return Layers(
-        sizes=tuple(map(parse_size, _words(arguments.sizes))),
-        batches=_numbers(arguments.batches, "--batches", int),
-        sparsities=_numbers(arguments.sparsities, "--sparsities", float),
-        formats=formats,
-        layers=arguments.layers,
-        repeats=arguments.repeats,
-        rivals=arguments.rivals,
-        seed=arguments.seed,
-    )
+    sizes = tuple(map(parse_size, _words(arguments.sizes)))
+    return Layers(sizes=sizes, layers=arguments.layers, rivals=arguments.rivals, **common)
 
 
-def _whole(arguments: argparse.Namespace, formats: tuple[str, ...]) -> "Whole":
+def _whole(arguments: argparse.Namespace, common: dict[str, Any]) -> "Whole":
     from jaxprune.lab.bench.whole import Whole
 
-    return Whole(
-        name=arguments.name,
-        batches=_numbers(arguments.batches, "--batch", int),
-        formats=formats,
-        sparsities=_numbers(arguments.sparsities, "--sparsity", float),
-        profiles=tuple(arguments.profile),
-        run=arguments.run,
-        tune=arguments.tune,
-        cache=arguments.cache,
-        side=arguments.image,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-    )
+    given = {key: getattr(arguments, key) for key in ("name", "run", "tune", "cache")}
+    return Whole(profiles=tuple(arguments.profile), side=arguments.image, **given, **common)
 
 
 def _words(given: Sequence[str]) -> list[str]:

@@ -7,6 +7,9 @@
 The bytes are what must move at least once; activations between layers may stay in a cache. A dense contestant is
 credited with the same useful FLOP, `dense_gflops` counts what it would have been without zeros. Rows are lines of
 `bench.jsonl`; a refused one has its reason and no times.
+
+References:
+    Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785 (the roof).
 """
 
 import json
@@ -19,7 +22,6 @@ import jax.numpy as jnp
 
 from jaxprune import sparse, tracing, tree
 from jaxprune.lab.bench.contest import Entry, Result, stored_slots
-from jaxprune.lab.bench.peak import Peak
 from jaxprune.sparse.tuning import timing
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
@@ -27,6 +29,50 @@ from jaxprune.types import Params
 Row = dict[str, Any]
 CASE = ("kind", "model", "batch", "sparsity")
 """What makes two rows contestants of one case."""
+
+
+class Peak(NamedTuple):
+    """What a machine can do at best: of a few runs of a large product and of two large streams.
+
+    Attributes:
+        gflops: GFLOP/s of a float32 product in XLA, an addition and a multiplication counted as two.
+        gbytes: GB/s of memory, read and written.
+        how: in words.
+    """
+
+    gflops: float
+    gbytes: float
+    how: str
+
+
+def measure_peak(size: int = 4096, mebibytes: int = 512, repeats: int = 5) -> Peak:
+    """The peak of JAX's default device, in a few seconds.
+
+    Args:
+        size: of the square matrices that are multiplied.
+        mebibytes: of the array that is streamed; several times the last cache.
+        repeats: runs, of which the best counts.
+    """
+    square = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    stream = jnp.ones((mebibytes, 2**18), jnp.float32)
+    bump = jax.jit(lambda a: a + 1, donate_argnums=0)  # in place, so that no fresh pages are touched
+    total = jax.jit(lambda a: jnp.sum(a, axis=1))
+
+    def bumped() -> jax.Array:
+        nonlocal stream
+        stream = bump(stream)
+        return stream
+
+    runs = timing.interleaved({"product": lambda: product(square), "add": bumped}, repeats=repeats)
+    sums = timing.interleaved({"sum": lambda: total(stream)}, repeats=repeats)
+    rates = {"x + 1 in place": 2 * stream.nbytes / min(runs["add"]), "sum": stream.nbytes / min(sums["sum"])}
+    best = max(rates, key=lambda name: rates[name])
+    return Peak(
+        gflops=2 * size**3 / min(runs["product"]) / 1e9,
+        gbytes=rates[best] / 1e9,
+        how=f"best of {repeats} runs in XLA: {size} x {size} float32 product; {best} of {mebibytes} MiB",
+    )
 
 
 class Work(NamedTuple):
@@ -164,6 +210,11 @@ def break_evens(rows: Sequence[Row]) -> dict[tuple[str, int, str], tuple[str, fl
             points = groups.setdefault((row["model"], row["batch"], row["contestant"]), {})
             points[row["sparsity"]] = row["ratio"]
     return {key: break_even(points.items()) for key, points in groups.items() if len(points) > 1}
+
+
+def zeros(sparsity: float | str) -> str:
+    """How sparse a case is, in words: "90 %", or the name of the profile."""
+    return f"{100 * sparsity:.4g} %" if isinstance(sparsity, float) else str(sparsity)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

@@ -9,17 +9,25 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+import jaxprune as jp
 from jaxprune import sparse
-from jaxprune.lab.bench import contest, networks, sparsify
+from jaxprune.lab.bench import contest, sparsify
 from jaxprune.lab.bench.layers import Progress
-from jaxprune.lab.bench.peak import Peak
-from jaxprune.lab.bench.rows import Row, measured, work_of
-from jaxprune.lab.models.zoo import Network
+from jaxprune.lab.bench.rows import Peak, Row, measured, work_of, zeros
+from jaxprune.lab.checkpoints import checkpoint
+from jaxprune.lab.data import sets
+from jaxprune.lab.models import zoo
+from jaxprune.lab.models.parts import Network
+from jaxprune.lab.recipe import build
+from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import files, train
 from jaxprune.types import Params
 
 UNIFORM = 0.9
@@ -31,7 +39,7 @@ class Whole:
     """What is measured.
 
     Attributes:
-        name: in `networks.NAMES`, or "" for the model of `run`.
+        name: in `zoo.MEASURED`, or "" for the model of `run`.
         batches: images at once.
         formats: names in `sparse.FORMATS`.
         sparsities: of all layers, one case each.
@@ -69,14 +77,9 @@ class Whole:
         if bool(self.sparsities) + bool(self.profiles) + (self.run is not None) > 1:
             raise ValueError("Zeros come from --sparsity, from --profile or from --run: give one of them.")
         if bool(self.name) == (self.run is not None):
-            raise ValueError(f"Give a model's name ({', '.join(networks.NAMES)}), or a finished run with --run FOLDER.")
+            raise ValueError(f"Give a model's name ({', '.join(zoo.MEASURED)}), or a finished run with --run FOLDER.")
         if self.run is not None and self.side:
             raise ValueError("The images of a run have the size it was trained with: leave --image out.")
-
-
-class _Case(NamedTuple):
-    label: str | float
-    params: Params
 
 
 def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
@@ -91,75 +94,110 @@ def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
     Raises:
         ValueError: a model, a profile or a run that cannot be used.
     """
-    network, make_cases, n_cases = _cases(plan)
+    network, cases = _cases(plan)
+    name = plan.name if plan.run is None else files.read_run(plan.run)["name"]
+    image = network.sample.shape
+    model = name if image[0] in (224, 28) or plan.run else f"{name} {image[0]}x{image[0]}"
 
     def measure(peak: Peak, progress: Progress) -> Iterator[list[Row]]:
-        total, done = n_cases * len(plan.batches), 0
-        for case in make_cases():
-            entries = contest.enter(case.params, plan.formats)
+        total, done = len(cases) * len(plan.batches), 0
+        for sparsity, make in cases.items():
+            params = make()
+            entries = contest.enter(params, plan.formats)
             for batch in plan.batches:
-                label = case.label if isinstance(case.label, str) else f"{case.label:.0%}"
-                progress(done, total, f"{network.name} {label} batch {batch}")
+                progress(done, total, f"{name} {zeros(sparsity)} batch {batch}")
                 tell = functools.partial(progress, done, total)
-                yield _rows(plan, network, case, batch, entries, peak, tell)
+                case = {"kind": "model", "model": model, "image": list(image), "batch": batch, "sparsity": sparsity}
+                yield _rows(plan, network, params, case, entries, peak, tell)
                 done += 1
         progress(done, total, "done")
 
     return measure
 
 
-def _cases(plan: Whole) -> tuple[Network, Callable[[], Iterator[_Case]], int]:
-    """The network, its sparse versions one at a time, and how many."""
+def _cases(plan: Whole) -> tuple[Network, dict[str | float, Callable[[], Params]]]:
+    """The network, and its zeros in words or as a sparsity -> what makes the params that have them."""
     if plan.run is not None:
-        from jaxprune.lab.bench.of_run import of_run, rounds_of  # brings flax's and Orbax's readers
-
         network, name = of_run(plan.run), f"run {plan.run.name}"
-        made = rounds_of(plan.run, network.params) or {name: lambda: network.params}
-        return network, lambda: (_Case(label, read()) for label, read in made.items()), len(made)
+        return network, {**rounds_of(plan.run, network.params)} or {name: lambda: network.params}
     profiles = {place: sparsify.read_profile(place) for place in plan.profiles}
-    init, zeros = jax.random.split(jax.random.key(plan.seed))
-    network = networks.build(plan.name, init, plan.side)
+    init, drawn = jax.random.split(jax.random.key(plan.seed))
+    network = zoo.deployed(plan.name, init, plan.side)
     counts: dict[str | float, dict[str, int]] = {
         place.rpartition(":")[2].removeprefix("nonzero_"): sparsify.profile_counts(network.params, profile)
         for place, profile in profiles.items()
     }
     if not profiles:
         counts = {s: sparsify.uniform_counts(network.params, s) for s in plan.sparsities or (UNIFORM,)}
-    return (
-        network,
-        lambda: (_Case(label, sparsify.prune_to(network.params, kept, zeros)) for label, kept in counts.items()),
-        len(counts),
-    )
+    return network, {
+        label: functools.partial(sparsify.prune_to, network.params, kept, drawn) for label, kept in counts.items()
+    }
 
 
 def _rows(
-    plan: Whole,
-    network: Network,
-    case: _Case,
-    batch: int,
-    entries: dict[str, contest.Entry],
-    peak: Peak,
+    plan: Whole, network: Network, params: Params, case: Row, entries: dict[str, contest.Entry], peak: Peak,
     tell: Callable[[str], None],
-) -> list[Row]:
-    x = jax.random.uniform(jax.random.key(plan.seed + 1), (batch, *network.sample.shape))
+) -> list[Row]:  # fmt: skip
+    x = jax.random.uniform(jax.random.key(plan.seed + 1), (case["batch"], *network.sample.shape))
     if plan.tune:
-        entries = {**entries, "tune": _tuned(plan, network, case.params, x, tell)}
+        entries = {**entries, "tune": _tuned(plan, network, params, x, lambda what: tell(f"{case['model']} {what}"))}
     results = contest.run(network.apply, entries, x, repeats=plan.repeats, seconds=10.0)
-    work, base = work_of(network.apply, case.params, x), float(np.median(results["dense"].runs))
-    side = network.sample.shape[0]
-    model = network.name if side in (224, 28) or plan.run else f"{network.name} {side}x{side}"
-    row = {"kind": "model", "model": model, "image": list(network.sample.shape), "batch": batch, "sparsity": case.label}
-    return [measured(row, name, entries[name], result, work, base, peak) for name, result in results.items()]
+    work, base = work_of(network.apply, params, x), float(np.median(results["dense"].runs))
+    return [measured(case, name, entries[name], result, work, base, peak) for name, result in results.items()]
 
 
 def _tuned(plan: Whole, network: Network, params: Params, x: Any, tell: Callable[[str], None]) -> contest.Entry:
     """The network as `tune` would have it; one that measured this before, here, measures nothing."""
-    options: dict[str, Any] = {"progress": lambda done, total, leaf: tell(f"tune {network.name} {leaf} {done}/{total}")}
-    if plan.cache is not None:
-        options["cache"] = plan.cache
+    options: dict[str, Any] = {} if plan.cache is None else {"cache": plan.cache}
     try:
-        chosen = sparse.tune(network.apply, params, x, formats=plan.formats, **options)
+        chosen = sparse.tune(
+            network.apply, params, x, formats=plan.formats,
+            progress=lambda done, total, leaf: tell(f"tune {leaf} {done}/{total}"), **options
+        )  # fmt: skip
         stored = sparse.compress(params, chosen)
     except contest.REFUSALS as error:
         return contest.Entry(None, refused=str(error))
     return contest.Entry(stored, contest.stayed_dense(params, stored, planned=chosen.reason))
+
+
+# ---------------------------------------------------------------- finished runs
+
+
+def of_run(folder: Path) -> Network:
+    """The fine-tuned model of a finished run's first seed, with its zeros.
+
+    Args:
+        folder: of `jaxprune run`, finished.
+
+    Raises:
+        ValueError: it is no run folder, or not finished.
+        CheckpointError: its last checkpoint is damaged.
+    """
+    files.read_run(folder)
+    config = cfg.load(folder / "config.toml")
+    network = zoo.build(config.model, jax.random.key(config.seeds[0]), *sets.facts(config.data))
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), network.params)
+    # What the last stage saves, as far as shapes go; the number of steps decides no shape.
+    tx = optax.chain(build.optimizer(config.finetune, 1), jp.keep_params_sparse(masks))
+    stage = folder / f"seed_{config.seeds[0]}" / "finetune"
+    found, _ = checkpoint.restore_latest(stage, train.start(network.params, tx))
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint of its fine-tuning any more. Run its command again.")
+    return network._replace(params=jax.tree.map(jnp.asarray, found.state.params))
+
+
+def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
+    """Of a run in rounds: sparsity of the pruned leaves -> what reads the params that the first seed had there.
+
+    Rounds that a stop rule took back are among them; a run without rounds has none.
+
+    Args:
+        folder: of `jaxprune run`, finished.
+        like: params of the network, for their structure.
+    """
+    results = files.read_run(folder)
+    rounds = folder / f"seed_{results['seeds'][0]}" / "rounds"
+    return {
+        round(one["removed"], 6): lambda number=number: jp.load(rounds / f"{number}.jaxprune", like=like)
+        for number, one in enumerate(results.get("rounds", [[]])[0], 1)
+    }

@@ -21,7 +21,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 OF_THE_LAB = {
     *("absl", "array_record", "flax", "matplotlib", "orbax", "PIL", "pydantic", "pydantic_core", "rich", "sklearn"),
-    *("tensorflow_datasets", "tomli_w"),
+    *("jinja2", "tensorflow_datasets", "tomli_w"),
 }
 """Packages that experiments need and the library does not, as they are imported."""
 
@@ -273,12 +273,12 @@ def _costs(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _bench(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab.bench import bar, session
+    from jaxprune.lab.bench import session
 
     plan = options.plan_of(arguments)
     measure = session.prepare(plan)
     try:
-        with bar.bar(quiet=arguments.quiet) as progress:
+        with session.bar(quiet=arguments.quiet) as progress:
             text = session.run(plan, measure, arguments.out, shlex.join(arguments.command), progress)
     except KeyboardInterrupt:
         print(f"jaxprune: interrupted; what was measured is in {arguments.out / session.FILE}", file=sys.stderr)

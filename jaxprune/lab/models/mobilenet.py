@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.lab.models.parts import Layers, Shapes, affine, check_image, conv_norm, conv_norm_layers, layer
+from jaxprune.lab.models.parts import Layers, OfImages, Shapes, affine, check_image, conv_norm, conv_norm_layers, layer
 
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 """Channels that a block puts out, and stride of its depthwise convolution."""
 
 
 @dataclasses.dataclass(frozen=True)
-class MobileNetV1:
+class MobileNetV1(OfImages):
     """The network of the paper's table 1, and narrower ones.
 
     Attributes:
@@ -43,11 +43,6 @@ class MobileNetV1:
 
     def __post_init__(self) -> None:
         check_image("MobileNet", self.image, 1 + sum(stride == 2 for _, stride in self.blocks))
-
-    @property
-    def sample(self) -> jax.ShapeDtypeStruct:
-        """One image."""
-        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
     def shapes(self) -> Shapes:
         """Of the params: layer -> {"kernel"}, {"scale", "bias", "mean", "var"} or, for "fc", {"kernel", "bias"}."""

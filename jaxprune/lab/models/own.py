@@ -20,8 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from jaxprune import tree
-from jaxprune.lab.models.parts import New
-from jaxprune.lab.models.small import Network
+from jaxprune.lab.models.parts import Network, New
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.config import ConfigError, Model
 from jaxprune.lab.recipe.problems import reason
@@ -35,14 +34,14 @@ def is_own(model: Model) -> bool:
     return ":" in model.name
 
 
-def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> Network:
+def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""] | None) -> Network:
     """The user's model, initialised with `key`.
 
     Args:
         model: the [model] section.
         image: shape of one input.
         classes: number of logits.
-        key: draws the initial weights.
+        key: draws the initial weights; None: shapes of params, though all of it is made to know them.
 
     Raises:
         ConfigError: it cannot be made so, or does not give logits (batch, classes); says what arrived.
@@ -50,7 +49,8 @@ def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""
     found: Any = words.known("model", model.name)
     given: dict[str, Any] = {"image": image, "classes": classes, **(model.options or {})}
     of_nnx = inspect.isclass(found) and issubclass(found, nnx.Module)
-    given |= {"rngs": nnx.Rngs(key)} if of_nnx else {"key": key}
+    draws = jax.random.key(0) if key is None else key
+    given |= {"rngs": nnx.Rngs(draws)} if of_nnx else {"key": draws}
     try:
         made: Any = found(**given)
     except Exception as error:
@@ -58,7 +58,7 @@ def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""
         raise _refusal(model, f"called as {call} it failed, {reason(error)}") from error
     network = _of_module(model, made) if of_nnx else _of_pair(model, made)
     _check(model, network, image, classes)
-    return network
+    return network if key is not None else network._replace(params=jax.eval_shape(lambda: network.params))
 
 
 def _shown(value: Any) -> str:

@@ -24,6 +24,23 @@ from jaxprune.types import Params
 _SEEN = "seen in this batch"
 
 
+class Network(NamedTuple):
+    """A model taken apart: what is trained, and what is done with it.
+
+    Attributes:
+        params: pytree of arrays, or of `jax.ShapeDtypeStruct`, leaf names such as "layers/0/kernel".
+        apply: (params, inputs (batch, *sample.shape), key=None, rates=None) -> logits; a key switches dropout on,
+            `rates` has other rates than the model's, by the leaf that dropout comes after.
+        observe: (params, inputs, key=None) -> logits and statistics of the batch, of a network with batch norms.
+        sample: shape and dtype of one input.
+    """
+
+    params: Any
+    apply: Callable[..., Float[Array, "batch *logits"]]
+    observe: Callable[..., tuple[Array, dict[str, Any]]] | None = None
+    sample: Any = None
+
+
 class New(NamedTuple):
     """A statistic as it is after a batch, of a model that moves its own; others are those of the batch alone."""
 
@@ -34,6 +51,17 @@ Layer: TypeAlias = Mapping[str, Array]
 Layers: TypeAlias = Mapping[str, Layer]
 Shapes: TypeAlias = dict[str, Any]
 """Params with a `jax.ShapeDtypeStruct` for every array."""
+
+
+class OfImages:
+    """What configurations of networks for images share."""
+
+    image: tuple[int, int, int]
+
+    @property
+    def sample(self) -> jax.ShapeDtypeStruct:
+        """One image."""
+        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
 
 # ---------------------------------------------------------------- layers

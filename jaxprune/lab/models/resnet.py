@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.lab.models.parts import (
     Layers,
+    OfImages,
     Shapes,
     affine,
     check_image,
@@ -45,7 +46,7 @@ def _blocks(counts: tuple[int, ...], width: int) -> Iterator[_Block]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ResNet50:
+class ResNet50(OfImages):
     """ResNet-50 for ImageNet, and its relatives.
 
     Attributes:
@@ -70,11 +71,6 @@ class ResNet50:
 
     def __post_init__(self) -> None:
         check_image("ResNet-50", self.image, len(self.blocks) + 1)
-
-    @property
-    def sample(self) -> jax.ShapeDtypeStruct:
-        """One image."""
-        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
     def shapes(self) -> Shapes:
         """Of the params: layer -> {"kernel"}, {"scale", "bias", "mean", "var"} or, for "fc", {"kernel", "bias"}."""
@@ -109,7 +105,7 @@ class ResNet50:
 
 
 @dataclasses.dataclass(frozen=True)
-class CifarResNet:
+class CifarResNet(OfImages):
     """The paper's networks for CIFAR: 6 x blocks + 2 layers, so 3, 5 and 9 blocks make ResNet-20, -32 and -56.
 
     Shortcuts have no weights ("option A"): where the image is halved they take every second pixel, and new channels
@@ -128,11 +124,6 @@ class CifarResNet:
     classes: int = 10
     epsilon: float = 1e-5
     image: tuple[int, int, int] = (32, 32, 3)
-
-    @property
-    def sample(self) -> jax.ShapeDtypeStruct:
-        """One image."""
-        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
     def shapes(self) -> Shapes:
         """Of the params: layer -> {"kernel"}, {"scale", "bias", "mean", "var"} or, for "fc", {"kernel", "bias"}."""

@@ -9,33 +9,19 @@ Convolutions are NHWC with HWIO kernels, matrices (in, out).
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxprune.lab.models.parts import Network
 from jaxprune.lab.recipe.config import ConfigError, Model
 from jaxprune.types import Params
 
 Rates: TypeAlias = Mapping[str, float]
-
-
-class Network(NamedTuple):
-    """A model taken apart: what is trained, and what is done with it.
-
-    Attributes:
-        params: pytree of arrays, or of `jax.ShapeDtypeStruct`, leaf names such as "layers/0/kernel".
-        apply: (params, images (batch, h, w, c), key=None, rates=None) -> logits (batch, classes); a key switches
-            dropout on, `rates` has other rates than the model's, by the leaf that dropout comes after.
-        observe: (params, images, key=None) -> logits and statistics of the batch, of a network with batch norms.
-    """
-
-    params: Any
-    apply: Callable[..., Float[Array, "batch classes"]]
-    observe: Callable[..., tuple[Array, dict[str, Any]]] | None = None
 
 
 @jax.custom_jvp
@@ -114,33 +100,26 @@ def _dropped(x: Array, rate: float, key: Array | None) -> Array:
     return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
 
 
-def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> Network:
+def build(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""] | None) -> Network:
     """The configured network for images of one shape, initialised with `key`.
 
     Args:
         model: the [model] section.
         image: (h, w, c), or of any shape for an mlp.
         classes: number of logits.
-        key: draws the initial weights; equal keys give equal weights.
+        key: draws the initial weights; None: shapes of params, nothing is computed.
 
     Raises:
         ConfigError: the images are too small for the network, or no images.
     """
-    return _network(_module(model, image, classes, key))
+    make = functools.partial(_module, model, image, classes)
+    module = nnx.eval_shape(make, jax.random.key(0)) if key is None else make(key)
+    graph, state, rest = nnx.split(module, nnx.Param, ...)
 
+    def apply(params: Params, images: Array, key: Array | None = None, rates: Rates | None = None) -> Array:
+        return nnx.merge(graph, params, rest)(images, key, rates)
 
-def shapes(model: Model, image: tuple[int, ...], classes: int) -> Network:
-    """The configured network with the shapes of its params: nothing is computed.
-
-    Args:
-        model: see `build`.
-        image: see `build`.
-        classes: see `build`.
-
-    Raises:
-        ConfigError: see `build`.
-    """
-    return _network(nnx.eval_shape(lambda: _module(model, image, classes, jax.random.key(0))))
+    return Network(nnx.as_pure(state), apply)
 
 
 def _module(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, ""]) -> nnx.Module:
@@ -148,31 +127,21 @@ def _module(model: Model, image: tuple[int, ...], classes: int, key: Key[Array, 
     if model.name in ("mlp", "lenet_300_100"):
         widths = model.widths if model.name == "mlp" else (300, 100)
         return MLP((math.prod(image), *widths, classes), model.dropout, rngs)
-    image = as_image(model, image)
+    image = as_image(model.name, image)
     if model.name == "lenet_5":
         return ConvNet(image, (20, 50), 500, classes, "VALID", relu_convs=False, dropout=model.dropout, rngs=rngs)
     return ConvNet(image, (32, 64), 1024, classes, "SAME", relu_convs=True, dropout=model.dropout, rngs=rngs)
 
 
-def as_image(model: Model, image: tuple[int, ...]) -> tuple[int, int, int]:
+def as_image(name: str, image: tuple[int, ...]) -> tuple[int, int, int]:
     """The shape of an input as that of an image.
 
     Raises:
         ConfigError: it is none.
     """
     if len(image) != 3:
-        raise ConfigError(f"model.name: {model.name} takes images (height, width, channels), the data has {image}.")
+        raise ConfigError(f"model.name: {name} takes images (height, width, channels), the data has {image}.")
     return image[0], image[1], image[2]
-
-
-def _network(module: nnx.Module) -> Network:
-    graph, state, rest = nnx.split(module, nnx.Param, ...)
-    params = nnx.as_pure(state)
-
-    def apply(params: Params, images: Array, key: Array | None = None, rates: Rates | None = None) -> Array:
-        return nnx.merge(graph, params, rest)(images, key, rates)
-
-    return Network(params, apply)
 
 
 def parameter_count(params: Params) -> int:

@@ -13,14 +13,13 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.lab.models.parts import Layers, Shapes, affine, check_image, conv, layer, max_pool
+from jaxprune.lab.models.parts import Layers, OfImages, Shapes, affine, check_image, conv, layer, max_pool
 
 
 @dataclasses.dataclass(frozen=True)
-class VGG:
+class VGG(OfImages):
     """One of the family.
 
     Attributes:
@@ -42,11 +41,6 @@ class VGG:
 
     def __post_init__(self) -> None:
         check_image("VGG", self.image, len(self.channels))
-
-    @property
-    def sample(self) -> jax.ShapeDtypeStruct:
-        """One image."""
-        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
     def shapes(self) -> Shapes:
         """Of the params, layer -> {"kernel", "bias"}."""

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.lab.models.parts import Shapes, affine, attend, conv, layer, layer_norm, norm, table
+from jaxprune.lab.models.parts import OfImages, Shapes, affine, attend, conv, layer, layer_norm, norm, table
 from jaxprune.types import Params
 
 EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class ViT:
+class ViT(OfImages):
     """A vision transformer; the default is "tiny", DeiT-Ti's (Touvron et al. 2020, arXiv:2012.12877).
 
     Attributes:
@@ -56,11 +56,6 @@ class ViT:
             )
         if self.dim % self.heads:
             raise ValueError(f"{self.heads} heads do not share a width of {self.dim}: it has to be a multiple.")
-
-    @property
-    def sample(self) -> jax.ShapeDtypeStruct:
-        """One image."""
-        return jax.ShapeDtypeStruct(self.image, jnp.float32)
 
     def shapes(self) -> Shapes:
         """Of the params: "patch", "position", "blocks" (a list), "norm", "head", perhaps "token"."""

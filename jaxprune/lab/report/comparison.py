@@ -144,14 +144,10 @@ def latency(measured: Sequence[Record]) -> str:
     for row in measured:
         cases.setdefault((row["batch"], row["sparsity"]), {})[row["contestant"]] = row
     lines = [
-        (str(batch), _removed(sparsity), *(_milliseconds(found.get(name)) for name in names))
+        (str(batch), rows.zeros(sparsity), *(_milliseconds(found.get(name)) for name in names))
         for (batch, sparsity), found in sorted(cases.items(), key=lambda case: (case[0][0], str(case[0][1])))
     ]
     return _markdown(("batch", "removed", *(f"{name}, ms" for name in names)), lines)
-
-
-def _removed(sparsity: Any) -> str:
-    return wording.percent(sparsity, 0) if isinstance(sparsity, float) else str(sparsity)
 
 
 def _milliseconds(row: Record | None) -> str:

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from jaxprune.lab.recipe import words
-from jaxprune.lab.report.figures import _INK, _percent_axis, _tidy
+from jaxprune.lab.report import style, wording
+from jaxprune.lab.report.style import INK, PERCENT
 
-# Okabe and Ito's colours, as in the other figures.
-COLOURS = ("#0072B2", "#009E73", "#D55E00", "#A6538A", "#56B4E9", "#E69F00")
+_COLOURS = [style.COLOURS[place] for place in (0, 2, 1, 3, 4, 5)]  # green before the orange of what is pruned
 _PUBLISHED = "#5A6168"
 
 
@@ -89,10 +88,9 @@ def accuracy_over_kept(
         dense: accuracy of the dense model.
         published: "who", "removed", "accuracy" of each point; several of one name are joined.
     """
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(100 * dense, color=_INK, linewidth=1.1, label="ours, dense")
-    for (name, points), colour in zip(curves, COLOURS, strict=False):
+    figure, axes = style.single(9.0, 4.2, "both")
+    axes.axhline(100 * dense, color=INK, linewidth=1.1, label="ours, dense")
+    for (name, points), colour in zip(curves, _COLOURS, strict=False):
         kept = [100 * (1 - point.removed) for point in points]
         means = [100 * float(np.mean(point.accuracy)) for point in points]
         errors = [100 * float(np.std(point.accuracy, ddof=min(len(point.accuracy) - 1, 1))) for point in points]
@@ -101,12 +99,12 @@ def accuracy_over_kept(
     for place, who in enumerate(dict.fromkeys(one["who"] for one in published)):
         theirs = [one for one in published if one["who"] == who and "removed" in one and "accuracy" in one]
         kept, means = ([100 * (1 - one["removed"]) for one in theirs], [100 * one["accuracy"] for one in theirs])
-        style: dict[str, Any] = {"marker": "sDv^PX*"[place % 7], "markersize": 5, "color": _PUBLISHED}
-        axes.plot(kept, means, linestyle="--" if len(theirs) > 2 else "", linewidth=1.2, label=who, **style)
-    _kept_axis(axes)
-    axes.set_ylabel("test accuracy", color=_INK)
-    _percent_axis(axes.yaxis)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        look: dict[str, Any] = {"marker": "sDv^PX*"[place % 7], "markersize": 5, "color": _PUBLISHED}
+        axes.plot(kept, means, linestyle="--" if len(theirs) > 2 else "", linewidth=1.2, label=who, **look)
+    style.kept_axis(axes, LogLocator(subs=(1, 2, 5)))
+    axes.set_ylabel("test accuracy")
+    axes.yaxis.set_major_formatter(PERCENT)
+    style.legend(figure, "right upper", fontsize=9)
     return figure
 
 
@@ -117,31 +115,17 @@ def size_over_kept(curves: Sequence[tuple[str, Sequence[Point]]], dense_bytes: i
         curves: name and points of each.
         dense_bytes: of the dense model.
     """
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(dense_bytes, color=_INK, linewidth=1.1)
-    axes.annotate("dense", (1, dense_bytes), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_INK)
-    for (name, points), colour in zip(curves, COLOURS, strict=False):
+    figure, axes = style.single(9.0, 4.2, "both")
+    axes.axhline(dense_bytes, color=INK, linewidth=1.1)
+    axes.annotate("dense", (1, dense_bytes), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
+    for (name, points), colour in zip(curves, _COLOURS, strict=False):
         kept = [100 * (1 - point.removed) for point in points]
         rest = f", {name}" if name not in ("", "ours") else ""
-        for key, style, what in (("file", "-", "file"), ("sparse", ":", "in memory, sparse")):
+        for key, line, what in (("file", "-", "file"), ("sparse", ":", "in memory, sparse")):
             sizes = [float(np.mean(getattr(point, key))) for point in points]
-            axes.plot(kept, sizes, style, color=colour, marker="o", markersize=3.5, label=f"{what}{rest}")
-    _kept_axis(axes)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:,.6g} kB"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("bytes (log scale)", color=_INK)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+            axes.plot(kept, sizes, line, color=colour, marker="o", markersize=3.5, label=f"{what}{rest}")
+    style.kept_axis(axes, LogLocator(subs=(1, 2, 5)))
+    style.log_axis(axes.yaxis, form=FuncFormatter(wording.bytes_text))
+    axes.set_ylabel("bytes (log scale)")
+    style.legend(figure, "right upper", fontsize=9)
     return figure
-
-
-def _kept_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g} %"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("weights kept in the pruned leaves (log scale, fewer to the right)", color=_INK)
-    _tidy(axes, grid="both")
-    axes.tick_params(axis="x", which="minor", length=0)

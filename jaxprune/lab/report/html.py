@@ -1,19 +1,22 @@
 """Pages and tables: what came out of a run, said once in plain words and then in every number.
 
-One page is one file. Images, style and text are inline, and its own security policy forbids it to load anything, so
-it opens from a mail or an archive as it did on the day. The page, `summary_text` for a terminal and
-`summary_markdown` for a README say the same things through the same few functions, and they never round a share
-up to all or down to none: 100 % is written only where it is exact.
+One page is one file, `page.html.j2` filled in, which escapes all text. Images, style and text are inline, and its own
+security policy forbids it to load anything, so it opens from a mail or an archive as it did on the day. The page,
+`summary_text` for a terminal and `summary_markdown` for a README say the same things through the same few functions,
+and they never round a share up to all or down to none: 100 % is written only where it is exact.
 """
 
-import base64
+import functools
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
 
+import jinja2
+
 from jaxprune import tables
-from jaxprune.lab.report import curves, page
+from jaxprune.lab.report import curves
+from jaxprune.lab.report.figures import data_uri
 from jaxprune.lab.report.wording import factor, percent, points, size_text, with_deviation
 
 Record = dict[str, Any]  # one JSON object
@@ -41,26 +44,20 @@ def report_page(
         figures: caption key -> PNG; a function's name in `jaxprune.lab.report.figures` brings its caption, any other
             key is its own caption. Shown in the given order.
     """
-    body = [
-        f"<h1>{escape(results['name'])} <code>{escape(results['hash'])}</code></h1>",
-        page.lead(headline(results)),
-        f'<p class="soft">{escape(_circumstances(results))}</p>',
-        _cards(results),
+    parts = [
+        {"cards": _cards(results)},
         _verdict(results),
-        page.pairs_list(_facts(results)),
+        {"pairs": _facts(results)},
         _figures(figures),
-        _rounds_section(results),
-        "<h2>Leaves</h2>",
-        _leaf_table(results["leaves"]),
-        _stage_section(metrics),
-        "<h2>Run it again</h2>",
-        page.code(results["command"]),
-        "<h2>Resolved config</h2>",
-        page.code(config_text),
-        "<h2>Versions and machine</h2>",
-        page.pairs_list(machine.items()),
+        _rounds(results),
+        _leaves(results["leaves"]),
+        _stages(metrics),
+        {"heading": "Run it again", "code": results["command"]},
+        {"heading": "Resolved config", "code": config_text},
+        {"heading": "Versions and machine", "pairs": machine.items()},
     ]
-    return page.page(f"{results['name']}: report", body)
+    about = {"name": results["name"], "hash": results["hash"], "about": _circumstances(results)}
+    return _page(f"{results['name']}: report", headline(results), parts, **about)
 
 
 def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
@@ -70,16 +67,13 @@ def comparison_page(results: list[Record], figures: dict[str, bytes]) -> str:
         results: the content of `results.json` of each run.
         figures: caption key -> PNG, as for `report_page`.
     """
-    body = [
-        "<h1>Comparison of runs</h1>",
-        page.lead(comparison_headline(results)),
-        '<p class="soft">Accuracy on test data: mean ± standard deviation over seeds. Sparsity: of pruned leaves.</p>',
-        page.table(_RUN_COLUMNS, _run_rows(results)),
+    parts = [
+        {"columns": _RUN_COLUMNS, "rows": _run_rows(results)},
         _figures(figures),
-        "<h2>Run them again</h2>",
-        page.code("\n".join(result["command"] for result in results)),
+        {"heading": "Run them again", "code": "\n".join(result["command"] for result in results)},
     ]
-    return page.page("Comparison of runs", body)
+    about = "Accuracy on test data: mean ± standard deviation over seeds. Sparsity: of pruned leaves."
+    return _page("Comparison of runs", comparison_headline(results), parts, name="Comparison of runs", about=about)
 
 
 def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
@@ -95,16 +89,26 @@ def sweep_page(results: Record, figures: dict[str, bytes]) -> str:
          f"{point['artifact']['ratio']:.1f}" if "artifact" in point else "-", point["hash"])
         for name, point in zip(curves.point_names(results["points"]), results["points"], strict=True)
     ]  # fmt: skip
-    body = [
-        f"<h1>{escape(results['name'])}</h1>",
-        page.lead(results["title"] or f"{len(rows)} experiments"),
-        '<p class="soft">Accuracy on test data: mean ± standard deviation over seeds. Removed: of pruned leaves.</p>',
-        page.table(("Experiment", "Removed", "Dense", "Fine-tuned", "File, times smaller", "Config"), rows),
+    columns = ("Experiment", "Removed", "Dense", "Fine-tuned", "File, times smaller", "Config")
+    parts = [
+        {"columns": columns, "rows": rows},
         _figures(figures),
-        "<h2>Run it again</h2>",
-        page.code(results["command"]),
+        {"heading": "Run it again", "code": results["command"]},
     ]
-    return page.page(f"{results['name']}: sweep", body)
+    about = "Accuracy on test data: mean ± standard deviation over seeds. Removed: of pruned leaves."
+    lead = results["title"] or f"{len(rows)} experiments"
+    return _page(f"{results['name']}: sweep", lead, parts, name=results["name"], about=about)
+
+
+def _page(title: str, lead: str, parts: Sequence[Record], **top: str) -> str:
+    """The template filled in; a part has some of the keys that it asks for."""
+    return _template().render(title=title, lead=lead.replace(" %", "\N{NO-BREAK SPACE}%"), parts=parts, **top)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("jaxprune.lab.report", "")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.j2")
 
 
 def summary_text(results: Record) -> str:
@@ -250,37 +254,34 @@ def _markdown_cell(text: str) -> str:
     return escape(" ".join(text.split()), quote=False)
 
 
-def _cards(results: Record) -> str:
+def _cards(results: Record) -> list[Record]:
     cards = [
         _card(stage, _STAGES[stage], accuracy, _change(results, accuracy)) for stage, accuracy in _accuracies(results)
     ]
     if stored := results.get("artifact"):
         title = f"File, {factor(stored['dense_bytes'], stored['bytes']['mean'])}"
         cards.append(_card("artifact", title, stored["accuracy"], _change(results, stored["accuracy"])))
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return cards
 
 
-def _card(tone: str, title: str, accuracy: Record, change: str) -> str:
+def _card(tone: str, title: str, accuracy: Record, change: str) -> Record:
     many = len(accuracy["values"]) > 1
-    spread = f"± {100 * accuracy['std']:.2f} over {len(accuracy['values'])} seeds" if many else "one seed"
-    return (
-        f'<div class="card" style="--tone: var(--{tone})"><h3>{title}</h3>'
-        f"<b>{percent(accuracy['mean'], 2)}</b><small>{spread}</small>"
-        f"<small>{f'{change} points from dense' if change else 'accuracy on test data'}</small></div>"
-    )
+    return {
+        "tone": tone,
+        "title": title,
+        "accuracy": percent(accuracy["mean"], 2),
+        "spread": f"± {100 * accuracy['std']:.2f} over {len(accuracy['values'])} seeds" if many else "one seed",
+        "note": f"{change} points from dense" if change else "accuracy on test data",
+    }
 
 
-def _verdict(results: Record) -> str:
+def _verdict(results: Record) -> Record:
     agrees, text = agreement_text(results)
     first, comma, rest = text.partition(",")
-    answer = f"<b>{escape(first.capitalize())}</b>{escape(comma + rest)}"
-    tone = "good" if agrees else "bad"
-    return (
-        f'<p class="verdict" style="--tone: var(--{tone})">Does the sparse model answer as the masked one? {answer}</p>'
-    )
+    return {"tone": "good" if agrees else "bad", "verdict": (first.capitalize(), comma + rest)}
 
 
-def _leaf_table(leaves: list[Record]) -> str:
+def _leaves(leaves: list[Record]) -> Record:
     rows = [
         (leaf["name"], " x ".join(map(str, leaf["shape"])), f"{leaf['weights']:,}", f"{leaf['nnz']:,}",
          percent(leaf["sparsity"]), f"{leaf['bytes']:,}", f"{leaf['sparse_bytes']:,}")
@@ -289,10 +290,11 @@ def _leaf_table(leaves: list[Record]) -> str:
     weights, nnz, dense, sparse = (sum(leaf[k] for leaf in leaves) for k in ("weights", "nnz", "bytes", "sparse_bytes"))
     gone = percent(1 - nnz / weights) if weights else "-"
     total = (f"{len(leaves)} leaves", "", f"{weights:,}", f"{nnz:,}", gone, f"{dense:,}", f"{sparse:,}")
-    return page.table(("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse"), rows, total)
+    columns = ("Leaf", "Shape", "Weights", "Non-zero", "Sparsity", "Bytes dense", "Bytes sparse")
+    return {"heading": "Leaves", "columns": columns, "rows": rows, "total": total}
 
 
-def _rounds_section(results: Record) -> str:
+def _rounds(results: Record) -> Record:
     """Show every round of every seed, of those that the stop rule took back by how much they failed."""
     columns = ("Round", "Seed", "Group", "Removed of it", "Removed", "Validation", "Test", "File, bytes", "")
     rows = [
@@ -302,7 +304,7 @@ def _rounds_section(results: Record) -> str:
          _taken_back(one))
         for seed, rounds in zip(results["seeds"], results.get("rounds", []), strict=False) for one in rounds
     ]  # fmt: skip
-    return f"<h2>Rounds</h2>\n{page.table(columns, rows)}" if rows else ""
+    return {"heading": "Rounds", "columns": columns, "rows": rows} if rows else {}
 
 
 def _taken_back(one: Record) -> str:
@@ -312,7 +314,7 @@ def _taken_back(one: Record) -> str:
     return f"taken back: {percent(needed, 2)} needed, failed by {100 * (needed - score):.2f} points"
 
 
-def _stage_section(metrics: list[Record]) -> str:
+def _stages(metrics: list[Record]) -> Record:
     """Show the last record of every stage of every seed: the numbers at the stage's end."""
     last = {(record["seed"], record["stage"]): record for record in metrics}
     columns = ("Stage", "Seed", "Step", "Loss", "Training accuracy", "Validation accuracy", "Sparsity")
@@ -322,14 +324,8 @@ def _stage_section(metrics: list[Record]) -> str:
         cells = ["-" if record.get(key) is None else percent(record[key], 2) for key in shares]
         name = stage.replace("finetune", "fine-tune")
         rows.append((name, str(seed), f"{record['step']:,}", f"{record['loss']:.4g}", *cells))
-    return f"<h2>At the end of each stage</h2>\n{page.table(columns, rows)}" if rows else ""
+    return {"heading": "At the end of each stage", "columns": columns, "rows": rows} if rows else {}
 
 
-def _figures(figures: dict[str, bytes]) -> str:
-    parts = []
-    for key, image in figures.items():
-        caption = escape(_CAPTIONS.get(key, key))
-        source = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
-        image_tag = f'<div class="scroll"><img src="{source}" alt="{caption}"></div>'
-        parts.append(f"<figure>{image_tag}<figcaption>{caption}</figcaption></figure>")
-    return "\n".join(parts)
+def _figures(figures: dict[str, bytes]) -> Record:
+    return {"figures": [(_CAPTIONS.get(key, key), data_uri(picture)) for key, picture in figures.items()]}

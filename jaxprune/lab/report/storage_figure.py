@@ -12,14 +12,13 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from jaxprune.lab.report.figures import _INK, STAGE_COLOURS, _percent_axis, _tidy
+from jaxprune.lab.report import style, wording
 
 Curve = Float[np.ndarray, " sparsities"]
-# Okabe and Ito's colours, as in the other figures.
-COLOURS = {"bitmask": "#0072B2", "csr16": "#E69F00", "csr32": "#D55E00", "gaps": "#009E73"}
-_AUTO, _FILE = "#C9CED3", STAGE_COLOURS["sparse"]
+COLOURS = {name: style.COLOURS[place] for name, place in {"bitmask": 0, "csr16": 5, "csr32": 1, "gaps": 2}.items()}
+_AUTO, _FILE = "#C9CED3", style.STAGES["sparse"]
 _GRID = np.linspace(0, 1, 2001)[:-1]
 _HIGH = 1 - np.geomspace(0.1, 1e-3, 200)
 
@@ -38,21 +37,18 @@ def storage(leaves: Sequence[dict[str, Any]], stored: dict[str, Any], sparsity: 
     pruned = pruned or [leaf for leaf in leaves if len(leaf["shape"]) > 1]
     dense = sum(leaf["bytes"] for leaf in leaves)
     rest = dense - sum(leaf["bytes"] for leaf in pruned)
-    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
+    figure = style.figure(9.0, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for axes, grid in ((left, _GRID), (right, _HIGH)):
+        style.tidy(axes, "both")
         curves = {name: rest + curve for name, curve in sizes(pruned, grid).items()}
         _draw(axes, grid, curves, dense, marked=axes is left)
         if grid[0] <= sparsity <= grid[-1]:
-            star = {"marker": "*", "markersize": 13, "markeredgecolor": "white", "color": _FILE}
-            axes.plot(
-                100 * sparsity, stored["bytes"]["mean"], linestyle="", zorder=5, label=_file_label(stored), **star
-            )
-        _tidy(axes, grid="both")
+            star = {"marker": "*", "markersize": 13, "markeredgecolor": "white", "color": _FILE, "linestyle": ""}
+            axes.plot(100 * sparsity, stored["bytes"]["mean"], zorder=5, label=_file_label(stored), **star)
     _full_axes(left, dense)
     _high_axes(right)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    style.legend(figure, "lower center", left, ncols=3, fontsize=9)
     return figure
 
 
@@ -92,7 +88,7 @@ def break_even(sparsity: Curve, curve: Curve, dense: float) -> float | None:
 
 
 def _draw(axes: Axes, grid: Curve, curves: dict[str, Curve], dense: float, *, marked: bool) -> None:
-    axes.axhline(dense, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), label="dense")
+    axes.axhline(dense, color=style.INK, linewidth=1.2, linestyle=style.DASHED, label="dense")
     axes.plot(
         100 * grid, curves["auto"], color=_AUTO, linewidth=7, solid_capstyle="butt", label="auto: each leaf's smallest"
     )
@@ -112,22 +108,20 @@ def _file_label(stored: dict[str, Any]) -> str:
 def _full_axes(axes: Axes, dense: float) -> None:
     axes.set_ylim(0, 1.35 * dense)
     axes.set_xlim(0, 100)
-    axes.yaxis.set_major_formatter(FuncFormatter(_bytes_text))
-    _percent_axis(axes.xaxis)
-    axes.set_xlabel("sparsity of the pruned leaves", color=_INK)
-    axes.set_ylabel("bytes of the whole model", color=_INK)
+    axes.yaxis.set_major_formatter(FuncFormatter(wording.bytes_text))
+    axes.xaxis.set_major_formatter(style.PERCENT)
+    axes.set_xlabel("sparsity of the pruned leaves")
+    axes.set_ylabel("bytes of the whole model")
 
 
 def _high_axes(axes: Axes) -> None:
     axes.set_xscale("function", functions=(_to_log, _from_log))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(_bytes_text))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    style.log_axis(axes.yaxis, form=FuncFormatter(wording.bytes_text))
     axes.xaxis.set_major_locator(FixedLocator([90, 95, 98, 99, 99.5, 99.9]))
     axes.xaxis.set_minor_locator(NullLocator())
-    _percent_axis(axes.xaxis)
+    axes.xaxis.set_major_formatter(style.PERCENT)
     axes.set_xlim(100 * _HIGH[0], 100 * _HIGH[-1])
-    axes.set_xlabel("sparsity (what is left on a log scale)", color=_INK)
+    axes.set_xlabel("sparsity (what is left on a log scale)")
 
 
 def _to_log(percent: Any) -> Any:
@@ -136,10 +130,3 @@ def _to_log(percent: Any) -> Any:
 
 def _from_log(position: Any) -> Any:
     return 100 - np.exp(-np.asarray(position, float))
-
-
-def _bytes_text(value: float, _: Any = None) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g} B"

@@ -46,3 +46,15 @@ def factor(dense: float, stored: float) -> str:
     """Say how much smaller, or larger, the stored bytes are."""
     ratio = dense / stored
     return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times LARGER"
+
+
+def bytes_text(value: float, _: object = None) -> str:
+    """Bytes in the largest unit that leaves one or more; the second argument is matplotlib's.
+
+    >>> bytes_text(1_500_000), bytes_text(20)
+    ('1.5 MB', '20 B')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"

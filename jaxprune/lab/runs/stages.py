@@ -125,7 +125,7 @@ def run_seed(
 def _network(config: cfg.Config, seed: int, dataset: sets.Dataset) -> tuple[models.Network, dict[str, Any]]:
     init, *rest = jax.random.split(jax.random.key(seed), 1 + len(STAGES))
     shape = tuple(int(side) for side in dataset.train_images.shape[1:])
-    return models.build(config.model, shape, dataset.classes, init), dict(zip(STAGES, rest, strict=True))
+    return models.build(config.model, init, shape, dataset.classes), dict(zip(STAGES, rest, strict=True))
 
 
 class _SeedStages:
