@@ -31,11 +31,11 @@ measurements.
 
 from jaxprune import native
 from jaxprune.sparse import exports, reference
-from jaxprune.sparse.apply import apply
 from jaxprune.sparse.blocks import BlockWeight
-from jaxprune.sparse.compress import compress, decompress, nbytes
+from jaxprune.sparse.compression import compress, decompress, nbytes
+from jaxprune.sparse.dispatch import apply
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
-from jaxprune.sparse.matmul import matmul, times, times_transposed
+from jaxprune.sparse.products import matmul, times, times_transposed
 from jaxprune.sparse.tiles import (
     NativeBlockWeight,
     NativeInt8Weight,

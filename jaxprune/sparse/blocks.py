@@ -22,8 +22,8 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Inexact, Int, Int32
 
 from jaxprune.sparse.formats import FORMATS, SparseWeight
-from jaxprune.sparse.matmul import times, times_transposed
 from jaxprune.sparse.primitives import columns_product
+from jaxprune.sparse.products import times, times_transposed
 
 # Numbers that a product makes at a time. Larger temporaries fall out of caches, and cost a CPU fresh pages every time:
 # two to fifteen times slower at large batches.

@@ -10,7 +10,7 @@ pytree of arrays, so an argument of jit and never a constant of it. A format is 
 gives them back; everything else follows.
 
 The native formats are in `jaxprune.sparse.tiles`, blocks in `blocks`. A further one is one class, a line in `FORMATS`,
-and a registration with `matmul.times` or `matmul.project`.
+and a registration with `products.times` or `products.project`.
 """
 
 import abc
@@ -245,7 +245,7 @@ class SparseWeight(quax.ArrayValue):
             f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, "
             f"and in the native formats a convolution without groups. "
             f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
-            f'`apply(fn, unsupported="dense")`.'
+            f'`apply(apply_fn, unsupported="dense")`.'
         )
 
     @staticmethod

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Num, Shaped
 
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
-from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product
+from jaxprune.sparse.products import project, times_transposed
 from jaxprune.sparse.tiles import NativeWeight, coordinates
 
 _ON_CPU = 'They run on CPU: use the format "bcoo", "bcsr" or "block" on other devices.'

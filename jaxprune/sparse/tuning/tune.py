@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from jaxprune import tree
 from jaxprune.layout import BY_NAME, Axes, Layout
-from jaxprune.sparse.compress import compress
+from jaxprune.sparse.compression import compress
 from jaxprune.sparse.formats import FORMATS, SparseWeight
 from jaxprune.sparse.tuning import cache as files
 from jaxprune.sparse.tuning import machine, timing
