@@ -49,6 +49,20 @@ def check_unsupported(unsupported: str) -> None:
         raise ValueError(f'`unsupported` is "refuse" or "dense", {unsupported!r} arrived.')
 
 
+def check_format(name: str, said: str = "There is no format") -> None:
+    """Refuse a word that is neither in `FORMATS` nor "dense".
+
+    Args:
+        name: the word.
+        said: how the message begins.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name not in (*FORMATS, "dense"):
+        raise ValueError(f"{said} {name!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+
+
 def out_in(leaf_shape: tuple[int, ...], outputs_last: bool) -> tuple[int, int]:
     """(out, in) of a leaf, the window of a convolution counted with the inputs."""
     rest = leaf_shape[:-1] if outputs_last else leaf_shape[1:]

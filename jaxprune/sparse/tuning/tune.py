@@ -21,16 +21,16 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.layout import BY_NAME, Axes, Layout
+from jaxprune.layout import Axes, Layout
 from jaxprune.sparse.compression import compress
-from jaxprune.sparse.formats import FORMATS, SparseWeight
+from jaxprune.sparse.formats import FORMATS, SparseWeight, check_format
 from jaxprune.sparse.tuning import cache as files
 from jaxprune.sparse.tuning import machine, timing
 from jaxprune.sparse.tuning.plan import LeafPlan, Plan, SiteTimings
 from jaxprune.sparse.tuning.race import REFUSALS, contest
 from jaxprune.sparse.tuning.records import from_plain, to_plain
 from jaxprune.sparse.tuning.whole import Model, settle
-from jaxprune.tracing import Site
+from jaxprune.tracing import Site, layout_of, weights_of
 from jaxprune.tracing.finder import jaxpr_of, sites_of
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
@@ -58,8 +58,8 @@ def tune(
     x: Any,
     *more_args: Any,
     formats: Iterable[str] | None = None,
-    select: tree.Select = tree.weights,
-    layout: Layout = BY_NAME,
+    select: tree.Select | None = None,
+    layout: Layout | None = None,
     cache: str | os.PathLike[str] | bool | None = True,
     repeats: int | None = None,
     seconds: float = 0.1,
@@ -80,8 +80,10 @@ def tune(
         x: input of the shape that will be served: an array or a `jax.ShapeDtypeStruct`, in any pytree.
         more_args: further arguments; what is no array is handed over as it is.
         formats: names in `FORMATS`; all that do not round the weights, if None.
-        select: which leaves, as a function (name, leaf) -> bool or name rules.
-        layout: which axes of a leaf are summed over, see `compress`.
+        select: which leaves, as a function (name, leaf) -> bool or name rules; None: those that the model uses in
+            products and convolutions, `weights_of(sites)`.
+        layout: which axes of a leaf are summed over; None: those of its first product, `layout_of(sites)`, whatever
+            its name.
         cache: the folder of those files, at most 32 MiB of them; True: the user's, `sparse.user_cache()`, or none where
             that cannot be written; None keeps nothing.
         repeats: runs of each contestant; as many as fill `seconds`, from 5 to 50, if None.
@@ -104,17 +106,18 @@ def tune(
     if repeats is not None and repeats < timing.LEAST:
         raise ValueError(f"`repeats` is {timing.LEAST} or more, so that medians have a spread; {repeats} arrived.")
     _check(params)
-    selected = tree.selected_leaves(select, params)
     folder = files.prepare(cache)
     params, args = _resident(params), _resident((x, *more_args))
-    selected = {name: leaf for name, leaf in tree.named_leaves(params).items() if name in selected}
     jaxpr = jaxpr_of(apply_fn, params, *args)
+    sites = sites_of(jaxpr, params)
+    selected = tree.selected_leaves(weights_of(sites) if select is None else select, params)
+    if layout is None:  # a leaf whose axes cannot be told is refused by every format at its sites
+        layout = layout_of([site for site in sites if site.axes is not None])
     setting = _Setting(layout, folder, repeats, seconds, machine.describe(_device(selected)))
     patterns = {name: files.pattern(_matrix(name, leaf, layout)) for name, leaf in selected.items()}
     key = _key(setting, names, model=files.text_of(jaxpr), patterns=patterns, axes=_axes(selected, layout))
     if (plan := _kept_plan(folder, key)) is not None:
         return plan
-    sites = sites_of(jaxpr, params)
     leaves = []
     for done, (name, leaf) in enumerate(selected.items()):
         _report(progress, done, len(selected) + 1, name)
@@ -135,8 +138,7 @@ def _names(formats: Iterable[str] | None) -> list[str]:
         return [name for name, format in FORMATS.items() if not format.lossy]
     names = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
     for name in names:
-        if name != "dense" and name not in FORMATS:
-            raise ValueError(f"There is no format {name!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+        check_format(name)
     return [name for name in names if name != "dense"]
 
 
