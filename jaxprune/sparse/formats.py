@@ -249,15 +249,20 @@ class SparseWeight(quax.ArrayValue):
         Raises:
             SparseUseError: it is not.
         """
-        return self._materialise("an operation that wants a dense array")
+        return self.dense_for("an operation that wants a dense array")
 
-    def _materialise(self, use: str) -> Array:
+    def dense_for(self, use: str) -> Array:
+        """The same, with the use in the refusal.
+
+        Args:
+            use: what has no sparse form.
+        """
         if self.unsupported == "dense":
             return self.decompress()
         raise SparseUseError(
             f"Leaf {self.name!r} {self.leaf_shape} is compressed as {type(self).__name__} and was used by {use}, which "
-            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, "
-            f"and in the native formats a convolution without groups. "
+            f"has no sparse form: only a product over its inputs without batch axes has one, in the portable formats "
+            f"also one over its outputs, and in the native formats a convolution without groups. "
             f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
             f'`apply(apply_fn, unsupported="dense")`.'
         )
@@ -271,7 +276,7 @@ class SparseWeight(quax.ArrayValue):
             body = quax.quaxify(jaxpr_as_fun(closed(params["jaxpr"], ())))
             return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
         use = f"`{kind_of(primitive, params)}`"
-        arrays = [v._materialise(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
+        arrays = [v.dense_for(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
         return primitive.bind(*arrays, **params)
 
 
