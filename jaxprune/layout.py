@@ -104,7 +104,7 @@ class Layout:
         told = self.outputs_last is not None or first_match(self.rules, name) or _outputs_last(name) is not None
         if not told and len(shape) > 1:
             raise ValueError(
-                f"The method looks at inputs and outputs; the name {name!r} {tuple(shape)} does not tell which axis is "
+                f"Inputs and outputs matter here, and the name {name!r} {tuple(shape)} does not tell which axis is "
                 "which. Say it: `layout=jp.FLAX` for (in, out) and HWIO, `jp.TORCH` for (out, in) and OIHW, or "
                 "`jp.layout_of(jp.trace(apply_fn, params, x))`, which finds it in the model's function."
             )

@@ -2,11 +2,19 @@
 
 A compressed leaf stands in the params where its dense leaf stood, and any JAX function runs on it unchanged:
 
-    sparse_params = compress(params, format="bcsr")      # outside jit; exact zeros are dropped
+    sparse_params = compress(params)                     # outside jit; exact zeros are dropped
     predict = jax.jit(apply(apply_fn))                   # same arguments, same result
     y = predict(sparse_params, x)
 
-Whether that pays, and in which format, is measured: `compress(params, plan)` with `plan = tune(apply_fn, params, x)`.
+Whether that pays, and in which format, is measured: `compress(params, plan)` with `plan = tune(apply_fn, params, x)`,
+which also finds in the function which leaves are weights, and which of their axes are summed over. Without a plan,
+names tell the axes (`BY_NAME`), or a `layout`; and without a format each leaf takes its platform's:
+
+| where the leaf is | format | stays dense |
+|---|---|---|
+| a CPU, with the native kernels, up to 32 bits | "native" | stacked layers; where it takes no fewer bytes |
+| a CPU otherwise | "bcsr" | convolutions, stacked layers; where it takes no fewer bytes |
+| elsewhere | "bcoo" | convolutions, stacked layers; where it takes no fewer bytes |
 
 What has no sparse form is refused with the leaf's name, never quietly run dense; `reference` is what all formats equal.
 
@@ -25,17 +33,18 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 What is compressed goes through `jax.export` as it is (`exports`).
 
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
-and convolutions, with bias, residual and ReLU in the kernel (`fuse`); the others are portable. BUILD_NOTES.md has the
+and convolutions, with bias, residual and ReLU in the kernel (`fuse`), over the inputs alone: the other way round a leaf
+is refused, or made dense by `unsupported="dense"`. The others are portable, and run both ways. BUILD_NOTES.md has the
 measurements.
 """
 
 from jaxprune import native
 from jaxprune.sparse import exports, reference
-from jaxprune.sparse.apply import apply
 from jaxprune.sparse.blocks import BlockWeight
-from jaxprune.sparse.compress import compress, decompress, nbytes
+from jaxprune.sparse.compression import compress, decompress, nbytes
+from jaxprune.sparse.dispatch import apply
 from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
-from jaxprune.sparse.matmul import matmul, times, times_transposed
+from jaxprune.sparse.products import matmul, times, times_transposed
 from jaxprune.sparse.tiles import (
     NativeBlockWeight,
     NativeInt8Weight,

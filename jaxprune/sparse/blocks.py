@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Inexact, Int, Int32
 
-from jaxprune.sparse.formats import FORMATS, SparseWeight
-from jaxprune.sparse.matmul import times, times_transposed
+from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, run_numbers
 from jaxprune.sparse.primitives import columns_product
+from jaxprune.sparse.products import times, times_transposed
 
 # Numbers that a product makes at a time. Larger temporaries fall out of caches, and cost a CPU fresh pages every time:
 # two to fifteen times slower at large batches.
@@ -42,6 +41,7 @@ class BlockWeight(SparseWeight):
         slots: blocks that every run has room for; see `_slots`.
     """
 
+    by_output: ClassVar[bool] = False
     shapes: ClassVar[tuple[tuple[int, int], ...]] = (
         *((side, side) for side in (64, 32, 16, 8, 4)),
         *((16, 1), (1, 16)),
@@ -54,19 +54,11 @@ class BlockWeight(SparseWeight):
     slots: int = eqx.field(static=True, kw_only=True)
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, int],
-        **fields: Any,
-    ) -> "BlockWeight":
-        """See `SparseWeight.pack`; the zeros inside of living blocks are stored as well."""
-        values = np.asarray(values)
-        n_out, n_in = leaf_shape[::-1] if fields.get("outputs_last", True) else leaf_shape
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`; the zeros inside of living blocks are stored as well."""
+        n_out, n_in = sizes
         dividing = [(tall, wide) for tall, wide in cls.shapes if n_in % tall == 0 and n_out % wide == 0]
-        living = {block: _living(rows, cols, (n_out, n_in), block) for block in dividing}
+        living = {block: _living(rows, cols, sizes, block) for block in dividing}
         block = min(living, key=lambda block: _stored_bytes(living[block], block, values.itemsize))
         tall, wide = block
         outputs, inputs = np.nonzero(living[block])
@@ -75,39 +67,31 @@ class BlockWeight(SparseWeight):
         blocks = np.zeros((outputs.size, wide, tall), values.dtype)
         blocks[place[rows // wide, cols // tall], rows % wide, cols % tall] = values
         runs = living[block].sum(axis=1)
-        bounds = np.concatenate([[0], np.cumsum(runs)])
-        parts = (blocks.ravel(), inputs.astype(np.int32), bounds.astype(np.int32))
-        return cls(*parts, leaf_shape=leaf_shape, block=block, slots=_slots(runs), **fields)
+        bounds = np.concatenate([[0], np.cumsum(runs)]).astype(np.int32)
+        pattern = {"index": inputs.astype(np.int32), "bounds": bounds, "block": block, "slots": _slots(runs)}
+        return {"values": blocks.ravel(), **pattern}
 
-    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+    def check_parts(self) -> None:
+        """See `SparseWeight.check_parts`."""
         (n_out, n_in), (tall, wide) = self.sizes, self.block
         if min(self.block) < 1 or n_in % tall or n_out % wide:
             raise ValueError(f"{self._who} has blocks of {tall} x {wide}, which do not divide {n_in} x {n_out}.")
         index, bounds = np.asarray(self.index), np.asarray(self.bounds)
-        if index.dtype != np.int32 or bounds.dtype != np.int32:
-            raise TypeError(f"{self._who} needs indices and bounds in int32, not {index.dtype} and {bounds.dtype}.")
-        if index.ndim != 1 or index.size * tall * wide != self.nse or bounds.shape != (n_out // wide + 1,):
-            raise ValueError(f"{self._who} has {bounds.size} bounds and {index.size} blocks, which do not fit.")
-        if bounds[0] != 0 or bounds[-1] != index.size or np.any(np.diff(bounds) < 0):
-            raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {index.size} blocks.")
+        if index.dtype != np.int32 or bounds.dtype != np.int32 or index.ndim != 1:
+            raise TypeError(
+                f"{self._who} needs indices (n_blocks,) and bounds in int32, not {index.dtype} {index.shape} and "
+                f"{bounds.dtype}."
+            )
+        self.check_bounds(bounds, n_out // wide, index.size, "blocks")
         if self.slots < np.diff(bounds).max(initial=0):
             raise ValueError(f"{self._who} has a run of {np.diff(bounds).max()} blocks, but {self.slots} slots.")
         if index.size and not (index.min() >= 0 and index.max() < n_in // tall):
             raise ValueError(f"{self._who} has indices outside its {n_in // tall} blocks of inputs.")
-        rows, cols = _coordinates(index, bounds, n_out=n_out, tall=tall, wide=wide, xp=np)
-        # In the order of outputs; a stable sort leaves the inputs as they lie, so that the base class can check them.
-        order = np.argsort(rows, kind="stable")
-        return rows[order], cols[order]
 
-    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`; block by block."""
         tall, wide = self.block
-        return _coordinates(self.index, self.bounds, n_out=self.sizes[0], tall=tall, wide=wide)
-
-    @property
-    def stored(self) -> BCOO:
-        """W (out, in) as a `jax.experimental.sparse.BCOO`, stored zeros included."""
-        return BCOO((self.values, jnp.stack(self.coordinates(), axis=-1)), shape=self.sizes, unique_indices=True)
+        return _coordinates(xp.asarray(self.index), xp.asarray(self.bounds), tall=tall, wide=wide, xp=xp)
 
 
 def _living(rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
@@ -129,16 +113,9 @@ def _slots(runs: Int[np.ndarray, " n_out_blocks"]) -> int:
     return -(-longest // step) * step
 
 
-def _output_blocks(n_blocks: int, bounds: Any, xp: Any = jnp) -> Any:
-    numbers = xp.arange(bounds.shape[0] - 1, dtype=xp.int32)
-    static = {"total_repeat_length": n_blocks} if xp is jnp else {}
-    return xp.repeat(numbers, xp.diff(bounds), **static)
-
-
-def _coordinates(index: Any, bounds: Any, *, n_out: int, tall: int, wide: int, xp: Any = jnp) -> tuple[Any, Any]:
-    """`xp` is jax.numpy, or numpy for arrays in host memory: outside jit every step would be a program to compile."""
+def _coordinates(index: Any, bounds: Any, *, tall: int, wide: int, xp: Any = jnp, **_: int) -> tuple[Any, Any]:
     shape = (index.shape[0], wide, tall)
-    rows = (_output_blocks(index.shape[0], bounds, xp) * wide)[:, None] + xp.arange(wide, dtype=xp.int32)[None]
+    rows = (run_numbers(bounds, index.shape[0], xp) * wide)[:, None] + xp.arange(wide, dtype=xp.int32)[None]
     cols = (index * tall)[:, None] + xp.arange(tall, dtype=xp.int32)[None]
     return xp.broadcast_to(rows[:, :, None], shape).ravel(), xp.broadcast_to(cols[:, None], shape).ravel()
 
@@ -190,7 +167,7 @@ def _sum_over_runs(bounds: Array, n_blocks: int, slots: int) -> tuple[Callable[[
         places = bounds[:-1, None] + jnp.arange(slots, dtype=jnp.int32)[None]
         places = jnp.where(places < bounds[1:, None], places, n_blocks)
         return lambda products: products.at[places].get(mode="fill", fill_value=0).sum(1), runs * slots
-    outputs = _output_blocks(n_blocks, bounds)
+    outputs = run_numbers(bounds, n_blocks)
     return lambda products: jax.ops.segment_sum(products, outputs, runs, indices_are_sorted=True), 0
 
 
@@ -217,11 +194,7 @@ def _batched(equation: str, values: Array, panels: Array) -> Array:
     return jnp.einsum(equation, values, panels, preferred_element_type=total)
 
 
-def _coordinates_of(*pattern: Array, slots: int, **sizes: int) -> tuple[Array, Array]:
-    return _coordinates(*pattern, **sizes)
-
-
-blocks_times = columns_product("blocks_times", block_product, _coordinates_of)
+blocks_times = columns_product("blocks_times", block_product, _coordinates)
 
 
 @times.register(BlockWeight)
@@ -234,7 +207,7 @@ def _times_block(weight: BlockWeight, x: Inexact[Array, "n_in n"]) -> Inexact[Ar
 @times_transposed.register(BlockWeight)
 def _times_transposed_block(weight: BlockWeight, y: Inexact[Array, "n_out n"]) -> Inexact[Array, "n_in n"]:
     (_, n_in), (tall, wide) = weight.sizes, weight.block
-    blocks, outputs = weight.values.reshape(-1, wide, tall), _output_blocks(weight.index.shape[0], weight.bounds)
+    blocks, outputs = weight.values.reshape(-1, wide, tall), run_numbers(weight.bounds, weight.index.shape[0])
 
     def product(y: Array) -> Array:
         panels = y.reshape(-1, wide, y.shape[1])[outputs]

@@ -1,7 +1,7 @@
 """Compressed params in the types of `jax.export`: programs that one process writes and another runs.
 
     checks = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
-    exported = jax.export.export(jax.jit(apply(fn)), disabled_checks=checks)(sparse_params, x)
+    exported = jax.export.export(jax.jit(apply(apply_fn)), disabled_checks=checks)(sparse_params, x)
     blob = exported.serialize()
     jax.export.deserialize(blob).call(sparse_params, x)          elsewhere, after `import jaxprune`
 

@@ -10,13 +10,13 @@ pytree of arrays, so an argument of jit and never a constant of it. A format is 
 gives them back; everything else follows.
 
 The native formats are in `jaxprune.sparse.tiles`, blocks in `blocks`. A further one is one class, a line in `FORMATS`,
-and a registration with `matmul.times` or `matmul.project`.
+and a registration with `products.times` or `products.project`.
 """
 
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -28,11 +28,12 @@ from jax.core import ShapedArray, Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core.primitives import remat_p
-from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Int32, Shaped
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Shaped
 
 from jaxprune.compat import closed, kind_of, type_like
 
 Unsupported = Literal["refuse", "dense"]
+Indices: TypeAlias = Int[Array | np.ndarray, " _"]
 
 
 class SparseUseError(TypeError):
@@ -49,6 +50,20 @@ def check_unsupported(unsupported: str) -> None:
         raise ValueError(f'`unsupported` is "refuse" or "dense", {unsupported!r} arrived.')
 
 
+def check_format(name: str, said: str = "There is no format") -> None:
+    """Refuse a word that is neither in `FORMATS` nor "dense".
+
+    Args:
+        name: the word.
+        said: how the message begins.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name not in (*FORMATS, "dense"):
+        raise ValueError(f"{said} {name!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+
+
 def out_in(leaf_shape: tuple[int, ...], outputs_last: bool) -> tuple[int, int]:
     """(out, in) of a leaf, the window of a convolution counted with the inputs."""
     rest = leaf_shape[:-1] if outputs_last else leaf_shape[1:]
@@ -61,6 +76,19 @@ def matrix_of(leaf: Shaped[np.ndarray, "*axes"], outputs_last: bool) -> Shaped[n
     return channels_last.reshape(out_in(leaf.shape, outputs_last)[::-1]).T
 
 
+def run_numbers(bounds: Any, total: int, xp: Any = jnp) -> Any:
+    """The number of the run that each of `total` places is in.
+
+    Args:
+        bounds: where each run begins and the last one ends, (runs + 1,); or such rows, whose runs are counted on.
+        total: places in all runs.
+        xp: jax.numpy; or numpy, for bounds in host memory.
+    """
+    lengths = xp.diff(bounds).ravel()
+    static = {"total_repeat_length": total} if xp is jnp else {}
+    return xp.repeat(xp.arange(lengths.size, dtype=xp.int32), lengths, **static)
+
+
 def _index(array: Any) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"Indices of a sparse weight are integers, {array.dtype} arrived.")
@@ -70,7 +98,7 @@ def _index(array: Any) -> Array:
 class SparseWeight(quax.ArrayValue):
     """A matrix of a model, compressed: looks like its leaf, holds its non-zeros.
 
-    Subclasses say how (row, col) are packed: `pack`, `coordinates` and `stored`.
+    Subclasses say how (row, col) are packed: `parts`, `check_parts` and `coordinates`.
 
     Attributes:
         values: the stored weights, sorted by output, then input.
@@ -78,6 +106,7 @@ class SparseWeight(quax.ArrayValue):
         outputs_last: True if the leaf is (*window, in, out), False if it is (out, in, *window); a matrix has no window.
         convolves: whether the format has a convolution.
         lossy: whether the format rounds the weights.
+        by_output: whether the values lie in the order of outputs.
         name: the leaf's name, for messages.
         unsupported: "refuse", or "dense" to let operations without a sparse form have the dense leaf.
 
@@ -90,6 +119,7 @@ class SparseWeight(quax.ArrayValue):
     convolves: ClassVar[bool] = False
     lossy: ClassVar[bool] = False
     stored_dtype: ClassVar[Any] = jnp.floating
+    by_output: ClassVar[bool] = True
 
     leaf_shape: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     outputs_last: bool = eqx.field(static=True, kw_only=True, default=True)
@@ -97,7 +127,6 @@ class SparseWeight(quax.ArrayValue):
     unsupported: Unsupported = eqx.field(static=True, kw_only=True, default="refuse")
 
     @classmethod
-    @abc.abstractmethod
     def pack(
         cls,
         values: Any,
@@ -106,16 +135,36 @@ class SparseWeight(quax.ArrayValue):
         leaf_shape: tuple[int, ...],
         **fields: Any,
     ) -> "SparseWeight":
-        """The weight with these sorted non-zeros; `fields` are those of `SparseWeight`."""
+        """The weight with these sorted non-zeros; `fields` are those of `SparseWeight`.
+
+        Raises:
+            ValueError: the format does not hold such a pattern.
+        """
+        try:
+            own = cls.parts(np.asarray(values), rows, cols, out_in(leaf_shape, fields.get("outputs_last", True)))
+        except ValueError as error:
+            raise ValueError(f"Leaf {fields.get('name', '')!r} has no such form: {error}") from None
+        return cls(**own, leaf_shape=leaf_shape, **fields)
+
+    @classmethod
+    @abc.abstractmethod
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """The format's own fields, in host memory, for the sorted non-zeros of a W of these sizes (out, in)."""
 
     @abc.abstractmethod
-    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
-        """Output and input index of every stored value."""
+    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
+        """Output and input index of every stored value; `xp` is numpy to stay in host memory, and compile nothing."""
+
+    @abc.abstractmethod
+    def check_parts(self) -> None:
+        """Refuses what must not be for `coordinates` to mean anything."""
 
     @property
-    @abc.abstractmethod
     def stored(self) -> BCOO | BCSR:
-        """W (out, in) as a `jax.experimental.sparse` array."""
+        """W (out, in) as a `jax.experimental.sparse` array, stored zeros included."""
+        indices = jnp.stack(self.coordinates(), axis=-1)
+        known = {"indices_sorted": self.by_output, "unique_indices": True}
+        return BCOO((self.values, indices), shape=self.sizes, **known)
 
     @classmethod
     def from_leaf(
@@ -144,18 +193,40 @@ class SparseWeight(quax.ArrayValue):
                 f"{self._who} must be a matrix or a convolution kernel with sizes and nse below 2**31, "
                 f"not {self.leaf_shape}."
             )
-        rows, cols = (part.astype(np.int64) for part in self._host_coordinates())
+        self.check_parts()
+        rows, cols = (np.asarray(part).astype(np.int64) for part in self.coordinates(np))
         n_out, n_in = self.sizes
         if rows.shape != (self.nse,) or cols.shape != (self.nse,):
-            raise ValueError(f"{self._who} has {self.nse} values, but {cols.size} input indices.")
+            raise ValueError(f"{self._who} has {self.nse} values, but {cols.size} input indices, which do not fit.")
         if self.nse and not (rows.min() >= 0 and cols.min() >= 0 and rows.max() < n_out and cols.max() < n_in):
             raise ValueError(f"{self._who} has indices outside its {n_out} outputs and {n_in} inputs.")
+        if not self.by_output:
+            order = np.argsort(rows, kind="stable")  # inputs stay as they lie, to be looked at
+            rows, cols = rows[order], cols[order]
         if np.any(np.diff(rows * n_in + cols) <= 0):
             raise ValueError(f"{self._who} must have its indices sorted by output, then input, each once.")
 
-    @abc.abstractmethod
-    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        """`coordinates` in host memory, sorted, after checking what must hold for them to mean anything."""
+    def check_bounds(self, bounds: Any, n_runs: int, total: int, what: str, tiles: int = 1) -> None:
+        """Refuses bounds of runs that do not climb from 0 to `total`, or of another number.
+
+        Args:
+            bounds: tile by tile, where each run begins and the last one ends; the next tile begins there.
+            n_runs: in a tile.
+            total: of what is in the runs.
+            what: is in the runs, for the message.
+            tiles: how many.
+        """
+        bounds = np.asarray(bounds)
+        n_bounds = tiles * (n_runs + 1)
+        if bounds.shape == (n_bounds,):
+            of_tiles = bounds.reshape(tiles, n_runs + 1)
+            climbs = np.all(np.diff(bounds) >= 0) and np.array_equal(of_tiles[1:, 0], of_tiles[:-1, -1])
+            if not tiles or (climbs and bounds[0] == 0 and bounds[-1] == total):
+                return
+        raise ValueError(
+            f"{self._who} has {bounds.size} bounds and {total} {what}, which do not fit: it needs {n_bounds} run "
+            f"bounds that climb from 0 to its {total} {what}."
+        )
 
     @property
     def _who(self) -> str:
@@ -235,17 +306,22 @@ class SparseWeight(quax.ArrayValue):
         Raises:
             SparseUseError: it is not.
         """
-        return self._materialise("an operation that wants a dense array")
+        return self.dense_for("an operation that wants a dense array")
 
-    def _materialise(self, use: str) -> Array:
+    def dense_for(self, use: str) -> Array:
+        """The same, with the use in the refusal.
+
+        Args:
+            use: what has no sparse form.
+        """
         if self.unsupported == "dense":
             return self.decompress()
         raise SparseUseError(
             f"Leaf {self.name!r} {self.leaf_shape} is compressed as {type(self).__name__} and was used by {use}, which "
-            f"has no sparse form: only a product over its inputs, or over its outputs, without batch axes, has one, "
-            f"and in the native formats a convolution without groups. "
+            f"has no sparse form: only a product over its inputs without batch axes has one, in the portable formats "
+            f"also one over its outputs, and in the native formats a convolution without groups. "
             f"Leave it dense with `compress(..., select=...)`, or have it decompressed at each such use with "
-            f'`apply(fn, unsupported="dense")`.'
+            f'`apply(apply_fn, unsupported="dense")`.'
         )
 
     @staticmethod
@@ -257,7 +333,7 @@ class SparseWeight(quax.ArrayValue):
             body = quax.quaxify(jaxpr_as_fun(closed(params["jaxpr"], ())))
             return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
         use = f"`{kind_of(primitive, params)}`"
-        arrays = [v._materialise(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
+        arrays = [v.dense_for(use) if isinstance(v, SparseWeight) else _dense(v) for v in values]
         return primitive.bind(*arrays, **params)
 
 
@@ -274,31 +350,19 @@ class BCOOWeight(SparseWeight):
     indices: Int[Array, "nse 2"] = eqx.field(converter=_index)
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, ...],
-        **fields: Any,
-    ) -> "SparseWeight":
-        """See `SparseWeight.pack`."""
-        return cls(values, np.stack([rows, cols], axis=-1), leaf_shape=leaf_shape, **fields)
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`."""
+        return {"values": values, "indices": np.stack([rows, cols], axis=-1)}
 
-    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+    def check_parts(self) -> None:
+        """See `SparseWeight.check_parts`."""
         if self.indices.shape != (self.nse, 2):
             raise ValueError(f"{self._who} needs indices ({self.nse}, 2), {self.indices.shape} arrived.")
-        rows, cols = np.asarray(self.indices, np.int64).T
-        return rows, cols
 
-    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`."""
-        return self.indices[..., 0], self.indices[..., 1]
-
-    @property
-    def stored(self) -> BCOO:
-        """W (out, in) as a `jax.experimental.sparse.BCOO`."""
-        return BCOO((self.values, self.indices), shape=self.sizes, indices_sorted=True, unique_indices=True)
+        indices = xp.asarray(self.indices)
+        return indices[..., 0], indices[..., 1]
 
 
 class BCSRWeight(SparseWeight):
@@ -311,29 +375,18 @@ class BCSRWeight(SparseWeight):
     indptr: Int[Array, " n_out_plus_1"] = eqx.field(converter=_index)
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, ...],
-        **fields: Any,
-    ) -> "SparseWeight":
-        """See `SparseWeight.pack`."""
-        n_out, _ = out_in(leaf_shape, fields.get("outputs_last", True))
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_out))])
-        return cls(values, cols, indptr, leaf_shape=leaf_shape, **fields)
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`."""
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=sizes[0]))])
+        return {"values": values, "indices": cols, "indptr": indptr}
 
-    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        indptr, n_out = np.asarray(self.indptr), self.sizes[0]
-        if indptr.shape != (n_out + 1,) or indptr[0] != 0 or indptr[-1] != self.nse or np.any(np.diff(indptr) < 0):
-            raise ValueError(f"{self._who} needs {n_out + 1} run bounds that climb from 0 to its {self.nse} values.")
-        return np.repeat(np.arange(n_out), np.diff(indptr)), np.asarray(self.indices, np.int64)
+    def check_parts(self) -> None:
+        """See `SparseWeight.check_parts`."""
+        self.check_bounds(self.indptr, self.sizes[0], self.nse, "values")
 
-    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`."""
-        outputs = jnp.arange(self.sizes[0], dtype=jnp.int32)
-        return jnp.repeat(outputs, jnp.diff(self.indptr), total_repeat_length=self.nse), self.indices
+        return run_numbers(xp.asarray(self.indptr), self.nse, xp), xp.asarray(self.indices)
 
     @property
     def stored(self) -> BCSR:

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Num, Shaped
 
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
-from jaxprune.sparse.matmul import project, times_transposed
 from jaxprune.sparse.primitives import sparse_product
+from jaxprune.sparse.products import project, times_transposed
 from jaxprune.sparse.tiles import NativeWeight, coordinates
 
 _ON_CPU = 'They run on CPU: use the format "bcoo", "bcsr" or "block" on other devices.'
@@ -182,5 +182,9 @@ def result_dtype(dtype: Any) -> str:
 
 @times_transposed.register(NativeWeight)
 def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -> Float[Array, "n_in n"]:
-    # No kernel of its own; the dense product is many times faster on CPU than a gather and a scatter.
-    return weight.matrix().T @ y
+    # No kernel: dense is many times faster on CPU than a gather and a scatter, but only where it was asked for.
+    leaf = weight.dense_for(
+        f"a product over its outputs, axis {1 - weight.inputs_axis} (if those are its inputs, its layout was the other "
+        "one: `layout_of(trace(apply_fn, params, x))` finds it, and so does a plan of `tune`)"
+    )
+    return jnp.matmul(leaf if weight.outputs_last else leaf.T, y)

@@ -10,17 +10,16 @@ counts, and runs should be long: T = 65536, all that 16-bit indices reach. Indic
 beyond; bounds of runs 4 (out + 1) ceil(in / T) bytes.
 """
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
-from jax.experimental.sparse import BCOO
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8, UInt16
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
 
 from jaxprune.compat import type_like
-from jaxprune.sparse.formats import FORMATS, SparseWeight, out_in
+from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, run_numbers
 
 # Density from which on a tile of so many inputs was the fastest (Zen 4, 32 KiB and 1 MiB of cache).
 TILES = ((0.15, 128), (0.07, 192), (0.025, 256), (0.0, 1024))
@@ -37,6 +36,7 @@ class NativeWeight(SparseWeight):
     """
 
     convolves: ClassVar[bool] = True
+    by_output: ClassVar[bool] = False
     group: ClassVar[int] = 1
 
     index: UInt8[Array, " nse_by_group"] | UInt16[Array, " nse_by_group"] = eqx.field(converter=jnp.asarray)
@@ -49,16 +49,9 @@ class NativeWeight(SparseWeight):
         return next(tile for least, tile in TILES if density >= least)
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, ...],
-        **fields: Any,
-    ) -> "NativeWeight":
-        """See `SparseWeight.pack`."""
-        n_out, n_in = out_in(leaf_shape, fields.get("outputs_last", True))
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`."""
+        n_out, n_in = sizes
         # One key for each (group, input) that has a weight, in this order; the inverse says whose each weight is.
         keys, slots = np.unique(rows // cls.group * n_in + cols, return_inverse=True)
         tile = cls.choose_tile(keys.size * cls.group / max(n_out * n_in, 1))
@@ -68,41 +61,25 @@ class NativeWeight(SparseWeight):
         ends = ends.reshape(n_tiles, n_groups)
         starts = np.concatenate([[0], ends[:-1, -1]]) if ends.size else np.zeros(n_tiles, np.int64)
         bounds = np.concatenate([starts[:, None], ends], axis=1).astype(np.int32)
-        stored = np.zeros((keys.size, cls.group), np.asarray(values).dtype)
+        stored = np.zeros((keys.size, cls.group), values.dtype)
         stored[slots, rows % cls.group] = values
         order = np.lexsort((inputs, groups, tiles))
         index = (inputs - tiles * tile).astype(np.uint8 if tile <= 256 else np.uint16)[order]
-        return cls(stored[order].ravel(), index, bounds.ravel(), leaf_shape=leaf_shape, tile=tile, **fields)
+        return {"values": stored[order].ravel(), "index": index, "bounds": bounds.ravel(), "tile": tile}
 
-    def _host_coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+    def check_parts(self) -> None:
+        """See `SparseWeight.check_parts`."""
         n_out, n_in = self.sizes
-        bounds = np.asarray(self.bounds, np.int64)
-        n_groups = n_out // self.group
-        fits = bounds.shape == (-(-n_in // self.tile) * (n_groups + 1),) and self.index.size * self.group == self.nse
-        if not fits:
-            raise ValueError(f"{self._who} has {bounds.size} bounds and {self.index.size} indices, which do not fit.")
-        runs = bounds.reshape(-1, n_groups + 1)
-        climbs = not np.any(np.diff(bounds) < 0) and np.array_equal(runs[1:, 0], runs[:-1, -1])
-        if runs.size and not (climbs and bounds[0] == 0 and bounds[-1] == self.index.size):
-            raise ValueError(f"{self._who} needs run bounds that climb from 0 to its {self.index.size} indices.")
-        index = np.asarray(self.index)
-        rows, cols = coordinates(index, bounds, n_out=n_out, tile=self.tile, group=self.group, xp=np)
-        order = np.lexsort((cols, rows))
-        # Checked as the base class checks any format, but in the order of outputs.
-        return rows[order], cols[order]
+        self.check_bounds(self.bounds, n_out // self.group, self.index.size, "indices", -(-n_in // self.tile))
 
-    def coordinates(self) -> tuple[Int32[Array, " nse"], Int32[Array, " nse"]]:
+    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`; in the order of the tiles."""
-        return coordinates(self.index, self.bounds, n_out=self.sizes[0], tile=self.tile, group=self.group)
+        index, bounds = xp.asarray(self.index), xp.asarray(self.bounds)
+        return coordinates(index, bounds, n_out=self.sizes[0], tile=self.tile, group=self.group, xp=xp)
 
     def output_scale(self) -> Float32[Array, " n_out_or_0"]:
         """What the sums of the stored values are multiplied by; nothing, so empty, unless the format rounds."""
         return jnp.zeros(0, jnp.float32)
-
-    @property
-    def stored(self) -> BCOO:
-        """W (out, in) as a `jax.experimental.sparse.BCOO`."""
-        return BCOO((self.values, jnp.stack(self.coordinates(), axis=-1)), shape=self.sizes, unique_indices=True)
 
 
 class NativeRowWeight(NativeWeight):
@@ -151,30 +128,22 @@ class NativeNMWeight(NativeWeight):
         return f"it takes 16 non-zeros of every 32 inputs of an output, here are up to {most}." if most > 16 else ""
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, ...],
-        **fields: Any,
-    ) -> "NativeWeight":
-        """See `SparseWeight.pack`; stores dead inputs, the first of a run, until there are 16.
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`; stores dead inputs, the first of a run, until there are 16.
 
         Raises:
             ValueError: more than 16 non-zeros in a run.
         """
-        sizes = out_in(leaf_shape, fields.get("outputs_last", True))
-        matrix = np.zeros(sizes, np.asarray(values).dtype)
+        matrix = np.zeros(sizes, values.dtype)
         matrix[rows, cols] = values
         if why_not := cls.why_not(matrix):
-            raise ValueError(f"Leaf {fields.get('name', '')!r} has no such form: {why_not}")
+            raise ValueError(why_not)
         stored = matrix != 0
         in_64 = sizes[1] % 64 == 0 and bool(np.all(_runs(stored, 64).sum(axis=2) <= 16))
         runs = _runs(stored, 64 if in_64 else 32)
         missing = 16 - runs.sum(axis=2, keepdims=True)
         rows, cols = np.nonzero((runs | (np.cumsum(~runs, axis=2) <= missing)).reshape(sizes))
-        return super().pack(matrix[rows, cols], rows, cols, leaf_shape, **fields)
+        return super().parts(matrix[rows, cols], rows, cols, sizes)
 
 
 def _runs(stored: np.ndarray, span: int) -> np.ndarray:
@@ -200,22 +169,13 @@ class NativeInt8Weight(NativeWeight):
     leaf_dtype: str = eqx.field(static=True, kw_only=True, default="float32")
 
     @classmethod
-    def pack(
-        cls,
-        values: Any,
-        rows: Int[np.ndarray, " nse"],
-        cols: Int[np.ndarray, " nse"],
-        leaf_shape: tuple[int, ...],
-        **fields: Any,
-    ) -> "NativeInt8Weight":
-        """See `SparseWeight.pack`; rounds."""
-        dtype, values = np.asarray(values).dtype.name, np.asarray(values, np.float32)
-        largest = np.zeros(out_in(leaf_shape, fields.get("outputs_last", True))[0], np.float32)
-        np.maximum.at(largest, rows, np.abs(values))
+    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+        """See `SparseWeight.parts`; rounds."""
+        exact, largest = values.astype(np.float32), np.zeros(sizes[0], np.float32)
+        np.maximum.at(largest, rows, np.abs(exact))
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        rounded = np.rint(values / scale[rows]).astype(np.int8)
-        weight = super().pack(rounded, rows, cols, leaf_shape, scale=scale, leaf_dtype=dtype, **fields)
-        return cast(NativeInt8Weight, weight)
+        own = super().parts(np.rint(exact / scale[rows]).astype(np.int8), rows, cols, sizes)
+        return own | {"scale": scale, "leaf_dtype": values.dtype.name}
 
     def output_scale(self) -> Float32[Array, " n_out_or_0"]:
         """See `NativeWeight.output_scale`."""
@@ -247,12 +207,10 @@ def coordinates(
 ) -> tuple[Any, Any]:
     """Output and input of every value, from the index and bounds of a `NativeWeight`.
 
-    `xp` is jax.numpy, or numpy for arrays in host memory: outside of jit every step would be a program to compile.
+    `xp` is jax.numpy, or numpy for arrays in host memory.
     """
     n_groups = n_out // group
-    lengths = xp.diff(bounds.reshape(-1, n_groups + 1), axis=1).ravel()
-    static = {"total_repeat_length": index.shape[0]} if xp is jnp else {}
-    run = xp.repeat(xp.arange(lengths.size, dtype=xp.int32), lengths, **static)
+    run = run_numbers(bounds.reshape(-1, n_groups + 1), index.shape[0], xp)
     n = max(n_groups, 1)
     first, inputs = run % n * group, run // n * tile + index.astype(xp.int32)
     rows = first[:, None] + xp.arange(group, dtype=xp.int32)[None, :]

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.layout import BY_NAME, Layout
-from jaxprune.sparse.compress import has_form
+from jaxprune.sparse.compression import has_form
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
 from jaxprune.storage import paths
 from jaxprune.storage.artifact import PROBLEMS, Artifact

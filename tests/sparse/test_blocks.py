@@ -14,6 +14,7 @@ from sparse_helpers import RUNS, compress_one, least, make_leaf, make_x
 
 import jaxprune as jp
 from jaxprune import sparse
+from jaxprune.layout import FLAX
 from jaxprune.sparse import blocks
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick")]
@@ -197,7 +198,7 @@ def test_a_model_runs_unchanged():
             x = jax.nn.relu(x @ kernel)
         return x @ last
 
-    x, compressed = make_x((9, 64)), sparse.compress(params, "block")
+    x, compressed = make_x((9, 64)), sparse.compress(params, "block", layout=FLAX)
     assert [weight.block for weight in compressed[:2]] == [(16, 16), (16, 16)]
     np.testing.assert_allclose(
         quick_jit(sparse.apply(model))(compressed, x), quick_jit(model)(params, x), rtol=1e-4, atol=1e-3

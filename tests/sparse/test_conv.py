@@ -11,6 +11,7 @@ from quick import quick_jit
 from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, needs_kernels, sparse_leaves
 
 from jaxprune import sparse
+from jaxprune.layout import FLAX
 
 NATIVE = ["native", "native_row", "native_block", "native_int8"]
 # Spatial axes and layout: the orders of x, of the kernel, and of the result.
@@ -205,7 +206,7 @@ def test_other_convolutions_are_refused_or_run_dense(case):
     def conv(params_of_model, x):
         return jax.lax.conv_general_dilated(x, params_of_model["conv"], **params)
 
-    compressed = [sparse.compress({"conv": kernel}, format) for format in ("native", "native_block")]
+    compressed = [sparse.compress({"conv": kernel}, format, layout=FLAX) for format in ("native", "native_block")]
     refusal = rf"'conv' \({', '.join(map(str, shape))}\).*`conv_general_dilated`.*without groups.*unsupported=\"dense\""
     for params_of_model in compressed:
         with pytest.raises(sparse.SparseUseError, match=refusal):
@@ -236,7 +237,7 @@ def test_three_spatial_axes_are_refused_or_stay_dense():
 
 @pytest.mark.parametrize("format", ["bcoo", "bcsr", "block"])
 def test_formats_without_convolutions_name_those_that_have_them(format):
-    params = {"conv": make_leaf((3, 3, 2, 4), 0.5, "float32"), "dense": make_leaf((4, 4), 0.5, "float32")}
+    params = {"conv": make_leaf((3, 3, 2, 4), 0.5, "float32"), "w": make_leaf((4, 4), 0.5, "float32")}
     able = "native, native_block, native_int8, native_nm, native_row"
     with pytest.raises(
         ValueError, match=rf"'conv' \(3, 3, 2, 4\) is a convolution kernel.*in the formats {able} a conv"
@@ -244,4 +245,4 @@ def test_formats_without_convolutions_name_those_that_have_them(format):
         sparse.compress(params, format)
     kept = sparse.compress(params, format, unsupported="dense")
     assert kept["conv"] is params["conv"]
-    assert [weight.name for weight in sparse_leaves(kept)] == ["dense"]
+    assert [weight.name for weight in sparse_leaves(kept)] == ["w"]

@@ -270,23 +270,27 @@ def refuse_compress(error, message, params, *args, **options):
 def test_compress_refusals(unchecked):
     leaf = make_leaf((5, 4), 0.5, "float32")
     conv, stacked = (
-        {"conv": {"kernel": jnp.ones((3, 3, 1, 2))}, "d": leaf},
+        {"conv": {"kernel": jnp.ones((3, 3, 1, 2))}, "w": leaf},
         FLAX.with_rules({"s": Axes((0,), (), (1,), (2,))}),
     )
     names = ", ".join(map(repr, (*sparse.FORMATS, "dense")))
     refuse_compress(ValueError, rf"'csc'\. There are: {names}\.", {"w": leaf}, "csc")
     refuse_compress(ValueError, r"`unsupported`.*'maybe'", {"w": leaf}, unsupported="maybe")
-    refuse_compress(ValueError, r"'conv/kernel' \(3, 3, 1, 2\) is a convolution kernel.*select.*unsupported", conv)
-    refuse_compress(ValueError, r"'s' \(2, 3, 4\) is stacked layers", {"s": jnp.ones((2, 3, 4))}, layout=stacked)
-    refuse_compress(ValueError, r"'v' \(3,\) is no matrix", {"v": jnp.ones(3)}, select=lambda name, leaf: True)
-    refuse_compress(ValueError, r"'b' holds a NaN", {"a": leaf, "b": leaf.at[1, 1].set(jnp.nan)})
+    refuse_compress(
+        ValueError, r"'conv/kernel' \(3, 3, 1, 2\) is a convolution kernel.*select.*unsupported", conv, "bcoo"
+    )
+    refuse_compress(
+        ValueError, r"'s' \(2, 3, 4\) is stacked layers", {"s": jnp.ones((2, 3, 4))}, "bcoo", layout=stacked
+    )
+    refuse_compress(ValueError, r"'v' \(3,\) is no matrix", {"v": jnp.ones(3)}, "bcoo", select=lambda name, leaf: True)
+    refuse_compress(ValueError, r"'w2' holds a NaN", {"w1": leaf, "w2": leaf.at[1, 1].set(jnp.nan)})
     refuse_compress(
         TypeError, r"'w' is compressed already.*decompress", {"w": compress_one(leaf, "bcoo").replace(name="w")}
     )
     refuse_compress(TypeError, r"'i' is int32", {"i": jnp.ones((3, 3), jnp.int32)}, select="i")
-    kept = sparse.compress(conv, unsupported="dense")
+    kept = sparse.compress(conv, "bcoo", unsupported="dense")
     assert kept["conv"]["kernel"] is conv["conv"]["kernel"]
-    assert isinstance(kept["d"], sparse.BCOOWeight)
+    assert isinstance(kept["w"], sparse.BCOOWeight)
     with pytest.raises(TypeError, match=r"'w' is traced.*outside"):
         jax.jit(lambda leaf: sparse.compress({"w": leaf}))(leaf)
     with pytest.raises(ValueError, match=r"`unsupported`.*'maybe'"):  # asked of `apply`

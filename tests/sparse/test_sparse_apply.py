@@ -48,15 +48,25 @@ def assert_equal(got, want, format):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=format)
 
 
+OVER_OUTPUTS = ("back through w.T", "fori_loop")
+
+
+def applied(use, format):
+    """`apply`; the native formats have no kernel for a product over outputs, so the leaf is made dense there."""
+    dense = format.startswith("native") and use in OVER_OUTPUTS
+    return sparse.apply(USES[use], unsupported="dense" if dense else "refuse")
+
+
 @pytest.mark.parametrize("use", USES)
 def test_apply_equals_dense(use):
     """In one program, every format by itself and mapped over inputs."""
-    fn = sparse.apply(USES[use])
+
+    def both(fn, w, x):
+        return fn(w, x), jax.vmap(fn, (None, 0))(w, jnp.stack([x, x]))[1]
 
     @quick_jit
     def run(leaf, weights, x):
-        mapped = jax.vmap(fn, (None, 0))
-        return USES[use](leaf, x), {f: (fn(w, x), mapped(w, jnp.stack([x, x]))[1]) for f, w in weights.items()}
+        return USES[use](leaf, x), {f: both(applied(use, f), w, x) for f, w in weights.items()}
 
     want, found = run(LEAF, WEIGHTS, X)
     for format, both in found.items():
@@ -67,7 +77,46 @@ def test_apply_equals_dense(use):
 # Every use with one format, every format with several uses: above are all pairs, and outside jit their steps are alike.
 @pytest.mark.parametrize(("use", "format"), list(zip(USES, itertools.cycle(FORMATS))))
 def test_apply_outside_jit_equals_dense(use, format):
-    assert_equal(sparse.apply(USES[use])(WEIGHTS[format], X), USES[use](LEAF, X), format)
+    assert_equal(applied(use, format)(WEIGHTS[format], X), USES[use](LEAF, X), format)
+
+
+def makes_a_matrix(jaxpr, sizes):
+    """Whether an equation, in whatever call, has a result as large as the weight: it is not run on its non-zeros."""
+    inner = [param for eqn in jaxpr.eqns for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns"))]
+    inner = [getattr(one, "jaxpr", one) for one in inner if hasattr(one, "eqns") or hasattr(one, "jaxpr")]
+    here = any(sorted(var.aval.shape) == sorted(sizes) for eqn in jaxpr.eqns for var in eqn.outvars)
+    return here or any(makes_a_matrix(one, sizes) for one in inner)
+
+
+SIZES = (64, 32)
+ANY = [format for format in sparse.FORMATS if not (format.startswith("native") and sparse.native.why_missing())]
+WAYS = {  # (leaf, x (5, in)) -> (5, out), for a leaf (in, out) and one (out, in)
+    "in_out": {"x @ W": lambda w, x: x @ w, "W.T @ x": lambda w, x: (w.T @ x.T).T, "W.T @ v": lambda w, x: w.T @ x[0]},
+    "out_in": {"x @ W.T": lambda w, x: x @ w.T, "W @ x": lambda w, x: (w @ x.T).T, "W @ v": lambda w, x: w @ x[0]},
+}
+
+
+@pytest.mark.parametrize("layout", WAYS)
+@pytest.mark.parametrize("format", ANY)
+def test_both_ways_round_run_on_the_non_zeros(format, layout):
+    """Of the native formats, one call of the kernel; over the outputs, they refuse by name, with the other layout."""
+    leaf = np.where(np.arange(64)[:, None] % 4 < 2, make_leaf(SIZES, 1.0, "float32"), 0)  # 2:4 along the inputs
+    leaf = jnp.asarray(leaf if layout == "in_out" else leaf.T)
+    weight, x, y = compress_one(leaf, format, layout), make_x((5, 64)), make_x((5, 32))
+    for fn in WAYS[layout].values():
+        jaxpr = jax.make_jaxpr(sparse.apply(fn))(weight, x).jaxpr
+        assert not makes_a_matrix(jaxpr, SIZES)
+        assert str(jaxpr).count("native_product[") == format.startswith("native")
+        tolerance = 0.05 * np.abs(x).sum() if format == "native_int8" else 1e-4
+        np.testing.assert_allclose(quick_jit(sparse.apply(fn))(weight, x), fn(leaf, x), rtol=1e-4, atol=tolerance)
+    for fn in WAYS["out_in" if layout == "in_out" else "in_out"].values():
+        if format.startswith("native"):
+            with pytest.raises(sparse.SparseUseError, match=r"'kernel'.*over its outputs, axis [01].*layout_of"):
+                jax.jit(sparse.apply(fn))(weight, y)
+            dense = sparse.apply(fn, unsupported="dense")
+            assert makes_a_matrix(jax.make_jaxpr(dense)(weight, y).jaxpr, SIZES)
+        else:
+            assert not makes_a_matrix(jax.make_jaxpr(sparse.apply(fn))(weight, y).jaxpr, SIZES)
 
 
 CASES = [(model, None) for model in MODELS] + [(model, jnp.bfloat16) for model in MODELS[:3]]

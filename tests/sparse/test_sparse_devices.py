@@ -17,6 +17,7 @@ from quick import quick_jit
 from sparse_helpers import FORMATS, each_format, make_leaf, make_x, needs_kernels
 
 from jaxprune import sparse
+from jaxprune.layout import FLAX
 from jaxprune.sparse import exports
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick")]
@@ -73,7 +74,7 @@ def test_compressed_weights_are_where_their_leaf_is():
     """A leaf that jax may move may be moved; one on a device is compressed there, one on a mesh on all of it."""
     mesh, second = mesh_of(AxisType.Auto), jax.devices()[1]
     places = {"free": LEAF, "second": jax.device_put(LEAF, second), "cut": LAID["cut"](LEAF, mesh)}
-    weights = sparse.compress(places, "bcsr")
+    weights = sparse.compress(places, "bcsr", layout=FLAX)
     parts = {name: jax.tree.leaves(weight) for name, weight in weights.items()}
     assert not any(part.committed for part in parts["free"])
     assert all(part.committed and part.devices() == {second} for part in parts["second"])

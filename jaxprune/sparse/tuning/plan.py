@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxprune import tree
 from jaxprune.layout import Axes, Layout
-from jaxprune.sparse.formats import FORMATS
+from jaxprune.sparse.formats import check_format
 from jaxprune.sparse.tuning.records import from_plain, to_plain
 from jaxprune.types import Params
 
@@ -226,9 +226,7 @@ class Plan:
             raise ValueError(f"This reads plans of version {VERSION}, version {version!r} arrived. Call `tune` again.")
         plan = from_plain(cls, plain)
         for leaf in plan.leaves:
-            if leaf.format != "dense" and leaf.format not in FORMATS:
-                known = ", ".join(map(repr, (*FORMATS, "dense")))
-                raise ValueError(f"Leaf {leaf.name!r} has the format {leaf.format!r}. There are: {known}.")
+            check_format(leaf.format, f"Leaf {leaf.name!r} has the format")
         return plan
 
     def __str__(self) -> str:

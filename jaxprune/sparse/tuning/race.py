@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.sparse.apply import apply
+from jaxprune.sparse.dispatch import apply
 from jaxprune.sparse.formats import SparseWeight
 from jaxprune.sparse.tuning import timing
 from jaxprune.sparse.tuning.plan import Timing

@@ -10,27 +10,29 @@ it or is the dense model itself.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune import tree
-from jaxprune.layout import BY_NAME, Axes, Layout
-from jaxprune.sparse.compress import compress
-from jaxprune.sparse.formats import FORMATS, SparseWeight
+from jaxprune.layout import Axes, Layout
+from jaxprune.sparse.compression import compress
+from jaxprune.sparse.formats import FORMATS, SparseWeight, check_format
 from jaxprune.sparse.tuning import cache as files
 from jaxprune.sparse.tuning import machine, timing
 from jaxprune.sparse.tuning.plan import LeafPlan, Plan, SiteTimings
 from jaxprune.sparse.tuning.race import REFUSALS, contest
 from jaxprune.sparse.tuning.records import from_plain, to_plain
 from jaxprune.sparse.tuning.whole import Model, settle
-from jaxprune.tracing import Site
+from jaxprune.tracing import Site, layout_of, weights_of
 from jaxprune.tracing.finder import jaxpr_of, sites_of
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
@@ -38,6 +40,7 @@ from jaxprune.types import Params
 MARGIN = 0.03
 """A format must be this fraction faster than dense at the sites of a leaf, or the leaf stays dense."""
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], Any]
 
 
@@ -45,11 +48,26 @@ Progress = Callable[[int, int, str], Any]
 class _Setting:
     """What is the same for all leaves of one call."""
 
+    names: list[str]
     layout: Layout
     folder: Path | None
     repeats: int | None
     seconds: float
     machine: Mapping[str, Any]
+
+    def key(self, **parts: Any) -> str:
+        """Name of the file for what depends on these parts, and on all of this."""
+        settings = (self.repeats, self.seconds, MARGIN)
+        same = {"machine": dict(self.machine), "kernels": files.kernels(), "formats": self.names, "settings": settings}
+        return files.key(**same, **parts)
+
+    def kept(self, key: str, read: Callable[[str], T]) -> T | None:
+        """What is in a file; None if there is none, or none that can be read."""
+        text = files.read(self.folder, key)
+        try:
+            return None if text is None else read(text)
+        except ValueError:
+            return None
 
 
 def tune(
@@ -58,8 +76,8 @@ def tune(
     x: Any,
     *more_args: Any,
     formats: Iterable[str] | None = None,
-    select: tree.Select = tree.weights,
-    layout: Layout = BY_NAME,
+    select: tree.Select | None = None,
+    layout: Layout | None = None,
     cache: str | os.PathLike[str] | bool | None = True,
     repeats: int | None = None,
     seconds: float = 0.1,
@@ -80,8 +98,10 @@ def tune(
         x: input of the shape that will be served: an array or a `jax.ShapeDtypeStruct`, in any pytree.
         more_args: further arguments; what is no array is handed over as it is.
         formats: names in `FORMATS`; all that do not round the weights, if None.
-        select: which leaves, as a function (name, leaf) -> bool or name rules.
-        layout: which axes of a leaf are summed over, see `compress`.
+        select: which leaves, as a function (name, leaf) -> bool or name rules; None: those that the model uses in
+            products and convolutions, `weights_of(sites)`.
+        layout: which axes of a leaf are summed over; None: those of its first product, `layout_of(sites)`, whatever
+            its name.
         cache: the folder of those files, at most 32 MiB of them; True: the user's, `sparse.user_cache()`, or none where
             that cannot be written; None keeps nothing.
         repeats: runs of each contestant; as many as fill `seconds`, from 5 to 50, if None.
@@ -104,29 +124,31 @@ def tune(
     if repeats is not None and repeats < timing.LEAST:
         raise ValueError(f"`repeats` is {timing.LEAST} or more, so that medians have a spread; {repeats} arrived.")
     _check(params)
-    selected = tree.selected_leaves(select, params)
     folder = files.prepare(cache)
     params, args = _resident(params), _resident((x, *more_args))
-    selected = {name: leaf for name, leaf in tree.named_leaves(params).items() if name in selected}
     jaxpr = jaxpr_of(apply_fn, params, *args)
-    setting = _Setting(layout, folder, repeats, seconds, machine.describe(_device(selected)))
-    patterns = {name: files.pattern(_matrix(name, leaf, layout)) for name, leaf in selected.items()}
-    key = _key(setting, names, model=files.text_of(jaxpr), patterns=patterns, axes=_axes(selected, layout))
-    if (plan := _kept_plan(folder, key)) is not None:
-        return plan
     sites = sites_of(jaxpr, params)
+    selected = tree.selected_leaves(weights_of(sites) if select is None else select, params)
+    if layout is None:  # a leaf whose axes cannot be told is refused by every format at its sites
+        layout = layout_of([site for site in sites if site.axes is not None])
+    setting = _Setting(names, layout, folder, repeats, seconds, machine.describe(_device(selected)))
+    axes = {name: layout.axes(name, leaf.shape) for name, leaf in selected.items()}
+    patterns = {name: files.pattern(_matrix(leaf, axes[name])) for name, leaf in selected.items()}
+    key = setting.key(model=files.text_of(jaxpr), patterns=patterns, axes=axes)
+    if (plan := setting.kept(key, Plan.from_json)) is not None:
+        return plan
+    report = progress or (lambda *_: None)
     leaves = []
     for done, (name, leaf) in enumerate(selected.items()):
-        _report(progress, done, len(selected) + 1, name)
+        report(done, len(selected) + 1, name)
         uses = [site for site in sites if site.name == name and site.kind in PRODUCTS]
-        leaves.append(_tune_leaf(name, leaf, uses, names, patterns[name], setting))
-    _report(progress, len(selected), len(selected) + 1, "model")
-    model = Model(apply_fn, params, args, repeats, 10 * seconds)
-    leaves, attempts, reason = settle(leaves, model)
+        leaves.append(_tune_leaf(name, leaf, uses, patterns[name], setting))
+    report(len(selected), len(selected) + 1, "model")
+    leaves, attempts, reason = settle(leaves, Model(apply_fn, params, args, repeats, 10 * seconds))
     plan = Plan(tuple(leaves), tuple(attempts), reason, setting.machine)
     files.write(folder, key, plan.to_json())
     files.trim(folder)
-    _report(progress, len(selected) + 1, len(selected) + 1, "model")
+    report(len(selected) + 1, len(selected) + 1, "model")
     return plan
 
 
@@ -135,8 +157,7 @@ def _names(formats: Iterable[str] | None) -> list[str]:
         return [name for name, format in FORMATS.items() if not format.lossy]
     names = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
     for name in names:
-        if name != "dense" and name not in FORMATS:
-            raise ValueError(f"There is no format {name!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
+        check_format(name)
     return [name for name in names if name != "dense"]
 
 
@@ -166,46 +187,16 @@ def _device(selected: Mapping[str, Any]) -> Any:
     return next(iter(next(iter(selected.values())).devices()))
 
 
-def _axes(selected: Mapping[str, Any], layout: Layout) -> dict[str, Axes]:
-    return {name: layout.axes(name, leaf.shape) for name, leaf in selected.items()}
-
-
-def _matrix(name: str, leaf: Any, layout: Layout) -> np.ndarray:
+def _matrix(leaf: Any, axes: Axes) -> np.ndarray:
     """All inputs by all outputs, in host memory."""
-    axes = layout.axes(name, leaf.shape)
     ordered = np.transpose(np.asarray(leaf), (*axes.layers, *axes.spatial, *axes.inputs, *axes.outputs))
-    return ordered.reshape(-1, max(1, int(np.prod([leaf.shape[axis] for axis in axes.outputs]))))
+    return ordered.reshape(-1, max(1, math.prod(leaf.shape[axis] for axis in axes.outputs)))
 
 
-def _report(progress: Progress | None, done: int, total: int, name: str) -> None:
-    if progress is not None:
-        progress(done, total, name)
-
-
-def _key(setting: _Setting, names: list[str], **parts: Any) -> str:
-    settings = (setting.repeats, setting.seconds, MARGIN)
-    return files.key(machine=dict(setting.machine), kernels=files.kernels(), formats=names, settings=settings, **parts)
-
-
-def _kept_plan(folder: Path | None, key: str) -> Plan | None:
-    text = files.read(folder, key)
-    try:
-        return None if text is None else Plan.from_json(text)
-    except ValueError:
-        return None
-
-
-def _tune_leaf(
-    name: str, leaf: Any, sites: list[Site], names: list[str], pattern: dict[str, Any], setting: _Setting
-) -> LeafPlan:
+def _tune_leaf(name: str, leaf: Any, sites: list[Site], pattern: dict[str, Any], setting: _Setting) -> LeafPlan:
     """The leaf's contests at all of its sites, and the best format of them."""
     axes = setting.layout.axes(name, leaf.shape)
-    kept = [_kept_contest(site, names, pattern, axes, setting) for site in sites]
-    rivals = {} if all(kept) else _rivals(name, leaf, names, setting.layout)
-    measured = [
-        one or _measure(site, leaf, rivals, names, pattern, axes, setting)
-        for site, one in zip(sites, kept, strict=True)
-    ]
+    rivals = functools.cache(lambda: _rivals(name, leaf, setting))  # made only where something is measured
     plan = LeafPlan(
         name=name,
         shape=tuple(leaf.shape),
@@ -215,9 +206,9 @@ def _tune_leaf(
         sparsity=1 - pattern["nse"] / max(1, leaf.size),
         format="dense",
         why="",
-        sites=tuple(measured),
+        sites=tuple(_timings(site, leaf, rivals, setting, pattern=pattern, axes=axes) for site in sites),
     )
-    format, why = choose(plan, names)
+    format, why = choose(plan, setting.names)
     return dataclasses.replace(plan, format=format, why=why)
 
 
@@ -251,47 +242,30 @@ def _refusals(leaf: LeafPlan) -> str:
     return " ".join(reasons) or "none was to be tried."
 
 
-def _rivals(name: str, leaf: Any, names: list[str], layout: Layout) -> dict[str, SparseWeight | str]:
+def _rivals(name: str, leaf: Any, setting: _Setting) -> dict[str, SparseWeight | str]:
     """Format -> the compressed leaf, or why it cannot be."""
     if len(leaf.devices()) > 1:
-        return dict.fromkeys(names, f"Leaf {name!r} lies on {len(leaf.devices())} devices, compressed ones on one.")
+        reason = f"Leaf {name!r} lies on {len(leaf.devices())} devices, compressed ones on one."
+        return dict.fromkeys(setting.names, reason)
     rivals: dict[str, SparseWeight | str] = {}
-    for format in names:
+    for format in setting.names:
         try:
-            rivals[format] = compress({name: leaf}, format, select=lambda *_: True, layout=layout)[name]
+            rivals[format] = compress({name: leaf}, format, select=lambda *_: True, layout=setting.layout)[name]
         except REFUSALS as error:
             rivals[format] = str(error)
     return rivals
 
 
-def _contest_key(site: Site, names: list[str], pattern: dict[str, Any], axes: Axes, setting: _Setting) -> str:
+def _timings(
+    site: Site, leaf: Any, rivals: Callable[[], Mapping[str, SparseWeight | str]], setting: _Setting, **parts: Any
+) -> SiteTimings:
+    """The contest at a site, from the file of any leaf of these `parts`, or measured now and kept there."""
     # Any leaf of these shapes and zeros takes as long, whatever its name and however often it is used.
     what = dataclasses.replace(site, name="", index=0, count=1, macs=0)
-    return _key(setting, names, site=to_plain(what), pattern=pattern, axes=axes)
-
-
-def _kept_contest(
-    site: Site, names: list[str], pattern: dict[str, Any], axes: Axes, setting: _Setting
-) -> SiteTimings | None:
-    text = files.read(setting.folder, _contest_key(site, names, pattern, axes, setting))
-    try:
-        kept = None if text is None else from_plain(SiteTimings, json.loads(text))
-    except ValueError:
-        return None
-    return kept and dataclasses.replace(kept, count=site.count)
-
-
-def _measure(
-    site: Site,
-    leaf: Any,
-    rivals: Mapping[str, SparseWeight | str],
-    names: list[str],
-    pattern: dict[str, Any],
-    axes: Axes,
-    setting: _Setting,
-) -> SiteTimings:
-    timings = contest(site, leaf, rivals, repeats=setting.repeats, seconds=setting.seconds)
-    measured = SiteTimings(site.op, site.x_shape, site.x_dtype, site.count, timings)
-    key = _contest_key(site, names, pattern, axes, setting)
-    files.write(setting.folder, key, json.dumps(to_plain(measured), allow_nan=False))
-    return measured
+    key = setting.key(site=to_plain(what), **parts)
+    found = setting.kept(key, lambda text: from_plain(SiteTimings, json.loads(text)))
+    if found is None:
+        timings = contest(site, leaf, rivals(), repeats=setting.repeats, seconds=setting.seconds)
+        found = SiteTimings(site.op, site.x_shape, site.x_dtype, site.count, timings)
+        files.write(setting.folder, key, json.dumps(to_plain(found), allow_nan=False))
+    return dataclasses.replace(found, count=site.count)

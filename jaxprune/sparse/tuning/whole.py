@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from jaxprune.sparse.apply import apply
-from jaxprune.sparse.compress import compress
+from jaxprune.sparse.compression import compress
+from jaxprune.sparse.dispatch import apply
 from jaxprune.sparse.formats import FORMATS, SparseUseError
 from jaxprune.sparse.tuning.plan import Attempt, LeafPlan, Plan, Timing
 from jaxprune.sparse.tuning.race import REFUSALS, Program, compiled, differs, race

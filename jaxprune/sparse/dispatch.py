@@ -8,7 +8,7 @@ import jax
 import quax
 
 from jaxprune.compat import present_forms
-from jaxprune.sparse import conv, matmul  # noqa: F401  (they register their rules with quax)
+from jaxprune.sparse import conv, products  # noqa: F401  (they register their rules with quax)
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
 from jaxprune.sparse.fuse import fused
 
@@ -18,30 +18,31 @@ _NO_RULE = {
     "`jax.jit`: it then runs as it is, as long as no compressed leaf goes into it. A leaf that does stays dense with "
     "`compress(..., select=...)`.",
     "process_shard_map": "The function calls `jax.shard_map`, and quax has no rule for that. Put `apply` inside: "
-    "`jax.shard_map(apply(fn), in_specs=(PartitionSpec(), ...), ...)`, with compressed leaves whole on every device.",
+    "`jax.shard_map(apply(apply_fn), in_specs=(PartitionSpec(), ...), ...)`, with compressed leaves whole on every "
+    "device.",
 }
 """What quax says of a primitive that it knows no rule for -> what we say."""
 
 
-def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
-    """`fn`, whose arguments may now hold compressed leaves.
+def apply(apply_fn: F, *, unsupported: Unsupported = "refuse") -> F:
+    """`apply_fn`, whose arguments may now hold compressed leaves.
 
     Every product of activations with a compressed leaf runs on its non-zeros, in the native formats convolutions too;
     casts, transposes, copies and barriers go through, `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop` and
-    `checkpoint` inside `fn` too. `shard_map` goes around it, with compressed leaves whole on every device. The result
-    is plain arrays, except where `fn` returns a leaf itself. Under `jit`, pools, bias, residual and ReLU after a native
-    product are computed by its kernel (`jaxprune.sparse.fuse`).
+    `checkpoint` inside `apply_fn` too. `shard_map` goes around it, with compressed leaves whole on every device. The
+    result is plain arrays, except where `apply_fn` returns a leaf itself. Under `jit`, pools, bias, residual and ReLU
+    after a native product are computed by its kernel (`jaxprune.sparse.fuse`).
 
     Args:
-        fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.
+        apply_fn: any function of pytrees. Weights must be arguments: a compressed leaf it closes over is not seen.
         unsupported: what becomes of a compressed leaf that is used in any other way (added, indexed):
             "refuse", or "dense" to decompress it there, inside the program.
 
     Returns:
-        A function of the same arguments, to be jitted: `jax.jit(apply(fn))(sparse_params, x)`.
+        A function of the same arguments, to be jitted: `jax.jit(apply(apply_fn))(sparse_params, x)`.
 
     Raises:
-        SparseUseError: while tracing, naming leaf and operation; also for a `jax.shard_map` in `fn`, and a
+        SparseUseError: while tracing, naming leaf and operation; also for a `jax.shard_map` in `apply_fn`, and a
             `jax.custom_vjp` function outside of an inner `jit`, which quax cannot carry.
 
     Example:
@@ -50,12 +51,12 @@ def apply(fn: F, *, unsupported: Unsupported = "refuse") -> F:
     """
     check_unsupported(unsupported)
 
-    @functools.wraps(fn)
+    @functools.wraps(apply_fn)
     def on_compressed(*args: Any, **kwargs: Any) -> Any:
         if unsupported == "refuse":
-            return _quaxified(fn, args, kwargs)
+            return _quaxified(apply_fn, args, kwargs)
         args, kwargs = _mark((args, kwargs), "dense")
-        return _mark(_quaxified(fn, args, kwargs), "refuse")
+        return _mark(_quaxified(apply_fn, args, kwargs), "refuse")
 
     return on_compressed  # pyright: ignore[reportReturnType]
 

@@ -1,7 +1,7 @@
 """Between dense and compressed trees: `compress`, `decompress`, and what either weighs."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune import tree
+from jaxprune import native, tree
 from jaxprune.layout import BY_NAME, Layout
-from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, matrix_of
+from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_format, check_unsupported, matrix_of
 from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.types import Params
 
 
 def compress(
     params: Params,
-    format: Literal["bcoo", "bcsr", "dense"] | str | Plan = "bcoo",
+    format: str | Plan | None = None,
     *,
     select: tree.Select = tree.weights,
     layout: Layout = BY_NAME,
@@ -30,90 +30,135 @@ def compress(
     how many non-zeros there are decides shapes; the result is an argument of jitted functions, see `apply`. Weights
     of another pattern with as many non-zeros recompile nothing, blocks if their longest run is about as long, too.
 
+    Without a format every selected leaf takes that of `default_format`: "native" on a CPU, where the kernels are, else
+    "bcsr", and "bcoo" on everything else. It stays dense if it has no such form (as no convolution has in "bcoo" and
+    "bcsr", and stacked layers in none), or would take no fewer bytes in it than dense. What is fastest is measured by
+    `tune`; this is the guess.
+
     Args:
         params: any pytree of arrays (NNX State, Linen or Haiku dict, a filtered Equinox module).
         format: a name in `FORMATS`, or "dense", which leaves everything as it is; or a plan of `tune`, which says
-            which leaf gets which format, and by which layout, instead of `select` and `layout`.
+            which leaf gets which format, and by which layout, instead of `select` and `layout`; or None, see above.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
         layout: which axis of a matrix is summed over: told by the leaf's name, see `BY_NAME`; `FLAX`, (in, out); or
-            `TORCH`, (out, in), also Equinox's.
-        unsupported: what becomes of a selected leaf that is no matrix, such as a convolution kernel or stacked layers:
-            "refuse", or "dense" to leave it as it is.
+            `TORCH`, (out, in), also Equinox's; or `layout_of(sites)`, as the model's function uses them.
+        unsupported: what becomes of a selected leaf that has no form in the named format, such as a convolution kernel
+            or stacked layers: "refuse", or "dense" to leave it as it is.
 
     Raises:
         ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
-            be stacked layers as well as a convolution; nothing is selected.
+            be stacked layers as well as a convolution; its name does not tell its layout; nothing is selected.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)
-    if not isinstance(format, Plan) and format != "dense" and format not in FORMATS:
-        raise ValueError(f"There is no format {format!r}. There are: {', '.join(map(repr, (*FORMATS, 'dense')))}.")
-    for weight in _weights(params):
+    if isinstance(format, str):
+        check_format(format)
+    for weight in filter(_is_sparse, jax.tree.leaves(params, is_leaf=_is_sparse)):
         raise TypeError(f"Leaf {weight.name!r} is compressed already. Call `decompress(params)` first.")
     if format == "dense":
         return params
     if isinstance(format, Plan):
-        formats, layout = format.formats_for(params), format.layout
+        asked, layout = format.formats_for(params), format.layout
     else:
-        formats = dict.fromkeys(tree.selected_leaves(select, params), format)
+        asked = dict.fromkeys(tree.selected_leaves(select, params), format)
 
     def one(name: str, leaf: Any) -> Any:
-        if name not in formats:
+        if name not in asked:
             return leaf
         if isinstance(leaf, Tracer):
             raise TypeError(
                 f"Leaf {name!r} is traced. How many non-zeros it has depends on its values, so `compress` runs outside "
                 f"`jit`, `grad` and `vmap`; the compressed params are then an argument of the jitted function."
             )
-        format = FORMATS[formats[name]]
-        if has_form(name, leaf, format, layout, unsupported):
-            return _compress_leaf(name, leaf, format, layout)
-        return leaf
+        named = asked[name]
+        kind = FORMATS[named or default_format(leaf)]
+        if not has_form(name, leaf, kind, layout, unsupported if named else "dense"):
+            return leaf
+        weight = _compress_leaf(name, leaf, kind, layout)
+        return weight if named or weight.nbytes < leaf.nbytes else leaf
 
     return tree.map_named(one, params)
 
 
-def has_form(name: str, leaf: Any, format: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
+def default_format(leaf: Any) -> str:
+    """The format that `compress` tries where none is named.
+
+    | leaf | format |
+    |---|---|
+    | on a CPU, up to 32 bits, with the native kernels | "native" |
+    | on a CPU otherwise | "bcsr" |
+    | elsewhere | "bcoo" |
+
+    Args:
+        leaf: a committed array is where it lies, any other where jax's default backend is.
+    """
+    committed = isinstance(leaf, jax.Array) and leaf.committed
+    platform = next(iter(leaf.devices())).platform if committed else jax.default_backend()
+    if platform != "cpu":
+        return "bcoo"
+    return "native" if leaf.dtype.itemsize <= 4 and not native.why_missing() else "bcsr"
+
+
+def has_form(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
     """Whether a leaf becomes a weight of this format.
 
     Args:
         name: of the leaf.
         leaf: in host memory.
-        format: a class of `FORMATS`.
+        kind: a class of `FORMATS`.
         layout: see `compress`.
         unsupported: likewise.
 
     Raises:
-        ValueError: it does not, and `unsupported` is "refuse".
+        ValueError: it does not, and `unsupported` is "refuse"; it is a matrix or a kernel, and its name does not tell
+            which axis is summed over.
     """
     axes = layout.axes(name, leaf.shape)
-    convolution = bool(axes.spatial)
-    if convolution and unsupported == "refuse":
-        layout.check_stacked(name, leaf.shape)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
-    if one_each and (not convolution or (format.convolves and len(axes.spatial) <= 2)):
-        why_not = format.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))
+    if axes.spatial and not _is_convolution(name, leaf, layout, unsupported):
+        return False
+    if one_each and (not axes.spatial or (kind.convolves and len(axes.spatial) <= 2)):
+        _check_told(name, leaf, layout)
+        why_not = kind.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))
         if why_not and unsupported == "refuse":
             raise ValueError(f"Leaf {name!r} {tuple(leaf.shape)} has no such form: {why_not}")
         return not why_not
     if unsupported == "dense":
         return False
-    kind = "stacked layers" if axes.layers else "a convolution kernel" if convolution else "no matrix"
+    what = "stacked layers" if axes.layers else "a convolution kernel" if axes.spatial else "no matrix"
     able = sorted(name for name, one in FORMATS.items() if one.convolves)
     raise ValueError(
-        f"Leaf {name!r} {tuple(leaf.shape)} is {kind} by its layout. Only a matrix with one input and one output axis "
+        f"Leaf {name!r} {tuple(leaf.shape)} is {what} by its layout. Only a matrix with one input and one output axis "
         f"can be compressed, and in the formats {', '.join(able)} a convolution kernel with one or two spatial axes. "
         f"Leave it out with `select`, keep such leaves dense with "
         f'`compress(..., unsupported="dense")`, or correct `layout`.'
     )
 
 
-def _compress_leaf(name: str, leaf: Any, format: type[SparseWeight], layout: Layout) -> SparseWeight:
+def _is_convolution(name: str, leaf: Any, layout: Layout, unsupported: Unsupported) -> bool:
+    """Whether a leaf with spatial axes has them for certain; what may be stacked layers is refused, or stays dense."""
+    try:
+        layout.check_stacked(name, leaf.shape)
+    except ValueError:
+        if unsupported == "refuse":
+            raise
+        return False
+    return True
+
+
+def _check_told(name: str, leaf: Any, layout: Layout) -> None:
+    try:
+        layout.check_named(name, leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{error} A plan knows it too: `compress(params, tune(apply_fn, params, x))`.") from None
+
+
+def _compress_leaf(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout) -> SparseWeight:
     host = np.asarray(leaf)
     if np.isnan(host).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
     outputs_last = layout.axes(name, leaf.shape).outputs == (leaf.ndim - 1,)
-    weight = format.from_leaf(host, outputs_last=outputs_last, name=name)
+    weight = kind.from_leaf(host, outputs_last=outputs_last, name=name)
     if not isinstance(leaf, jax.Array) or not leaf.committed:
         return weight
     if isinstance(leaf.sharding, NamedSharding):
@@ -131,10 +176,6 @@ def nbytes(params: Params) -> int:
     """Bytes of all arrays of a tree, compressed or not, indices included."""
     leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
     return sum(math.prod(jnp.shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _weights(params: Params) -> list[SparseWeight]:
-    return [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_sparse) if _is_sparse(leaf)]
 
 
 def _is_sparse(leaf: Any) -> bool:

@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Inexact, Num
 from jaxprune.compat import pvary_p
 from jaxprune.exact.meshes import lying_as_dense
 from jaxprune.sparse import gpu
-from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight
+from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight, run_numbers
 from jaxprune.sparse.primitives import columns_product
 
 
@@ -122,8 +122,7 @@ def _csr_product(values: Array, index: Array, bounds: Array, x: Array, *, n_out:
 
 
 def _csr_coordinates(index: Array, bounds: Array, *, n_out: int) -> tuple[Array, Array]:
-    outputs = jnp.arange(n_out, dtype=jnp.int32)
-    return jnp.repeat(outputs, jnp.diff(bounds), total_repeat_length=index.shape[0]), index
+    return run_numbers(bounds, index.shape[0]), index
 
 
 csr_times = columns_product("csr_times", gpu.csr_product("csr_product", _csr_product), _csr_coordinates)
