@@ -14,7 +14,7 @@ Means are sums times a reciprocal: a division is rounded one way here and anothe
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxprune.exact.numerics import ordered_sum
 from jaxprune.layout import Axes, from_view, view_shape
-from jaxprune.tree import each_by_rule
+from jaxprune.tree import Rules, each_by_rule, pairs
+
+__all__ = ["Block", "Element", "GranularityByRule", "Head", "Input", "Kernel", "Output"]
 
 View = Float[Array, "*layers spatial n_in n_out"]
 Groups = Float[Array, "*layers g_spatial g_in g_out"]
@@ -126,7 +128,7 @@ class Head:
     """
 
     heads: int
-    along: str = "outputs"
+    along: Literal["outputs", "inputs"] = "outputs"
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.along not in ("outputs", "inputs"):
@@ -197,7 +199,7 @@ class Block:
         return jnp.squeeze(ordered_sum(tiles, (-3, -1)), (-3, -1))
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class GranularityByRule:
     """A granularity of its own for every leaf, by name: kernels here, tiles there, heads elsewhere.
 
@@ -205,8 +207,8 @@ class GranularityByRule:
     groups, of whatever size; `Budget()` counts their weights, so that the sparsity is one of weights.
 
     Attributes:
-        rules: (name pattern, granularity) pairs; the first that matches wins. A mapping is taken too. A leaf without a
-            rule is refused, and a rule whose pattern matches no leaf.
+        rules: pattern of names -> granularity; the first that matches wins. A leaf without a rule is refused, and a
+            rule whose pattern matches no leaf. Kept as a tuple of pairs.
 
     Raises:
         ValueError: a rule that is no granularity of one leaf (`Channels` reach across leaves).
@@ -215,22 +217,21 @@ class GranularityByRule:
         >>> GranularityByRule({"conv*": Kernel(), "*/attention/*": Head(8), "*": Block(4, 4)})
     """
 
-    rules: tuple[tuple[str, Granularity], ...]
+    rules: Rules[Granularity]
 
-    def __init__(self, rules: Mapping[str, Any] | tuple[tuple[str, Any], ...]) -> None:
-        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
-        for pattern, granularity in pairs:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", pairs(self.rules))
+        for pattern, granularity in pairs(self.rules):
             if not isinstance(granularity, Granularity) or isinstance(granularity, type):
                 raise ValueError(
                     f"`GranularityByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
                     "leaf, such as Block(4, 4) or Output()."
                 )
-        object.__setattr__(self, "rules", pairs)
 
     @property
     def looks_at_axes(self) -> bool:
         """Whether any of the rules does."""
-        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in self.rules)
+        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in pairs(self.rules))
 
 
 class Geometry(NamedTuple):

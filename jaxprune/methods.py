@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
-from jaxprune.criteria import BY_AXES, Running, joint_taylor, magnitude, momentum
+from jaxprune.criteria import BY_AXES, FACTORIES, Running, magnitude
 from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
 from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.exact.numerics import settled
@@ -57,7 +57,7 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", tree.hashable(self.select))
-        for makes, call in _FACTORIES:
+        for makes, call in FACTORIES.items():
             if self.criterion is makes:
                 raise TypeError(f"`{makes.__name__}` makes criteria and is none: call it, as in `{call}`.")
         _check_answer("criterion", self.criterion, callable(self.criterion), "magnitude")
@@ -68,9 +68,6 @@ class Method:
             _check_answer("distribution", distribution, callable(distribution) or distribution is not self.distribution,
                           "Global()")  # fmt: skip
         _check_answer("layout", self.layout, hasattr(self.layout, "axes"), "FLAX")
-
-
-_FACTORIES = ((joint_taylor, "joint_taylor(Output())"), (momentum, "momentum(0.9)"))
 
 
 def _check_answer(what: str, value: Any, fits: bool, example: str) -> None:

@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxprune.checks import check_sparsity
 from jaxprune.types import Schedule, UpdateWhen
 
+__all__ = ["alternating", "at", "constant", "cosine", "cubic", "every", "exponential", "linear", "one_shot", "rounds"]
+
 Step = Integer[Array, ""] | int
 
 
@@ -134,6 +136,10 @@ def exponential(final: float, *, begin: int, end: int, initial: float = 0.0) -> 
         "exponential", final, begin, end, initial,
         lambda p: 1.0 - (1.0 - initial) * jnp.exp(p * math.log((1 - final) / (1 - initial))),
     )  # fmt: skip
+
+
+RAMPS = (cubic, linear, cosine, exponential)
+"""What goes from one sparsity to another as training goes on; all have the arguments of `cubic`."""
 
 
 def _ramp(

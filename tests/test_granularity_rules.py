@@ -188,6 +188,6 @@ def test_rules_that_do_not_fit_are_refused(rules, message):
 
 
 @pytest.mark.parametrize("rule", [0.5, "block", Block, GranularityByRule({"*": Element()})], ids=str)
-def test_what_is_no_granularity_is_refused(rule):
+def test_what_is_no_granularity_is_refused(unchecked, rule):
     with pytest.raises(ValueError, match=r"`GranularityByRule` has .* for 'a\*'; what is expected pools and expands"):
         GranularityByRule({"a*": rule})
