@@ -32,7 +32,11 @@ Groups = Float[Array, "*layers g_spatial g_in g_out"]
 
 @runtime_checkable
 class Granularity(Protocol):
-    """The pair of maps between weights and groups."""
+    """The pair of maps between weights and groups.
+
+    An optional `looks_at_axes = False` says that it is all one which axes are inputs and outputs, and an optional
+    `spans_axes = False` that no group reaches along a whole axis, so that layers of a stack may be taps of a window.
+    """
 
     def pool(self, scores: View) -> Groups:
         """One score per group."""
@@ -48,6 +52,7 @@ class Element:
     """Every weight by itself: unstructured sparsity."""
 
     looks_at_axes: ClassVar[bool] = False
+    spans_axes: ClassVar[bool] = False
 
     def pool(self, scores: View) -> Groups:
         """The scores themselves."""
@@ -62,6 +67,8 @@ class Element:
 class _Slices:
     """All weights that share their place on the axes that are not pooled over."""
 
+    _pooled: ClassVar[tuple[int, ...]]
+
     def pool(self, scores: View) -> Groups:
         """Mean over the group's axes, which stay as axes of size 1."""
         size = max(math.prod(scores.shape[axis] for axis in self._pooled), 1)
@@ -71,18 +78,12 @@ class _Slices:
         """The group's verdict, repeated along its axes."""
         return jnp.broadcast_to(kept, shape)
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
 
 @dataclasses.dataclass(frozen=True)
 class Input(_Slices):
     """All weights that read one input: a row of a (in, out) matrix, an input channel of a convolution."""
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3, -1)
+    _pooled: ClassVar[tuple[int, ...]] = (-3, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,7 @@ class Output(_Slices):
         Li et al. 2017, arXiv:1608.08710 (filters ranked by their L1 norm, which is this mean times a constant).
     """
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3, -2)
+    _pooled: ClassVar[tuple[int, ...]] = (-3, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +105,7 @@ class Kernel(_Slices):
         Mao et al. 2017, arXiv:1705.08922 (2-D kernels among other granularities).
     """
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3,)
+    _pooled: ClassVar[tuple[int, ...]] = (-3,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +168,8 @@ class Block:
         cols: outputs of a tile, >= 1.
     """
 
+    spans_axes: ClassVar[bool] = False
+
     rows: int
     cols: int
 
@@ -227,11 +226,6 @@ class GranularityByRule:
                     f"`GranularityByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
                     "leaf, such as Block(4, 4) or Output()."
                 )
-
-    @property
-    def looks_at_axes(self) -> bool:
-        """Whether any of the rules does."""
-        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in pairs(self.rules))
 
 
 class Geometry(NamedTuple):

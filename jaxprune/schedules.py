@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxprune.checks import check_sparsity
+from jaxprune.checks import check_number, check_sparsity
 from jaxprune.types import Schedule, UpdateWhen
 
 __all__ = ["alternating", "at", "constant", "cosine", "cubic", "every", "exponential", "linear", "one_shot", "rounds"]
@@ -73,7 +73,7 @@ def as_update_when(
     Of a schedule that does not know when it changes, masks are computed every 100 steps.
     """
     if update_when is None:
-        return schedule.update_when if isinstance(schedule, Timed) else every(100)
+        return getattr(schedule, "update_when", None) or every(100)
     return update_when if callable(update_when) else lambda step: update_when
 
 
@@ -217,8 +217,8 @@ def rounds(
     """
     if (final is None) == (keep is None):
         raise ValueError("`rounds` needs either the final sparsity or `keep`, the share that a round keeps.")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"`rounds(keep=...)` is a share in (0, 1], got {keep}.")
+    if keep is not None:
+        check_number(keep, "`rounds(keep=...)` is a share in (0, 1],", high=1, ends="(]")
     final = 1 - keep**count if final is None else final  # pyright: ignore[reportOptionalOperand]
     check_sparsity(final, "final")
     if count < 1 or length < 1 or begin < 0:

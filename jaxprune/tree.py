@@ -79,8 +79,9 @@ def each_by_rule(what: str, rules: Rules[T], names: Iterable[str]) -> dict[str, 
         ValueError: a leaf without a rule; a rule whose pattern matches no leaf.
     """
     given, names = pairs(rules), list(names)
-    for name in names:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in given):
+    fitting = {name: [value for pattern, value in given if fnmatch.fnmatchcase(name, pattern)] for name in names}
+    for name, values in fitting.items():
+        if not values:
             raise ValueError(
                 f"No rule of `{what}` matches {name!r}. There are: {[pattern for pattern, _ in given]}. "
                 'Add one, such as "*", or leave the leaf out with `select`.'
@@ -88,7 +89,7 @@ def each_by_rule(what: str, rules: Rules[T], names: Iterable[str]) -> dict[str, 
     for pattern, _ in given:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"The rule {pattern!r} of `{what}` matches no pruned leaf. There are: {names}.")
-    return {name: next(value for pattern, value in given if fnmatch.fnmatchcase(name, pattern)) for name in names}
+    return {name: values[0] for name, values in fitting.items()}
 
 
 def weights(name: str, leaf: Any) -> bool:
@@ -144,7 +145,7 @@ def hashable(select: Select) -> Any:
     """`select` in a form that can be hashed, and gone through more than once: rules become (pattern, bool) pairs."""
     if callable(select) or isinstance(select, str):
         return select
-    return tuple(select.items()) if isinstance(select, Mapping) else tuple(select)
+    return pairs(select)  # pyright: ignore[reportArgumentType]
 
 
 def selector(select: Select) -> Callable[[str, Any], bool]:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -62,6 +62,8 @@ class Budget:
         >>> macs = jp.mac_costs(jp.trace(apply_fn, params, x), params)
         >>> masks = jp.compute_masks(jp.Method(distribution=jp.Budget(macs, limit=1e8)), params)
     """
+
+    is_priced: ClassVar[bool] = True
 
     costs: Rules[float] | None = None
     limit: float | None = None

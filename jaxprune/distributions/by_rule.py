@@ -32,10 +32,13 @@ class ByRule:
             if not callable(rule):
                 check_sparsity(rule, f"ByRule: {pattern}")
 
-    @property
-    def looks_at_axes(self) -> bool:
-        """Whether any of the rules does."""
-        return any(getattr(rule, "looks_at_axes", False) for _, rule in pairs(self.rules))
+    def _any(self, what: str) -> bool:
+        return any(getattr(rule, what, False) for _, rule in pairs(self.rules))
+
+    looks_at_axes = property(lambda self: self._any("looks_at_axes"), doc="Whether a rule does.")
+    spans_axes = property(lambda self: self._any("spans_axes"), doc="Whether contests of a rule do.")
+    is_pattern = property(lambda self: self._any("is_pattern"), doc="Whether a rule is.")
+    is_priced = property(lambda self: self._any("is_priced"), doc="Whether groups of a rule are.")
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """The rules' contests."""

@@ -31,6 +31,7 @@ class NM:
     """
 
     looks_at_axes: ClassVar[bool] = True
+    is_pattern: ClassVar[bool] = True
 
     n: int
     m: int
