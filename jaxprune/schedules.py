@@ -38,12 +38,6 @@ class Timed:
         return self.sparsity_at(step)
 
 
-def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
-    """0 until `begin`, 1 from `end` on, straight between."""
-    done = (jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1)
-    return jnp.where(jnp.asarray(step) >= end, jnp.float32(1.0), jnp.clip(done, 0.0, 1.0))
-
-
 def constant(sparsity: Float[Array, ""] | float) -> Schedule:
     """The same sparsity at every step.
 
@@ -152,9 +146,9 @@ def _ramp(
         raise ValueError(f"`{name}` needs 0 <= begin <= end, got begin={begin}, end={end}.")
 
     def schedule(step: Step) -> Float[Array, ""]:
-        done = _progress(step, begin, end)
+        done = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1), 0.0, 1.0)
         # The end is given, not computed: final + 0 * x need not round to the same float.
-        ramp = jnp.where(done == 1, jnp.float32(final), of(done))
+        ramp = jnp.where((done == 1) | (jnp.asarray(step) >= end), jnp.float32(final), of(done))
         return jnp.where(jnp.asarray(step) >= begin, ramp, jnp.float32(0.0))
 
     follows = every(max(1, min(100, (end - begin) // 10)), begin=begin, end=end)
