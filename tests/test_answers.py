@@ -10,8 +10,10 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import jax.numpy as jnp
 import pytest
 
+import jaxprune as jp
 from jaxprune import criteria, distributions, granularity, schedules
 
 ROOMS = {"granularity": granularity, "distributions": distributions}
@@ -44,6 +46,27 @@ def test_fields_are_typed_and_described(room, name):
     assert list(inspect.signature(found).parameters) == fields
     for field in fields:
         assert atoms(hints[field]) <= PLAIN, f"{name}.{field}: {hints[field]}"
+
+
+def test_objects_say_themselves_what_they_look_at():
+    """Of a stacked leaf that may be a convolution, and of a name that tells no axes; also objects of a user's own."""
+
+    class Outputs(distributions.Uniform):
+        spans_axes = True
+
+    class Rows(granularity.Output):
+        looks_at_axes = spans_axes = False
+
+    stacked, unnamed = {"layers/kernel": jnp.ones((3, 4, 6))}, {"layers/x": jnp.ones((4, 6))}
+    wide = ({"distribution": Outputs()}, {"distribution": jp.ByRule({"*": Outputs()})}, {"granularity": jp.Output()})
+    for answers in wide:
+        with pytest.raises(ValueError, match="may be stacked layers"):
+            jp.compute_masks(jp.Method(**answers), stacked, 0.5)
+    for answers in ({"distribution": jp.NM(2, 4)}, {"granularity": granularity.Block(2, 2)}):
+        jp.compute_masks(jp.Method(**answers), stacked, None if "distribution" in answers else 0.5)
+        with pytest.raises(ValueError, match="does not tell which axis"):
+            jp.compute_masks(jp.Method(**answers), unnamed, 0.5)
+    jp.compute_masks(jp.Method(granularity=Rows()), stacked | unnamed, 0.5)
 
 
 def test_a_type_that_says_nothing_is_seen():
