@@ -132,8 +132,6 @@ def test_what_cannot_be_meant_is_refused(call, message):
 
 def test_another_order_is_refused(unchecked):
     with pytest.raises(TypeError, match=r"`Method` and a function .* order; function came first and Method third"):
-        TypeError, match="needs a `Method` and a function .* in this order; function came first and Met"
-    ):
         jp.sensitivity(accuracy, PARAMS, jp.Method())
 
 
