@@ -253,44 +253,34 @@ class AcrossLeaves(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafByLeaf:
-    """A granularity of single leaves, as one of all of them.
+def pool_leaves(granularity: Any, scores: Mapping[str, View], geometry: Geometry) -> dict[str, Groups]:
+    """Scores of the groups of all leaves, of a granularity of whatever kind.
 
-    Attributes:
-        granularity: the same for all, or by name.
+    Raises:
+        ValueError: a leaf that does not fit, by its name.
     """
-
-    granularity: Granularity | GranularityByRule
-
-    def pool_leaves(self, scores: Mapping[str, View], geometry: Geometry) -> dict[str, Groups]:
-        """Scores of the groups of each leaf.
-
-        Raises:
-            ValueError: a leaf that does not fit, by its name.
-        """
-        by_leaf = granularities(self.granularity, scores)
-        groups = {}
-        for name, score in scores.items():
-            try:
-                groups[name] = by_leaf[name].pool(score)
-            except ValueError as error:
-                raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
-        return groups
-
-    def expand_leaves(self, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
-        """Masks of each leaf."""
-        by_leaf = granularities(self.granularity, kept)
-        masks = {}
-        for name, verdicts in kept.items():
-            axes, shape = geometry.axes[name], geometry.shapes[name]
-            masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
-        return masks
+    if isinstance(granularity, AcrossLeaves):
+        return dict(granularity.pool_leaves(scores, geometry))
+    by_leaf = granularities(granularity, scores)
+    groups = {}
+    for name, score in scores.items():
+        try:
+            groups[name] = by_leaf[name].pool(score)
+        except ValueError as error:
+            raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
+    return groups
 
 
-def across_leaves(granularity: Any) -> AcrossLeaves:
-    """A granularity of whatever kind as one of all leaves."""
-    return granularity if isinstance(granularity, AcrossLeaves) else LeafByLeaf(granularity)
+def expand_leaves(granularity: Any, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
+    """Masks of all leaves that the groups reach, of a granularity of whatever kind."""
+    if isinstance(granularity, AcrossLeaves):
+        return granularity.expand_leaves(kept, geometry)
+    by_leaf = granularities(granularity, kept)
+    masks = {}
+    for name, verdicts in kept.items():
+        axes, shape = geometry.axes[name], geometry.shapes[name]
+        masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
+    return masks
 
 
 def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:

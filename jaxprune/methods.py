@@ -25,8 +25,9 @@ from jaxprune.granularity import (
     Geometry,
     Granularity,
     GranularityByRule,
-    across_leaves,
+    expand_leaves,
     granularities,
+    pool_leaves,
 )
 from jaxprune.types import Masks, Params, Schedule, Scores, Sparsity, UpdateWhen
 
@@ -113,11 +114,10 @@ def compute_masks(
         alive = _evidence("masks", masks, params, leaves, axes)
         scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
     _check_priced(method)
-    grouping, geometry = across_leaves(method.granularity), _geometry(params, axes)
-    groups = grouping.pool_leaves(scores, geometry)
+    geometry = _geometry(params, axes)
+    groups = pool_leaves(method.granularity, scores, geometry)
     dims = {name: _dims(name, group, geometry) for name, group in groups.items()}
-    found = grouping.expand_leaves(method.distribution(groups, sparsity, dims=dims), geometry)
-
+    found = expand_leaves(method.granularity, method.distribution(groups, sparsity, dims=dims), geometry)
     _check_not_emptied(found, scores, alive)
 
     def mask_of(name: str, leaf: Array) -> Array:
@@ -154,7 +154,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, dict(across_leaves(method.granularity).pool_leaves(scores, _geometry(params, axes)))
+    return leaves, axes, pool_leaves(method.granularity, scores, _geometry(params, axes))
 
 
 @lying_like("params")

@@ -83,8 +83,8 @@ def test_what_is_listed_is_all_there_is(module):
         for name, value in vars(module).items()
         if not name.startswith("_") and callable(value) and getattr(value, "__module__", "").startswith(module.__name__)
     }
-    none = {"AcrossLeaves", "Distribution", "Geometry", "Granularity", "LeafByLeaf", "Running", "Timed"}
-    none |= {"across_leaves", "as_schedule", "as_update_when", "granularities"}
+    none = {"AcrossLeaves", "Distribution", "Geometry", "Granularity", "Running", "Timed"}
+    none |= {"as_schedule", "as_update_when", "expand_leaves", "granularities", "pool_leaves"}
     assert public - none == set(module.__all__)
 
 

@@ -18,7 +18,7 @@ from jaxprune.compat import present_forms
 from jaxprune.distributions import Distribution
 from jaxprune.masks import apply_masks, rewind, sparsity_of
 from jaxprune.methods import Method, compute_masks
-from jaxprune.training.transformation import everywhere
+from jaxprune.training.transformation import filled
 from jaxprune.types import Masks, Params
 
 Train = Callable[[Params, Masks, int], Params]
@@ -56,7 +56,7 @@ def iterate(
         return compute_masks(method, params, shares[k], masks=masks, **evidence(apply_masks(params, masks)))
 
     with present_forms():
-        return jax.lax.fori_loop(0, count, one, everywhere(True, params))
+        return jax.lax.fori_loop(0, count, one, filled(True, params))
 
 
 class Round(NamedTuple):
@@ -157,7 +157,7 @@ def iterative(
     needed = None
     if tolerance is not None and evaluate is not None:
         needed = (float(evaluate(params)) if reference is None else reference) - tolerance
-    alive = masks if masks is not None else everywhere(True, params)
+    alive = masks if masks is not None else filled(True, params)
     good, rounds, last, chosen = Iterated(params, alive, ()), [], 0.0, _names(method, params)
     for number, level in enumerate(levels, 1):
         last = _risen(level, last)

@@ -25,7 +25,7 @@ from jaxprune.exact.numerics import at_least_float32, settled
 from jaxprune.granularity import Granularity, Output
 from jaxprune.methods import Method, compute_masks, group_scores, init_statistics
 from jaxprune.training.inner import if_due
-from jaxprune.training.transformation import after, everywhere, evidence, remembered, transformation
+from jaxprune.training.transformation import after, evidence, filled, remembered, transformation
 from jaxprune.types import Masks, Params, Schedule
 
 Slopes = dict[str, Array]
@@ -170,7 +170,7 @@ def growing_penalty(
         raise ValueError(f"`growing_penalty` needs `every` >= 1 updates, got {every}.")
 
     def init(params: Params) -> GrowingPenaltyState:
-        return GrowingPenaltyState(jnp.zeros((), jnp.int32), everywhere(False, params))
+        return GrowingPenaltyState(jnp.zeros((), jnp.int32), filled(False, params))
 
     def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, GrowingPenaltyState]:
         step, known = state.penalty_step, evidence(key, state.penalty_step, updates, extra)

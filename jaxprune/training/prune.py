@@ -21,16 +21,7 @@ from jaxprune.masks import pack_masks, sparsity_of, unpack_masks
 from jaxprune.methods import Method, check_start, compute_masks, init_statistics, update_statistics
 from jaxprune.training.inner import dense_gradients, if_due, model_of, update_inner
 from jaxprune.training.regrowth import check_regrowth, regrow_masks
-from jaxprune.training.transformation import (
-    after,
-    begun,
-    everywhere,
-    evidence,
-    landed,
-    owned,
-    remembered,
-    transformation,
-)
+from jaxprune.training.transformation import after, begun, evidence, filled, landed, owned, remembered, transformation
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
 
@@ -133,7 +124,7 @@ def prune(
             _check_end(method, schedule, masks)
         start = () if masks is None else stored(owned(masks, model))
         # A copy: a donated state must not give away one leaf twice.
-        first = stored(everywhere(True, model)) if masks is None else jax.tree.map(jnp.copy, start)
+        first = stored(filled(True, model)) if masks is None else jax.tree.map(jnp.copy, start)
         return PruneState(
             masks=first, start=start, statistics=init_statistics(method, model), **begun(inner, params, key)
         )

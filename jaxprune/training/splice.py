@@ -21,7 +21,7 @@ from jaxprune.exact.numerics import settled
 from jaxprune.masks import straight_through
 from jaxprune.methods import Method, compute_masks, init_statistics
 from jaxprune.training.inner import evaluated, functions_of, if_due, model_of
-from jaxprune.training.transformation import after, begun, everywhere, evidence, landed, remembered, transformation
+from jaxprune.training.transformation import after, begun, evidence, filled, landed, remembered, transformation
 from jaxprune.types import Criterion, Masks, Params, Schedule, Scores, UpdateWhen
 
 
@@ -94,9 +94,7 @@ def splice(
     def init(params: Params) -> SpliceState:
         model, latent = model_of(params), jax.tree.map(jnp.copy, params)
         statistics = init_statistics(method, model)
-        return SpliceState(
-            masks=everywhere(True, model), latent=latent, statistics=statistics, **begun(inner, params, key)
-        )
+        return SpliceState(masks=filled(True, model), latent=latent, statistics=statistics, **begun(inner, params, key))
 
     def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, SpliceState]:
         latent, due = state.latent, when(state.step)

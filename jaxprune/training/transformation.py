@@ -74,7 +74,7 @@ def remembered(method: Method, statistics: Any, params: Params, known: dict[str,
     return statistics, {**known, "statistics": statistics} if statistics else known
 
 
-def everywhere(alive: bool, params: Params) -> Masks:
+def filled(alive: bool, params: Params) -> Masks:
     """Masks that are the same for every weight, where the params lie."""
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, alive, dtype=bool), params)
 
