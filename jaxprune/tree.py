@@ -145,7 +145,7 @@ def hashable(select: Select) -> Any:
     """`select` in a form that can be hashed, and gone through more than once: rules become (pattern, bool) pairs."""
     if callable(select) or isinstance(select, str):
         return select
-    return pairs(select)  # pyright: ignore[reportArgumentType]
+    return tuple(select.items()) if isinstance(select, Mapping) else tuple(select)
 
 
 def selector(select: Select) -> Callable[[str, Any], bool]:
