@@ -52,9 +52,8 @@ from jaxprune.distributions import (
     SigmaThreshold,
     Threshold,
     Uniform,
-    kth_largest,
-    top_k_mask,
 )
+from jaxprune.exact.ranking import kth_largest, top_k_mask
 from jaxprune.granularity import Block, Element, GranularityByRule, Head, Input, Kernel, Output
 from jaxprune.layout import BY_NAME, FLAX, TORCH, Axes, Layout
 from jaxprune.masks import (

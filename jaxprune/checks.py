@@ -3,6 +3,9 @@
 Values can be looked at only where they are concrete; under a trace (jit, vmap, ...) these checks let them pass.
 """
 
+import difflib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,10 +30,43 @@ def check_sparsity(sparsity: Any, what: str = "sparsity") -> None:
     if jnp.ndim(sparsity) != 0:
         raise ValueError(f"`{what}` is one number, got an array of shape {jnp.shape(sparsity)}.")
     value = float(sparsity)
-    if 0 <= value < 1:
+    if not 0 <= value < 1:
+        raise ValueError(f"`{what}` is the fraction removed, in [0, 1); got {value:g}.{percentage(value)}")
+
+
+def check_number(value: Any, said: str, low: float = 0.0, high: float = math.inf, ends: str = "[)") -> None:
+    """Refuse a number outside of an interval.
+
+    Args:
+        value: one number; a traced one passes.
+        said: what is expected, which begins the message: "`momentum` needs a decay in [0, 1),".
+        low: where the interval begins.
+        high: where it ends.
+        ends: "[]", "[)", "(]" or "()": whether these two are in it.
+
+    Raises:
+        ValueError: outside, NaN, or several numbers; a percentage is recognised where the interval ends with 1.
+    """
+    if not is_concrete(value):
         return
-    hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
-    raise ValueError(f"`{what}` is the fraction removed, in [0, 1); got {value:g}.{hint}")
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{said} got an array of shape {jnp.shape(value)}.")
+    number = float(value)
+    above = number >= low if ends[0] == "[" else number > low
+    below = number <= high if ends[1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"{said} got {value}.{percentage(number) if high == 1 else ''}")
+
+
+def percentage(value: float) -> str:
+    """ " Did you mean 0.9?" of 90 where a fraction is expected, or "" where it is no percentage."""
+    return f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" with the nearest of the known words, or "" if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def check_leaves(what: str, leaves: dict[str, Any], *, non_negative: bool = False) -> None:

@@ -14,7 +14,7 @@ Means are sums times a reciprocal: a division is rounded one way here and anothe
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxprune.exact.numerics import ordered_sum
 from jaxprune.layout import Axes, from_view, view_shape
-from jaxprune.tree import each_by_rule
+from jaxprune.tree import Rules, each_by_rule, pairs
+
+__all__ = ["Block", "Element", "GranularityByRule", "Head", "Input", "Kernel", "Output"]
 
 View = Float[Array, "*layers spatial n_in n_out"]
 Groups = Float[Array, "*layers g_spatial g_in g_out"]
@@ -30,7 +32,11 @@ Groups = Float[Array, "*layers g_spatial g_in g_out"]
 
 @runtime_checkable
 class Granularity(Protocol):
-    """The pair of maps between weights and groups."""
+    """The pair of maps between weights and groups.
+
+    An optional `looks_at_axes = False` says that it is all one which axes are inputs and outputs, and an optional
+    `spans_axes = False` that no group reaches along a whole axis, so that layers of a stack may be taps of a window.
+    """
 
     def pool(self, scores: View) -> Groups:
         """One score per group."""
@@ -46,6 +52,7 @@ class Element:
     """Every weight by itself: unstructured sparsity."""
 
     looks_at_axes: ClassVar[bool] = False
+    spans_axes: ClassVar[bool] = False
 
     def pool(self, scores: View) -> Groups:
         """The scores themselves."""
@@ -60,6 +67,8 @@ class Element:
 class _Slices:
     """All weights that share their place on the axes that are not pooled over."""
 
+    _pooled: ClassVar[tuple[int, ...]]
+
     def pool(self, scores: View) -> Groups:
         """Mean over the group's axes, which stay as axes of size 1."""
         size = max(math.prod(scores.shape[axis] for axis in self._pooled), 1)
@@ -69,18 +78,12 @@ class _Slices:
         """The group's verdict, repeated along its axes."""
         return jnp.broadcast_to(kept, shape)
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
 
 @dataclasses.dataclass(frozen=True)
 class Input(_Slices):
     """All weights that read one input: a row of a (in, out) matrix, an input channel of a convolution."""
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3, -1)
+    _pooled: ClassVar[tuple[int, ...]] = (-3, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +94,7 @@ class Output(_Slices):
         Li et al. 2017, arXiv:1608.08710 (filters ranked by their L1 norm, which is this mean times a constant).
     """
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3, -2)
+    _pooled: ClassVar[tuple[int, ...]] = (-3, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,7 @@ class Kernel(_Slices):
         Mao et al. 2017, arXiv:1705.08922 (2-D kernels among other granularities).
     """
 
-    @property
-    def _pooled(self) -> tuple[int, ...]:
-        return (-3,)
+    _pooled: ClassVar[tuple[int, ...]] = (-3,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Head:
     """
 
     heads: int
-    along: str = "outputs"
+    along: Literal["outputs", "inputs"] = "outputs"
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.along not in ("outputs", "inputs"):
@@ -169,6 +168,8 @@ class Block:
         cols: outputs of a tile, >= 1.
     """
 
+    spans_axes: ClassVar[bool] = False
+
     rows: int
     cols: int
 
@@ -197,7 +198,7 @@ class Block:
         return jnp.squeeze(ordered_sum(tiles, (-3, -1)), (-3, -1))
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class GranularityByRule:
     """A granularity of its own for every leaf, by name: kernels here, tiles there, heads elsewhere.
 
@@ -205,8 +206,8 @@ class GranularityByRule:
     groups, of whatever size; `Budget()` counts their weights, so that the sparsity is one of weights.
 
     Attributes:
-        rules: (name pattern, granularity) pairs; the first that matches wins. A mapping is taken too. A leaf without a
-            rule is refused, and a rule whose pattern matches no leaf.
+        rules: pattern of names -> granularity; the first that matches wins. A leaf without a rule is refused, and a
+            rule whose pattern matches no leaf. Kept as a tuple of pairs.
 
     Raises:
         ValueError: a rule that is no granularity of one leaf (`Channels` reach across leaves).
@@ -215,22 +216,16 @@ class GranularityByRule:
         >>> GranularityByRule({"conv*": Kernel(), "*/attention/*": Head(8), "*": Block(4, 4)})
     """
 
-    rules: tuple[tuple[str, Granularity], ...]
+    rules: Rules[Granularity]
 
-    def __init__(self, rules: Mapping[str, Any] | tuple[tuple[str, Any], ...]) -> None:
-        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
-        for pattern, granularity in pairs:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", pairs(self.rules))
+        for pattern, granularity in pairs(self.rules):
             if not isinstance(granularity, Granularity) or isinstance(granularity, type):
                 raise ValueError(
                     f"`GranularityByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
                     "leaf, such as Block(4, 4) or Output()."
                 )
-        object.__setattr__(self, "rules", pairs)
-
-    @property
-    def looks_at_axes(self) -> bool:
-        """Whether any of the rules does."""
-        return any(getattr(granularity, "looks_at_axes", True) for _, granularity in self.rules)
 
 
 class Geometry(NamedTuple):
@@ -258,44 +253,34 @@ class AcrossLeaves(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafByLeaf:
-    """A granularity of single leaves, as one of all of them.
+def pool_leaves(granularity: Any, scores: Mapping[str, View], geometry: Geometry) -> dict[str, Groups]:
+    """Scores of the groups of all leaves, of a granularity of whatever kind.
 
-    Attributes:
-        granularity: the same for all, or by name.
+    Raises:
+        ValueError: a leaf that does not fit, by its name.
     """
-
-    granularity: Granularity | GranularityByRule
-
-    def pool_leaves(self, scores: Mapping[str, View], geometry: Geometry) -> dict[str, Groups]:
-        """Scores of the groups of each leaf.
-
-        Raises:
-            ValueError: a leaf that does not fit, by its name.
-        """
-        by_leaf = granularities(self.granularity, scores)
-        groups = {}
-        for name, score in scores.items():
-            try:
-                groups[name] = by_leaf[name].pool(score)
-            except ValueError as error:
-                raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
-        return groups
-
-    def expand_leaves(self, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
-        """Masks of each leaf."""
-        by_leaf = granularities(self.granularity, kept)
-        masks = {}
-        for name, verdicts in kept.items():
-            axes, shape = geometry.axes[name], geometry.shapes[name]
-            masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
-        return masks
+    if isinstance(granularity, AcrossLeaves):
+        return dict(granularity.pool_leaves(scores, geometry))
+    by_leaf = granularities(granularity, scores)
+    groups = {}
+    for name, score in scores.items():
+        try:
+            groups[name] = by_leaf[name].pool(score)
+        except ValueError as error:
+            raise ValueError(f"Leaf {name!r}: {error} Leave it out with `select`, or check `layout`.") from None
+    return groups
 
 
-def across_leaves(granularity: Any) -> AcrossLeaves:
-    """A granularity of whatever kind as one of all leaves."""
-    return granularity if isinstance(granularity, AcrossLeaves) else LeafByLeaf(granularity)
+def expand_leaves(granularity: Any, kept: Mapping[str, Any], geometry: Geometry) -> dict[str, Shaped[Array, "..."]]:
+    """Masks of all leaves that the groups reach, of a granularity of whatever kind."""
+    if isinstance(granularity, AcrossLeaves):
+        return granularity.expand_leaves(kept, geometry)
+    by_leaf = granularities(granularity, kept)
+    masks = {}
+    for name, verdicts in kept.items():
+        axes, shape = geometry.axes[name], geometry.shapes[name]
+        masks[name] = from_view(by_leaf[name].expand(verdicts, view_shape(shape, axes)), axes, shape)
+    return masks
 
 
 def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -15,19 +15,19 @@ from jaxtyping import Array
 from jaxprune import layout as layouts
 from jaxprune import tree
 from jaxprune.checks import check_leaves, check_sparsity, is_concrete
-from jaxprune.criteria import BY_AXES, Running, joint_taylor, magnitude, momentum
-from jaxprune.distributions import Budget, ByRule, Distribution, Global, PerOutput
+from jaxprune.criteria import BY_AXES, FACTORIES, Running, magnitude
+from jaxprune.distributions import Distribution, Global
 from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.exact.numerics import settled
 from jaxprune.granularity import (
     AcrossLeaves,
-    Block,
     Element,
     Geometry,
     Granularity,
     GranularityByRule,
-    across_leaves,
+    expand_leaves,
     granularities,
+    pool_leaves,
 )
 from jaxprune.types import Masks, Params, Schedule, Scores, Sparsity, UpdateWhen
 
@@ -57,20 +57,17 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", tree.hashable(self.select))
-        for makes, call in _FACTORIES:
+        for makes, call in FACTORIES.items():
             if self.criterion is makes:
                 raise TypeError(f"`{makes.__name__}` makes criteria and is none: call it, as in `{call}`.")
         _check_answer("criterion", self.criterion, callable(self.criterion), "magnitude")
         pools = hasattr(self.granularity, "pool") and hasattr(self.granularity, "expand")
         known = pools or isinstance(self.granularity, GranularityByRule | AcrossLeaves)
         _check_answer("granularity", self.granularity, known, "Element()")
-        for distribution in (self.distribution, *_rules(self.distribution)):
-            _check_answer("distribution", distribution, callable(distribution) or distribution is not self.distribution,
-                          "Global()")  # fmt: skip
+        _check_answer("distribution", self.distribution, callable(self.distribution), "Global()")
+        for _, rule in getattr(self.distribution, "rules", ()):
+            _check_answer("distribution", rule, True, "Global()")
         _check_answer("layout", self.layout, hasattr(self.layout, "axes"), "FLAX")
-
-
-_FACTORIES = ((joint_taylor, "joint_taylor(Output())"), (momentum, "momentum(0.9)"))
 
 
 def _check_answer(what: str, value: Any, fits: bool, example: str) -> None:
@@ -117,11 +114,10 @@ def compute_masks(
         alive = _evidence("masks", masks, params, leaves, axes)
         scores = {name: jnp.where(alive[name], score, jnp.float32(0)) for name, score in scores.items()}
     _check_priced(method)
-    grouping, geometry = across_leaves(method.granularity), _geometry(params, axes)
-    groups = grouping.pool_leaves(scores, geometry)
+    geometry = _geometry(params, axes)
+    groups = pool_leaves(method.granularity, scores, geometry)
     dims = {name: _dims(name, group, geometry) for name, group in groups.items()}
-    found = grouping.expand_leaves(method.distribution(groups, sparsity, dims=dims), geometry)
-
+    found = expand_leaves(method.granularity, method.distribution(groups, sparsity, dims=dims), geometry)
     _check_not_emptied(found, scores, alive)
 
     def mask_of(name: str, leaf: Array) -> Array:
@@ -158,7 +154,7 @@ def group_scores(
 ) -> tuple[dict[str, Any], dict[str, layouts.Axes], dict[str, Array]]:
     """The selected leaves, their axes, and the scores of their groups; arguments and errors of `compute_masks`."""
     leaves, axes, scores = _scored(method, params, evidence)
-    return leaves, axes, dict(across_leaves(method.granularity).pool_leaves(scores, _geometry(params, axes)))
+    return leaves, axes, pool_leaves(method.granularity, scores, _geometry(params, axes))
 
 
 @lying_like("params")
@@ -215,15 +211,15 @@ def _seen(method: Method, params: Params) -> tuple[dict[str, Any], dict[str, lay
 
 def _check_axes(method: Method, leaves: dict[str, Any]) -> None:
     """Refuse leaves of which it matters to the method, and is not known, which axes are inputs and outputs."""
-    rules = (method.distribution, *_rules(method.distribution))
-    per_output = any(isinstance(rule, PerOutput) or getattr(rule, "per_output", False) for rule in rules)
-    everywhere = getattr(method.distribution, "looks_at_axes", False) or method.criterion in BY_AXES
+    distribution = method.distribution
+    looks = getattr(distribution, "looks_at_axes", False) or method.criterion in BY_AXES
+    spans = getattr(distribution, "spans_axes", False)
     across = isinstance(method.granularity, AcrossLeaves)
     by_leaf = dict.fromkeys(leaves, Element()) if across else granularities(method.granularity, leaves)
     for name, leaf in leaves.items():
-        if everywhere or getattr(by_leaf[name], "looks_at_axes", True):
+        if looks or getattr(by_leaf[name], "looks_at_axes", True):
             method.layout.check_named(name, jnp.shape(leaf))
-        if per_output or not isinstance(by_leaf[name], Element | Block):  # these are the same in any layer of a stack
+        if spans or getattr(by_leaf[name], "spans_axes", True):
             method.layout.check_stacked(name, jnp.shape(leaf))
 
 
@@ -235,8 +231,7 @@ def _dims(name: str, group: Array, geometry: Geometry) -> tuple[int, ...]:
 
 def _check_priced(method: Method) -> None:
     """Refuse prices of groups that have none of their own."""
-    priced = any(isinstance(rule, Budget) for rule in (method.distribution, *_rules(method.distribution)))
-    if priced and isinstance(method.granularity, AcrossLeaves):
+    if getattr(method.distribution, "is_priced", False) and isinstance(method.granularity, AcrossLeaves):
         raise ValueError(
             "`Budget` adds up what single groups cost; what a channel costs depends on which others are left, in the "
             "layer before and after. Use `masks_within` with `compacted_cost`."
@@ -256,10 +251,6 @@ def _check_not_emptied(found: dict[str, Array], scores: dict[str, Array], alive:
                 "is zero at the beginning, leave it out with `select`, or begin to prune when it has learnt; if it was "
                 "pruned before, hand in `masks=nonzero_masks(params)`."
             )
-
-
-def _rules(distribution: Any) -> tuple[Any, ...]:
-    return tuple(rule for _, rule in distribution.rules) if isinstance(distribution, ByRule) else ()
 
 
 def _evidence(key: str, value: Any, params: Params, leaves: dict[str, Array], axes: dict[str, layouts.Axes]) -> Any:

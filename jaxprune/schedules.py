@@ -13,8 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxprune.checks import check_sparsity
+from jaxprune.checks import check_number, check_sparsity
 from jaxprune.types import Schedule, UpdateWhen
+
+__all__ = ["alternating", "at", "constant", "cosine", "cubic", "every", "exponential", "linear", "one_shot", "rounds"]
 
 Step = Integer[Array, ""] | int
 
@@ -34,12 +36,6 @@ class Timed:
     def __call__(self, step: Any) -> Any:
         """The sparsity at a step."""
         return self.sparsity_at(step)
-
-
-def _progress(step: Step, begin: int, end: int) -> Float[Array, ""]:
-    """0 until `begin`, 1 from `end` on, straight between."""
-    done = (jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1)
-    return jnp.where(jnp.asarray(step) >= end, jnp.float32(1.0), jnp.clip(done, 0.0, 1.0))
 
 
 def constant(sparsity: Float[Array, ""] | float) -> Schedule:
@@ -71,7 +67,7 @@ def as_update_when(
     Of a schedule that does not know when it changes, masks are computed every 100 steps.
     """
     if update_when is None:
-        return schedule.update_when if isinstance(schedule, Timed) else every(100)
+        return getattr(schedule, "update_when", None) or every(100)
     return update_when if callable(update_when) else lambda step: update_when
 
 
@@ -136,6 +132,10 @@ def exponential(final: float, *, begin: int, end: int, initial: float = 0.0) -> 
     )  # fmt: skip
 
 
+RAMPS = (cubic, linear, cosine, exponential)
+"""What goes from one sparsity to another as training goes on; all have the arguments of `cubic`."""
+
+
 def _ramp(
     name: str, final: float, begin: int, end: int, initial: float, of: Callable[[Array], Float[Array, ""]]
 ) -> Schedule:
@@ -146,9 +146,9 @@ def _ramp(
         raise ValueError(f"`{name}` needs 0 <= begin <= end, got begin={begin}, end={end}.")
 
     def schedule(step: Step) -> Float[Array, ""]:
-        done = _progress(step, begin, end)
+        done = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1), 0.0, 1.0)
         # The end is given, not computed: final + 0 * x need not round to the same float.
-        ramp = jnp.where(done == 1, jnp.float32(final), of(done))
+        ramp = jnp.where((done == 1) | (jnp.asarray(step) >= end), jnp.float32(final), of(done))
         return jnp.where(jnp.asarray(step) >= begin, ramp, jnp.float32(0.0))
 
     follows = every(max(1, min(100, (end - begin) // 10)), begin=begin, end=end)
@@ -211,8 +211,8 @@ def rounds(
     """
     if (final is None) == (keep is None):
         raise ValueError("`rounds` needs either the final sparsity or `keep`, the share that a round keeps.")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"`rounds(keep=...)` is a share in (0, 1], got {keep}.")
+    if keep is not None:
+        check_number(keep, "`rounds(keep=...)` is a share in (0, 1],", high=1, ends="(]")
     final = 1 - keep**count if final is None else final  # pyright: ignore[reportOptionalOperand]
     check_sparsity(final, "final")
     if count < 1 or length < 1 or begin < 0:

@@ -16,6 +16,8 @@ import optax
 
 T = TypeVar("T")
 Select: TypeAlias = Callable[[str, Any], bool] | Mapping[str, bool] | Iterable[str | tuple[str, bool]]
+Rules: TypeAlias = Mapping[str, T] | tuple[tuple[str, T], ...]
+"""Pattern of leaf names -> value, or pairs of them; the first that matches wins."""
 
 _VECTORS = ("bias", "biases", "scale", "scales")  # ends of a word
 _TABLES = ("embed", "embeds", "embedding", "embeddings", "emb", "embs")
@@ -60,28 +62,34 @@ def first_match(rules: Iterable[tuple[str, T]], name: str) -> T | None:
     return next((value for pattern, value in rules if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def each_by_rule(what: str, rules: Iterable[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:
+def pairs(rules: Rules[T]) -> tuple[tuple[str, T], ...]:
+    """Rules as (pattern, value) pairs, which can be hashed if the values can."""
+    return tuple(rules.items() if isinstance(rules, Mapping) else rules)
+
+
+def each_by_rule(what: str, rules: Rules[T], names: Iterable[str]) -> dict[str, T]:
     """Leaf name -> value of the first rule that matches it.
 
     Args:
         what: whose rules they are, for the messages: "ByRule".
-        rules: (pattern, value) pairs.
+        rules: pattern -> value.
         names: of the leaves that are pruned.
 
     Raises:
         ValueError: a leaf without a rule; a rule whose pattern matches no leaf.
     """
-    rules, names = list(rules), list(names)
-    for name in names:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in rules):
+    given, names = pairs(rules), list(names)
+    fitting = {name: [value for pattern, value in given if fnmatch.fnmatchcase(name, pattern)] for name in names}
+    for name, values in fitting.items():
+        if not values:
             raise ValueError(
-                f"No rule of `{what}` matches {name!r}. There are: {[pattern for pattern, _ in rules]}. "
+                f"No rule of `{what}` matches {name!r}. There are: {[pattern for pattern, _ in given]}. "
                 'Add one, such as "*", or leave the leaf out with `select`.'
             )
-    for pattern, _ in rules:
+    for pattern, _ in given:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"The rule {pattern!r} of `{what}` matches no pruned leaf. There are: {names}.")
-    return {name: next(value for pattern, value in rules if fnmatch.fnmatchcase(name, pattern)) for name in names}
+    return {name: values[0] for name, values in fitting.items()}
 
 
 def weights(name: str, leaf: Any) -> bool:

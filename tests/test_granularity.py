@@ -95,7 +95,7 @@ def test_the_weakest_head_goes_and_experts_are_outputs():
     assert masks["experts"].any((1, 2)).tolist() == [True, False, True]
 
 
-def test_heads_that_do_not_divide_are_refused_by_the_leafs_name():
+def test_heads_that_do_not_divide_are_refused_by_the_leafs_name(unchecked):
     with pytest.raises(
         ValueError, match=r"Leaf 'wq': 6 outputs do not divide into 4 heads. Leave it out with `select`"
     ):

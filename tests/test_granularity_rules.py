@@ -158,8 +158,10 @@ def test_scores_of_groups_are_pooled_by_the_same_rules():
 
 
 def test_sensitivity_prunes_each_leaf_by_its_rule():
-    found = jp.sensitivity(lambda p: jnp.sum(jnp.stack([jnp.sum(w != 0) for w in jax.tree.leaves(p)])), PARAMS,
-                           method(jp.Uniform()), (0.5,))  # fmt: skip
+    def alive(p):
+        return jnp.sum(jnp.stack([jnp.sum(w != 0) for w in jax.tree.leaves(p)]))
+
+    found = jp.sensitivity(method(jp.Uniform()), PARAMS, alive, (0.5,))
     dense = sum(leaf.size for leaf in PARAMS.values()) - 24
     assert found.dense == dense
     assert {n: dense - row[0] for n, row in zip(found.names, found.accuracies, strict=True)} == {
@@ -188,6 +190,6 @@ def test_rules_that_do_not_fit_are_refused(rules, message):
 
 
 @pytest.mark.parametrize("rule", [0.5, "block", Block, GranularityByRule({"*": Element()})], ids=str)
-def test_what_is_no_granularity_is_refused(rule):
+def test_what_is_no_granularity_is_refused(unchecked, rule):
     with pytest.raises(ValueError, match=r"`GranularityByRule` has .* for 'a\*'; what is expected pools and expands"):
         GranularityByRule({"a*": rule})

@@ -12,14 +12,17 @@ step (`running`). `jaxprune.evidence` computes what they look at.
 
 from jaxprune.criteria.activations import activation_mean, apoz, wanda
 from jaxprune.criteria.gradients import fisher, gradient, grasp, joint_taylor, snip, synflow, taylor, taylor_squared
-from jaxprune.criteria.running import Running, momentum, movement
+from jaxprune.criteria.running import Running as Running
+from jaxprune.criteria.running import momentum, movement
 from jaxprune.criteria.weights import geometric_median, lamp, magnitude, norm_scale, random, squared_magnitude
 
 BY_AXES = frozenset({activation_mean, apoz, geometric_median, norm_scale, wanda})
 """Criteria to which it matters which axis of a weight is summed over."""
 
+FACTORIES = {joint_taylor: "joint_taylor(Output())", momentum: "momentum(0.9)"}
+"""Functions that make criteria and are none, and how they are called; all others in `__all__` are criteria."""
+
 __all__ = [
-    "Running",
     "activation_mean",
     "apoz",
     "fisher",

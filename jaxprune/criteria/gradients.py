@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
 from jaxprune.exact.numerics import ordered_sum, rounded
-from jaxprune.tree import each_by_rule
+from jaxprune.granularity import Granularity, GranularityByRule, granularities
 from jaxprune.types import Scores
 
 
@@ -51,7 +51,7 @@ def taylor_squared(params: Views, /, *, grads: Views, **_: Any) -> Scores:
     return {name: jnp.square(change) for name, change in changes(params, grads).items()}
 
 
-def joint_taylor(granularity: Any) -> Callable[..., Scores]:
+def joint_taylor(granularity: Granularity | GranularityByRule) -> Callable[..., Scores]:
     r"""Square of the change if a whole group were zero, $S = \frac{1}{n} (\sum_{i=1}^n w_i g_i)^2$ for its n weights.
 
     Changes of single weights may cancel in a group; `taylor` and `taylor_squared` do not see that. All weights of a
@@ -65,7 +65,7 @@ def joint_taylor(granularity: Any) -> Callable[..., Scores]:
     """
 
     def joint(params: Views, /, *, grads: Views, **_: Any) -> Scores:
-        by_leaf = each_by_rule("GranularityByRule", getattr(granularity, "rules", (("*", granularity),)), params)
+        by_leaf = granularities(granularity, params)
         scores = {}
         for name, change in changes(params, grads).items():
             means = by_leaf[name].pool(change)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxprune.checks import check_number
 from jaxprune.criteria.gradients import changes, from_least
 from jaxprune.criteria.weights import Views
 from jaxprune.types import Scores
@@ -73,8 +74,7 @@ def momentum(decay: float = 0.9) -> Running:
     References:
         Dettmers and Zettlemoyer 2019, arXiv:1907.04840.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"`momentum` needs a decay in [0, 1), got {decay}.")
+    check_number(decay, "`momentum` needs a decay in [0, 1),", high=1)
 
     def update(statistics: Views, params: Views, /, *, grads: Views, **_: Any) -> Views:
         return {name: decay * statistics[name] + (1 - decay) * grads[name].astype(jnp.float32) for name in params}

@@ -15,7 +15,7 @@ survives. `Budget` counts what groups cost instead.
 from jaxprune.distributions.budget import Budget
 from jaxprune.distributions.by_rule import ByRule
 from jaxprune.distributions.by_sensitivity import BySensitivity
-from jaxprune.distributions.contest import Distribution
+from jaxprune.distributions.contest import Distribution as Distribution
 from jaxprune.distributions.erk import ERK
 from jaxprune.distributions.global_ import Global
 from jaxprune.distributions.nm import NM
@@ -23,9 +23,8 @@ from jaxprune.distributions.owl import OWL
 from jaxprune.distributions.per_output import PerOutput
 from jaxprune.distributions.thresholds import SigmaThreshold, Threshold
 from jaxprune.distributions.uniform import Uniform
-from jaxprune.exact.ranking import kth_largest, top_k_mask
 
 __all__ = [
-    "ERK", "NM", "OWL", "Budget", "ByRule", "BySensitivity", "Distribution", "Global", "PerOutput", "SigmaThreshold",
-    "Threshold", "Uniform", "kth_largest", "top_k_mask",
+    "ERK", "NM", "OWL", "Budget", "ByRule", "BySensitivity", "Global", "PerOutput", "SigmaThreshold", "Threshold",
+    "Uniform",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -18,14 +18,14 @@ from jaxprune.distributions.contest import Dims, Groups, Kept, required
 from jaxprune.exact.numerics import settled
 from jaxprune.exact.ranking import fitting_masks
 from jaxprune.exact.wide import Wide, larger, left_of, wide
-from jaxprune.tree import each_by_rule
+from jaxprune.tree import Rules, each_by_rule, pairs
 from jaxprune.types import Sparsity
 
 FINEST = 1 << 62  # of these units the whole is made where no unit divides all costs
 ROUNDING = Fraction(1, 1 << 50)  # of a sparsity that is a Python float
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class Budget:
     r"""All groups of all leaves compete; the best survive whose costs together are at most the budget.
 
@@ -42,9 +42,9 @@ class Budget:
     and come last; where the next one was too large, the room it left may bring smaller ones of them back.
 
     Attributes:
-        costs: (name pattern, cost of one weight, >= 0) pairs; the first that matches wins. A mapping is taken too, such
-            as `mac_costs(sites, params)` or `byte_costs(params)`; without any, every weight costs 1. A leaf without a
-            cost is refused, and a pattern that matches no leaf.
+        costs: pattern of names -> cost of one weight, >= 0; the first that matches wins. `mac_costs(sites, params)` and
+            `byte_costs(params)` make them; without any, every weight costs 1. A leaf without a cost is refused, and a
+            pattern that matches no leaf. Kept as a tuple of pairs.
         limit: what the pruned leaves may cost together, in the unit of the costs, instead of a sparsity. Where there is
             one too (a gradual schedule), the budget is the larger of both: sparsity rises until the limit is reached.
         per_cost: scores compete divided by the cost of one weight, so that a leaf must be worth what it costs. A
@@ -63,34 +63,30 @@ class Budget:
         >>> masks = jp.compute_masks(jp.Method(distribution=jp.Budget(macs, limit=1e8)), params)
     """
 
-    costs: tuple[tuple[str, float], ...]
-    limit: float | None
-    per_cost: bool
+    is_priced: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        costs: Mapping[str, float] | tuple[tuple[str, float], ...] | None = None,
-        limit: float | None = None,
-        per_cost: bool = False,
-    ) -> None:
-        given = {"*": 1.0} if costs is None else costs
-        pairs = tuple((p, float(c)) for p, c in (given.items() if isinstance(given, Mapping) else given))
-        for pattern, cost in pairs:
+    costs: Rules[float] | None = None
+    limit: float | None = None
+    per_cost: bool = False
+
+    def __post_init__(self) -> None:
+        given = pairs({"*": 1.0} if self.costs is None else self.costs)
+        object.__setattr__(self, "costs", tuple((pattern, float(cost)) for pattern, cost in given))
+        object.__setattr__(self, "limit", None if self.limit is None else float(self.limit))
+        for pattern, cost in given:
             if not 0 <= cost < math.inf:
                 raise ValueError(f"`Budget`: a weight of {pattern!r} costs {cost:g}; costs are finite and at least 0.")
-        if limit is not None and not 0 < limit < math.inf:
+        if self.limit is not None and not 0 < self.limit < math.inf:
             raise ValueError(
-                f"`Budget(limit=...)` is what the pruned leaves may cost together, above 0 and finite; got {limit:g}."
+                "`Budget(limit=...)` is what the pruned leaves may cost together, above 0 and finite; got "
+                f"{self.limit:g}."
             )
-        object.__setattr__(self, "costs", pairs)
-        object.__setattr__(self, "limit", None if limit is None else float(limit))
-        object.__setattr__(self, "per_cost", per_cost)
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest over everything that costs something."""
         if sparsity is not None or self.limit is None:
             required(sparsity, self)
-        weight = each_by_rule("Budget", self.costs, groups)
+        weight = each_by_rule("Budget", self.costs or (), groups)
         paid = {name: scores for name, scores in groups.items() if weight[name] > 0 and scores.size}
         if not paid:
             raise ValueError(f"`Budget` finds nothing to save: the weights of {list(groups)} cost 0 each.")

@@ -5,7 +5,7 @@ drop_l(s_l) = d, the same for all leaves,     with d such that     sum of n_l s_
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxprune.distributions.contest import Dims, Groups, Kept, contest, required
-from jaxprune.tree import each_by_rule
+from jaxprune.tree import Rules, each_by_rule, pairs
 from jaxprune.types import Sparsity
 
 Curve = tuple[tuple[float, float], ...]
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class BySensitivity:
     r"""Leaves are pruned until each alone would cost the same accuracy; those that feel it late are pruned far.
 
@@ -34,9 +34,9 @@ class BySensitivity:
     A sparsity above what the curves allow is refused where it is known; a traced one stops there.
 
     Attributes:
-        curves: (name pattern, ((sparsity, drop), ...)) pairs; the first that matches wins. A mapping is taken too. A
-            leaf without a curve is refused, and a pattern that matches no leaf. `sensitivity(...).distribution()` makes
-            them.
+        curves: pattern of names -> ((sparsity, drop), ...); the first that matches wins. A leaf without a curve is
+            refused, and a pattern that matches no leaf. `sensitivity(...).distribution()` makes them. Kept as a tuple
+            of pairs.
 
     Raises:
         ValueError: a curve without a point above sparsity 0, with one sparsity twice, or with numbers out of range.
@@ -49,11 +49,11 @@ class BySensitivity:
         >>> BySensitivity({"conv*": ((0.5, 0.01), (0.9, 0.2)), "*": ((0.5, 0.0), (0.9, 0.01))})
     """
 
-    curves: tuple[tuple[str, Curve], ...]
+    curves: Rules[Sequence[tuple[float, float]]]
 
-    def __init__(self, curves: Mapping[str, Sequence[Any]] | tuple[tuple[str, Sequence[Any]], ...]) -> None:
-        pairs = curves.items() if isinstance(curves, Mapping) else curves
-        object.__setattr__(self, "curves", tuple((pattern, _checked(pattern, points)) for pattern, points in pairs))
+    def __post_init__(self) -> None:
+        checked = tuple((pattern, _checked(pattern, points)) for pattern, points in pairs(self.curves))
+        object.__setattr__(self, "curves", checked)
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest a leaf, each at its own sparsity."""
@@ -99,7 +99,7 @@ def _checked(pattern: str, points: Sequence[Any]) -> Curve:
     return tuple(zip([0.0, *(sparsity for sparsity, _ in curve)], map(float, drops), strict=True))
 
 
-def _way(curves: Sequence[Curve]) -> Float[np.ndarray, "corners leaves"]:
+def _way(curves: Sequence[Any]) -> Float[np.ndarray, "corners leaves"]:
     """Sparsities of all leaves as the common drop rises: straight from corner to corner.
 
     Every drop of a point is two corners: where the curves arrive at it, and where those that are flat there leave it.

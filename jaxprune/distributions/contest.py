@@ -19,7 +19,12 @@ LAYER = (-3, -2, -1)
 
 @runtime_checkable
 class Distribution(Protocol):
-    """Group scores -> verdicts."""
+    """Group scores -> verdicts.
+
+    Optional attributes say what else it is, each False if it is not there: `looks_at_axes`, it matters which axes are
+    inputs and outputs; `spans_axes`, contests reach along a whole axis, so that layers of a stack must be known as
+    such; `is_pattern`, runs of groups have a number of survivors of their own; `is_priced`, groups cost something.
+    """
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """True where the group survives, shaped like `groups`."""

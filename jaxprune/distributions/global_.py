@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.checks import check_number
 from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, count, required
 from jaxprune.exact.numerics import ordered_sum, rounded_share, settled
 from jaxprune.exact.ranking import top_k_mask, top_k_masks
@@ -32,8 +33,7 @@ class Global:
     normalized: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"`Global(floor=...)` is a density in [0, 1], got {self.floor}.")
+        check_number(self.floor, "`Global(floor=...)` is a density in [0, 1],", high=1, ends="[]")
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest over everything."""

@@ -1,7 +1,7 @@
 """N:M: a contest for every few groups in a row."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -31,10 +31,11 @@ class NM:
     """
 
     looks_at_axes: ClassVar[bool] = True
+    is_pattern: ClassVar[bool] = True
 
     n: int
     m: int
-    along: str = "inputs"
+    along: Literal["inputs", "outputs", "window"] = "inputs"
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:

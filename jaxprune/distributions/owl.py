@@ -40,6 +40,8 @@ class OWL:
         """Whether weights compete within each output."""
         return self.per_output
 
+    spans_axes = looks_at_axes
+
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest a leaf or an output, each leaf at its own sparsity."""
         axes = (-3, -2) if self.per_output else LAYER

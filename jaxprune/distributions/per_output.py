@@ -16,6 +16,7 @@ class PerOutput:
     """
 
     looks_at_axes: ClassVar[bool] = True
+    spans_axes: ClassVar[bool] = True
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """One contest an output."""

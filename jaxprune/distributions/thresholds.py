@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxprune.checks import check_number
 from jaxprune.distributions.contest import LAYER, Dims, Groups, Kept, count, refuse
 from jaxprune.exact.numerics import ordered_sum, settled
 from jaxprune.types import Sparsity
@@ -21,8 +22,7 @@ class Threshold:
     t: float
 
     def __post_init__(self) -> None:
-        if not self.t >= 0:
-            raise ValueError(f"`Threshold(t)` needs t >= 0, got {self.t}.")
+        check_number(self.t, "`Threshold(t)` needs t >= 0,", ends="[]")
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """No contest: every group for itself."""
@@ -50,8 +50,7 @@ class SigmaThreshold:
     pooled: bool = False
 
     def __post_init__(self) -> None:
-        if not self.k >= 0:
-            raise ValueError(f"`SigmaThreshold(k)` needs k >= 0, got {self.k}.")
+        check_number(self.k, "`SigmaThreshold(k)` needs k >= 0,", ends="[]")
 
     def __call__(self, groups: Groups, sparsity: Sparsity | None, *, dims: Dims) -> Kept:
         """No contest: every group for itself."""

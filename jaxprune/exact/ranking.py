@@ -72,10 +72,7 @@ def top_k_mask(
         TypeError: the scores are not floating, or wider than 32 bits.
     """
     axes = tuple(range(-scores.ndim, 0)) if axes is None else axes
-    n = 1
-    for axis in axes:
-        n *= scores.shape[axis]
-    _check(scores, k, n)
+    _check(scores, k, math.prod(scores.shape[axis] for axis in axes))
     if scores.ndim == 0:
         return jnp.asarray(k, jnp.uint32) > 0
     return _masks((scores,), jnp.asarray(k, jnp.uint32), None, axes)[0]

@@ -76,9 +76,9 @@ class Sensitivity(tables.Table):
 
 
 def sensitivity(
-    evaluate: Callable[[Params], Any],
-    params: Params,
     method: Method,
+    params: Params,
+    evaluate: Callable[[Params], Any],
     sparsities: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
     **evidence: Any,
 ) -> Sensitivity:
@@ -88,21 +88,27 @@ def sensitivity(
     Python; one that is jitted is compiled once, since every call has the same shapes.
 
     Args:
-        evaluate: params -> one number, such as the accuracy on held-out data.
-        params: any pytree of arrays.
         method: how a leaf is pruned; its distribution is over the one leaf.
+        params: any pytree of arrays.
+        evaluate: params -> one number, such as the accuracy on held-out data.
         sparsities: fractions removed, each in [0, 1).
         **evidence: what the criterion looks at besides the weights, as `compute_masks` takes it.
 
     Raises:
         ValueError: a sparsity that is no fraction, none at all, or `evaluate` gives something else than one number.
+        TypeError: what comes first is no method, or what comes third no function.
 
     References:
         Han et al. 2015, arXiv:1506.02626, prune and evaluate layer by layer; Li et al. 2017, arXiv:1608.08710, filters.
 
     Example:
-        >>> print(jp.sensitivity(jax.jit(accuracy), params, jp.Method()))
+        >>> print(jp.sensitivity(jp.Method(), params, jax.jit(accuracy)))
     """
+    if not isinstance(method, Method) or not callable(evaluate):
+        raise TypeError(
+            "`sensitivity(method, params, evaluate)` needs a `Method` and a function params -> number in this order; "
+            f"{type(method).__name__} came first and {type(evaluate).__name__} third."
+        )
     if not sparsities:
         raise ValueError("`sparsities` is empty: name one fraction or more, such as (0.5, 0.9).")
     for sparsity in sparsities:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxprune.checks import is_concrete
+from jaxprune.checks import check_number
 from jaxprune.exact.numerics import at_least_float32
 
 
@@ -66,8 +66,7 @@ def distillation_loss(
             "`distillation_loss` needs logits (*batch, classes) of student and teacher for the same samples, at least "
             f"one; got shapes {jnp.shape(logits)} and {jnp.shape(teacher_logits)}."
         )
-    if is_concrete(temperature) and not 0 < temperature < float("inf"):
-        raise ValueError(f"`distillation_loss` needs a finite temperature > 0, got {float(temperature):g}.")
+    check_number(temperature, "`distillation_loss` needs a finite temperature > 0,", ends="()")
     student, teacher = (_log_softmax(z, temperature) for z in (logits, jax.lax.stop_gradient(teacher_logits)))
     # 0 log 0 = 0, where the teacher leaves a class out.
     losses = optax.losses.kl_divergence_with_log_targets(student, teacher, where=teacher != -jnp.inf)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune import tree
-from jaxprune.checks import is_concrete
+from jaxprune.checks import check_number
 from jaxprune.types import Masks
 
 
@@ -33,8 +33,7 @@ def adjusted_dropout(
         Han et al. 2015, arXiv:1506.02626, section 3.2, eq. 2: dropout acts on neurons, whose number goes as the root of
         that of their connections.
     """
-    if is_concrete(rate) and not 0 <= rate < 1:
-        raise ValueError(f"`adjusted_dropout` needs a rate in [0, 1), got {float(rate):g}.")
+    check_number(rate, "`adjusted_dropout` needs a rate in [0, 1),", high=1)
     # Selected as their weights would be, which are floating.
     shapes = jax.tree.map(lambda mask: jax.ShapeDtypeStruct(mask.shape, jnp.float32), masks)
     alive, dense = tree.named_leaves(masks), tree.selected_leaves(select, shapes)

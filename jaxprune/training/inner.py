@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.extend.core import Literal
-from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import tree
 from jaxprune.checks import is_concrete
@@ -179,9 +178,3 @@ def if_due(due: Any, compute: Callable[[], T], masks: T) -> T:
     if is_concrete(due):
         return compute() if due else masks
     return lax.cond(due, compute, lambda: masks)
-
-
-def land(update: Shaped[Array, "..."], param: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
-    """The update where alive, minus the param where dead, in a dtype that holds both exactly."""
-    exact = jnp.promote_types(update.dtype, param.dtype)
-    return jnp.where(mask, update.astype(exact), -param.astype(exact))

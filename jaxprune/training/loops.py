@@ -18,6 +18,7 @@ from jaxprune.compat import present_forms
 from jaxprune.distributions import Distribution
 from jaxprune.masks import apply_masks, rewind, sparsity_of
 from jaxprune.methods import Method, compute_masks
+from jaxprune.training.transformation import filled
 from jaxprune.types import Masks, Params
 
 Train = Callable[[Params, Masks, int], Params]
@@ -54,9 +55,8 @@ def iterate(
     def one(k: Any, masks: Masks) -> Masks:
         return compute_masks(method, params, shares[k], masks=masks, **evidence(apply_masks(params, masks)))
 
-    everything = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
     with present_forms():
-        return jax.lax.fori_loop(0, count, one, everything)
+        return jax.lax.fori_loop(0, count, one, filled(True, params))
 
 
 class Round(NamedTuple):
@@ -157,7 +157,7 @@ def iterative(
     needed = None
     if tolerance is not None and evaluate is not None:
         needed = (float(evaluate(params)) if reference is None else reference) - tolerance
-    alive = masks if masks is not None else jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), params)
+    alive = masks if masks is not None else filled(True, params)
     good, rounds, last, chosen = Iterated(params, alive, ()), [], 0.0, _names(method, params)
     for number, level in enumerate(levels, 1):
         last = _risen(level, last)

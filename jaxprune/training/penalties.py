@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.checks import check_sparsity, is_concrete
+from jaxprune.checks import check_number, check_sparsity
 from jaxprune.criteria import squared_magnitude
 from jaxprune.exact.meshes import lying_like
 from jaxprune.exact.numerics import at_least_float32, settled
 from jaxprune.granularity import Granularity, Output
-from jaxprune.methods import Method, compute_masks, group_scores, init_statistics, update_statistics
+from jaxprune.methods import Method, compute_masks, group_scores, init_statistics
 from jaxprune.training.inner import if_due
+from jaxprune.training.transformation import after, evidence, filled, remembered, transformation
 from jaxprune.types import Masks, Params, Schedule
 
 Slopes = dict[str, Array]
@@ -169,29 +170,22 @@ def growing_penalty(
         raise ValueError(f"`growing_penalty` needs `every` >= 1 updates, got {every}.")
 
     def init(params: Params) -> GrowingPenaltyState:
-        if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
-            tree.selected_leaves(method.select, params)
-        unwanted = jax.tree.map(lambda param: jnp.zeros_like(param, dtype=bool), params)
-        return GrowingPenaltyState(jnp.zeros((), jnp.int32), unwanted)
+        return GrowingPenaltyState(jnp.zeros((), jnp.int32), filled(False, params))
 
-    def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, GrowingPenaltyState]:
-        _check_params("growing_penalty", params)
-        step, known = state.penalty_step, {**extra, "grads": updates}
-        if key is not None:
-            known = {"key": jax.random.fold_in(key, 0), **known}
+    def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, GrowingPenaltyState]:
+        step, known = state.penalty_step, evidence(key, state.penalty_step, updates, extra)
         unwanted = if_due(step == 0, lambda: _unwanted(method, params, sparsity, known), state.unwanted)
         grown = jnp.asarray(rise, jnp.float32) * (step // every + 1).astype(jnp.float32)
         strength = jnp.minimum(jnp.asarray(ceiling, jnp.float32), grown)
         drawn = jax.tree.map(lambda u, p, gone: _drawn(u, p, gone, strength), updates, params, unwanted)
-        return drawn, GrowingPenaltyState(_after(step), unwanted)
+        return drawn, GrowingPenaltyState(after(step), unwanted)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("growing_penalty", init, update, method.select)
 
 
 def _unwanted(method: Method, params: Any, sparsity: float | None, known: dict[str, Any]) -> Masks:
     """True where `method` removes; a `Running` criterion has seen this one step."""
-    statistics = update_statistics(method, init_statistics(method, params), params, **known)
-    known = {**known, "statistics": statistics} if statistics else known
+    _, known = remembered(method, init_statistics(method, params), params, known)
     return jax.tree.map(jnp.logical_not, compute_masks(method, params, sparsity, **known))
 
 
@@ -220,13 +214,11 @@ def _penalty(
         _check_number(name, "strength", strength)
 
     def init(params: Params) -> Any:
-        if jax.tree.leaves(params):  # `optax.tree.map_params` looks at the state of a tree without leaves
-            tree.selected_leaves(select, params)
+        if jax.tree.leaves(params):
             jax.eval_shape(slopes, params)  # leaves that do not fit are refused before training
         return PenaltyState(jnp.zeros((), jnp.int32)) if scheduled else optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
-        _check_params(name, params)
+    def update(updates: Any, state: Any, params: Params, **_: Any) -> tuple[Any, Any]:
         now = strength(state.penalty_step) if scheduled else strength
         _check_number(name, "strength", now)
         slope = slopes(params)
@@ -234,9 +226,9 @@ def _penalty(
         def penalised(leaf: str, update: Array) -> Array:
             return _added(update, slope[leaf], now) if leaf in slope else update
 
-        return tree.map_named(penalised, updates), PenaltyState(_after(state.penalty_step)) if scheduled else state
+        return tree.map_named(penalised, updates), PenaltyState(after(state.penalty_step)) if scheduled else state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(name, init, update, select)
 
 
 def _added(update: Array, slope: Array, strength: Any) -> Array:
@@ -246,21 +238,7 @@ def _added(update: Array, slope: Array, strength: Any) -> Array:
     return (update.astype(wide) + penalty).astype(update.dtype)
 
 
-def _after(step: Array) -> Array:
-    return jnp.asarray(optax.safe_increment(step))
-
-
-def _check_params(name: str, params: Any) -> None:
-    if params is None:
-        raise ValueError(f"`{name}` needs the params: call `tx.update(grads, opt_state, params)`.")
-
-
 def _check_number(name: str, what: str, value: Any, bound: str = ">= 0") -> None:
-    """Refuse what is known and no finite number within the bound."""
-    if not is_concrete(value):
-        return
     if jnp.ndim(value) != 0:
         raise ValueError(f"`{name}` needs one number as its `{what}`, got an array of shape {jnp.shape(value)}.")
-    number = float(value)
-    if not (math.isfinite(number) and (number > 0 or (number == 0 and bound == ">= 0"))):
-        raise ValueError(f"`{name}` needs a finite `{what}` {bound}, got {number:g}.")
+    check_number(value, f"`{name}` needs a finite `{what}` {bound},", ends="[)" if bound == ">= 0" else "()")

@@ -7,6 +7,7 @@ masks = compute_masks(preset.method, params, 0.9, grads=grads)               # t
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -81,184 +82,160 @@ class Preset:
         every = min(100, max(steps // 10, 1)) if every is None else every
         if steps < 1 or every < 1 or rounds < 1:
             raise ValueError(f"`optimizer` needs steps, every and rounds of 1 or more; got {steps}, {every}, {rounds}.")
+        if self.how == "one-shot":
+            raise ValueError(
+                "A one-shot preset has no optimizer: call `compute_masks` or `iterate` with its method, and train with "
+                "`keep_params_sparse(masks)`."
+            )
+        if sparsity is None and self.how in ("alternating", "regrow"):
+            raise ValueError(f"A preset that prunes {self.how!r} needs a sparsity: the fraction to remove, in [0, 1).")
         last = (steps - 1) // every * every
-        if self.how == "gradual":
-            ramp = None if sparsity is None else self.schedule(sparsity, begin=0, end=last)
-            return prune(inner, self.method, sparsity=ramp, update_when=schedules.every(every), key=key)
-        if self.how == "iterative":
-            length = max(steps // rounds, 1)
-            stairs = None if sparsity is None else schedules.rounds(sparsity, count=rounds, length=length)
-            return prune(inner, self.method, sparsity=stairs, update_when=schedules.every(length), key=key)
         settled = steps * 3 // 4 // every * every  # a quarter of the training is left to masks that stay
+        if self.how == "regrow":
+            if key is None:
+                raise ValueError("A preset that regrows begins with random masks: hand in a `key`.")
+            given: Any = {"sparsity": sparsity, "update_when": schedules.every(every, begin=every, end=settled)}
+            fraction = optax.cosine_decay_schedule(0.3, max(settled, 1))
+            return regrow(inner, self.method, key=key, grow=self.grow, drop_fraction=fraction, **given)
+        course = partial(self.schedule, begin=0, end=settled if self.how == "splice" else last)
+        if self.how == "iterative":
+            every = max(steps // rounds, 1)
+            course = partial(schedules.rounds, count=rounds, length=every)
         if self.how == "alternating":
             if not settled:
                 raise ValueError(
                     f"Phases of {every} steps do not fit into {steps} steps: three quarters of them must hold one."
                     " Train longer, or choose shorter phases."
                 )
-            phases = schedules.alternating(_needed(sparsity, self), dense=every, sparse=every, begin=every, end=settled)
-            when = schedules.every(every, end=settled)
-            return prune(inner, self.method, sparsity=phases, update_when=when, key=key)
+            course = partial(schedules.alternating, dense=every, sparse=every, begin=every, end=settled)
+        when = schedules.every(every, end=settled if self.how == "alternating" else None)
+        given = {"sparsity": None if sparsity is None else course(sparsity), "update_when": when, "key": key}
         if self.how == "splice":
-            ramp = None if sparsity is None else self.schedule(sparsity, begin=0, end=settled)
-            return splice(
-                inner, self.method, sparsity=ramp, update_when=schedules.every(every), margin=self.margin,
-                decay=self.decay, key=key,
-            )  # fmt: skip
-        if self.how == "regrow":
-            if key is None:
-                raise ValueError("A preset that regrows begins with random masks: hand in a `key`.")
-            return regrow(
-                inner, self.method, sparsity=_needed(sparsity, self), key=key, grow=self.grow,
-                drop_fraction=optax.cosine_decay_schedule(0.3, max(settled, 1)),
-                update_when=schedules.every(every, begin=every, end=settled),
-            )  # fmt: skip
-        raise ValueError(
-            "A one-shot preset has no optimizer: call `compute_masks` or `iterate` with its method, and train with "
-            "`keep_params_sparse(masks)`."
-        )
+            return splice(inner, self.method, margin=self.margin, decay=self.decay, **given)
+        return prune(inner, self.method, **given)
 
 
-def _needed(sparsity: float | None, preset: Preset) -> float:
-    if sparsity is None:
-        raise ValueError(f"A preset that prunes {preset.how!r} needs a sparsity: the fraction to remove, in [0, 1).")
-    return sparsity
-
-
-def _method(criterion: Any, distribution: Any, groups: Any = None) -> Method:
-    return Method(criterion, groups or granularity.Element(), distribution)
-
-
-UNIFORM, GLOBAL, ERK = distributions.Uniform(), distributions.Global(), distributions.ERK()
+OUTPUT, UNIFORM, ERK = granularity.Output(), distributions.Uniform(), distributions.ERK()
 
 _PRESETS = {
     "random": Preset(
-        _method(criteria.random, UNIFORM), "baseline", "what every criterion must beat", "gradual",
+        Method(criteria.random, distribution=UNIFORM), "baseline", "what every criterion must beat", "gradual",
     ),
     "han": Preset(
-        _method(criteria.magnitude, distributions.SigmaThreshold(1.0)),
-        "Han et al. 2015, arXiv:1506.02626", "a threshold for every layer, from its own weights",
+        Method(distribution=distributions.SigmaThreshold(1.0)), "Han et al. 2015, arXiv:1506.02626",
+        "a threshold for every layer, from its own weights",
     ),
     "magnitude": Preset(
-        _method(criteria.magnitude, GLOBAL), "Han et al. 2015, arXiv:1506.02626, one threshold for all layers",
+        Method(), "Han et al. 2015, arXiv:1506.02626, one threshold for all layers",
         "a trained model, at once; then fine-tune",
     ),
     "magnitude_gradual": Preset(
-        _method(criteria.magnitude, UNIFORM), "Zhu and Gupta 2017, arXiv:1710.01878", "the first one to try", "gradual",
+        Method(distribution=UNIFORM), "Zhu and Gupta 2017, arXiv:1710.01878", "the first one to try", "gradual",
     ),
     "magnitude_global": Preset(
-        _method(criteria.magnitude, GLOBAL), "Zhu and Gupta 2017 with one contest of all layers",
-        "the same, where layers differ much in size", "gradual",
+        Method(), "Zhu and Gupta 2017 with one contest of all layers", "the same, where layers differ much in size",
+        "gradual",
     ),
     "magnitude_erk": Preset(
-        _method(criteria.magnitude, ERK), "Zhu and Gupta 2017; Evci et al. 2020, arXiv:1911.11134, for the shares",
+        Method(distribution=ERK), "Zhu and Gupta 2017; Evci et al. 2020, arXiv:1911.11134, for the shares",
         "the same, sparing small layers", "gradual",
     ),
     "lamp": Preset(
-        _method(criteria.lamp, GLOBAL), "Lee et al. 2021, arXiv:2010.07611", "the same, with shares found by scores",
-        "gradual",
+        Method(criteria.lamp), "Lee et al. 2021, arXiv:2010.07611", "the same, with shares found by scores", "gradual",
     ),
     "taylor": Preset(
-        _method(criteria.taylor, GLOBAL), "Molchanov et al. 2019, arXiv:1906.10771, of single weights",
+        Method(criteria.taylor), "Molchanov et al. 2019, arXiv:1906.10771, of single weights",
         "scores that look at the loss", "gradual",
     ),
     "obd": Preset(
-        _method(criteria.fisher, GLOBAL), "LeCun et al. 1990, Optimal Brain Damage, its Hessian by Fisher's diagonal",
+        Method(criteria.fisher), "LeCun et al. 1990, Optimal Brain Damage, its Hessian by Fisher's diagonal",
         "a trained model, in rounds", "iterative",
     ),
     "movement": Preset(
-        _method(criteria.movement, GLOBAL), "Sanh et al. 2020, arXiv:2005.07683", "fine-tuning of pretrained models",
-        "gradual",
+        Method(criteria.movement), "Sanh et al. 2020, arXiv:2005.07683", "fine-tuning of pretrained models", "gradual",
     ),
     "lottery_ticket": Preset(
-        _method(criteria.magnitude, GLOBAL), "Frankle and Carbin 2019, arXiv:1803.03635",
-        "whether the early weights alone would do", "iterative", rewind="initialisation",
+        Method(), "Frankle and Carbin 2019, arXiv:1803.03635", "whether the early weights alone would do", "iterative",
+        rewind="initialisation",
     ),
     "weight_rewinding": Preset(
-        _method(criteria.magnitude, GLOBAL), "Frankle et al. 2020, arXiv:1912.05671", "the same, for larger models",
-        "iterative", rewind="early",
+        Method(), "Frankle et al. 2020, arXiv:1912.05671", "the same, for larger models", "iterative", rewind="early",
     ),
     "rate_rewinding": Preset(
-        _method(criteria.magnitude, GLOBAL), "Renda et al. 2020, arXiv:2003.02389", "best accuracy, time no matter",
-        "iterative", rewind="rate",
+        Method(), "Renda et al. 2020, arXiv:2003.02389", "best accuracy, time no matter", "iterative", rewind="rate",
     ),
-    "snip": Preset(
-        _method(criteria.snip, GLOBAL), "Lee et al. 2019, arXiv:1810.02340", "before training, from one batch",
-    ),
-    "grasp": Preset(
-        _method(criteria.grasp, GLOBAL), "Wang et al. 2020, arXiv:2002.07376", "before training, by gradient flow",
-    ),
+    "snip": Preset(Method(criteria.snip), "Lee et al. 2019, arXiv:1810.02340", "before training, from one batch"),
+    "grasp": Preset(Method(criteria.grasp), "Wang et al. 2020, arXiv:2002.07376", "before training, by gradient flow"),
     "synflow": Preset(
-        _method(criteria.synflow, GLOBAL), "Tanaka et al. 2020, arXiv:2006.05467",
-        "before training, without data, to extremes", iterations=100,
+        Method(criteria.synflow), "Tanaka et al. 2020, arXiv:2006.05467", "before training, without data, to extremes",
+        iterations=100,
     ),
     "static_sparse": Preset(
-        _method(criteria.random, ERK), "Mocanu et al. 2018, arXiv:1707.04780, without its moves",
+        Method(criteria.random, distribution=ERK), "Mocanu et al. 2018, arXiv:1707.04780, without its moves",
         "the baseline of sparse training",
     ),
     "set": Preset(
-        _method(criteria.magnitude, ERK), "Mocanu et al. 2018, arXiv:1707.04780", "training within a sparse budget",
-        "regrow", grow=criteria.random,
+        Method(distribution=ERK), "Mocanu et al. 2018, arXiv:1707.04780", "training within a sparse budget", "regrow",
+        grow=criteria.random,
     ),
     "rigl": Preset(
-        _method(criteria.magnitude, ERK), "Evci et al. 2020, arXiv:1911.11134", "the same, growing where gradients are",
+        Method(distribution=ERK), "Evci et al. 2020, arXiv:1911.11134", "the same, growing where gradients are",
         "regrow", grow=criteria.gradient,
     ),
     "sparse_momentum": Preset(
-        _method(criteria.magnitude, ERK), "Dettmers and Zettlemoyer 2019, arXiv:1907.04840, within each layer",
+        Method(distribution=ERK), "Dettmers and Zettlemoyer 2019, arXiv:1907.04840, within each layer",
         "the same, gradients averaged", "regrow", grow=criteria.momentum(),
     ),
     "acdc": Preset(
-        _method(criteria.magnitude, UNIFORM), "Peste et al. 2021, arXiv:2106.12379",
+        Method(distribution=UNIFORM), "Peste et al. 2021, arXiv:2106.12379",
         "a dense and a sparse model in one training", "alternating",
     ),
     "surgery": Preset(
-        _method(criteria.magnitude, GLOBAL), "Guo et al. 2016, dynamic network surgery, arXiv:1608.04493",
+        Method(), "Guo et al. 2016, dynamic network surgery, arXiv:1608.04493",
         "high sparsities; masks may err and recover", "splice", margin=0.2,
     ),
     "straight_through": Preset(
-        _method(criteria.magnitude, GLOBAL), "Bengio et al. 2013, arXiv:1308.3432, as Lin et al. 2020 use it "
-        "(arXiv:2006.07253)", "the same, without a margin", "splice",
+        Method(), "Bengio et al. 2013, arXiv:1308.3432, as Lin et al. 2020 use it (arXiv:2006.07253)",
+        "the same, without a margin", "splice",
     ),
     "nm": Preset(
-        _method(criteria.magnitude, distributions.NM(2, 4)), "Mishra et al. 2021, arXiv:2104.08378",
+        Method(distribution=distributions.NM(2, 4)), "Mishra et al. 2021, arXiv:2104.08378",
         "hardware that skips 2 of 4; then fine-tune",
     ),
     "nm_gradual": Preset(
-        _method(criteria.magnitude, distributions.NM(2, 4)), "Kao et al. 2022, arXiv:2209.07617, by decaying N",
+        Method(distribution=distributions.NM(2, 4)), "Kao et al. 2022, arXiv:2209.07617, by decaying N",
         "the same, run by run emptier", "gradual", schedule=schedules.linear,
     ),
     "sr_ste": Preset(
-        _method(criteria.magnitude, distributions.NM(2, 4)), "Zhou et al. 2021, arXiv:2102.04010",
+        Method(distribution=distributions.NM(2, 4)), "Zhou et al. 2021, arXiv:2102.04010",
         "the same, from the first step", "splice", decay=2e-4,
     ),
     "wanda": Preset(
-        _method(criteria.wanda, distributions.PerOutput()), "Sun et al. 2023, arXiv:2306.11695",
+        Method(criteria.wanda, distribution=distributions.PerOutput()), "Sun et al. 2023, arXiv:2306.11695",
         "language models, no training",
     ),
     "owl": Preset(
-        _method(criteria.wanda, distributions.OWL(per_output=True)), "Yin et al. 2023, arXiv:2310.05175",
+        Method(criteria.wanda, distribution=distributions.OWL(per_output=True)), "Yin et al. 2023, arXiv:2310.05175",
         "the same, sparing layers with outliers",
     ),
     "filters": Preset(
-        _method(criteria.magnitude, UNIFORM, granularity.Output()), "Li et al. 2017, arXiv:1608.08710",
+        Method(criteria.magnitude, OUTPUT, UNIFORM), "Li et al. 2017, arXiv:1608.08710",
         "fewer filters or neurons; then compact", "iterative",
     ),
     "fpgm": Preset(
-        _method(criteria.geometric_median, UNIFORM, granularity.Output()), "He et al. 2019, arXiv:1811.00250",
+        Method(criteria.geometric_median, OUTPUT, UNIFORM), "He et al. 2019, arXiv:1811.00250",
         "the same, the most replaceable first",
     ),
     "slimming": Preset(
-        _method(criteria.norm_scale, GLOBAL, granularity.Output()), "Liu et al. 2017, arXiv:1708.06519",
+        Method(criteria.norm_scale, OUTPUT), "Liu et al. 2017, arXiv:1708.06519",
         "networks with batch normalisation, trained with `l1` on its scales",
     ),
     "apoz": Preset(
-        _method(criteria.apoz, UNIFORM, granularity.Output()), "Hu et al. 2016, arXiv:1607.03250",
-        "neurons that rarely fire",
+        Method(criteria.apoz, OUTPUT, UNIFORM), "Hu et al. 2016, arXiv:1607.03250", "neurons that rarely fire",
     ),
     "taylor_filters": Preset(
-        _method(criteria.joint_taylor(granularity.Output()), GLOBAL, granularity.Output()),
-        "Molchanov et al. 2019, arXiv:1906.10771", "fewer filters, by the loss", "gradual",
+        Method(criteria.joint_taylor(OUTPUT), OUTPUT), "Molchanov et al. 2019, arXiv:1906.10771",
+        "fewer filters, by the loss", "gradual",
     ),
 }  # fmt: skip
 

@@ -15,13 +15,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxprune import schedules, tree
-from jaxprune.checks import is_concrete
+from jaxprune.checks import check_number, is_concrete
 from jaxprune.criteria import gradient, magnitude, random
-from jaxprune.exact.meshes import placed
 from jaxprune.masks import pack_masks, sparsity_of, unpack_masks
 from jaxprune.methods import Method, check_start, compute_masks, init_statistics, update_statistics
-from jaxprune.training.inner import copies, dense_gradients, if_due, land, model_of, update_inner
+from jaxprune.training.inner import dense_gradients, if_due, model_of, update_inner
 from jaxprune.training.regrowth import check_regrowth, regrow_masks
+from jaxprune.training.transformation import after, begun, evidence, filled, landed, owned, remembered, transformation
 from jaxprune.types import Criterion, Masks, Params, Schedule, UpdateWhen
 
 
@@ -102,7 +102,8 @@ def prune(
 
     Returns:
         A transformation whose `update` needs `params`, and hands keyword arguments both to the criterion, as evidence,
-        and to `inner`. Updates have the wider dtype of gradient and param, which holds both exactly: where
+        and to `inner`. Evidence besides are the updates, as `grads`, and the key; `grads=` and `key=` handed in take
+        their place. Updates have the wider dtype of gradient and param, which holds both exactly: where
         `optax.apply_if_finite` around it wants that of the gradients, hand in `optax.tree.cast_like(grads, params)`.
 
     Raises:
@@ -117,28 +118,21 @@ def prune(
 
     def init(params: Params) -> PruneState:
         model = model_of(params)
-        if jax.tree.leaves(model):  # `optax.tree.map_params` looks at the state of a tree without leaves
-            tree.selected_leaves(method.select, model)
-            if masks is None:
-                check_start(method, model, when, schedule, {} if key is None else {"key": key})
-        start = () if masks is None else stored(_own(masks, model))
+        if masks is None and jax.tree.leaves(model):
+            check_start(method, model, when, schedule, {} if key is None else {"key": key})
         if masks is not None:
             _check_end(method, schedule, masks)
-        everything = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), model)
-        # Copies: a donated state must not take the caller's key with it, nor give away one leaf twice.
-        first = stored(everything) if masks is None else jax.tree.map(jnp.copy, start)
-        own_key = () if key is None else jnp.copy(key)
-        statistics = init_statistics(method, model)
-        return PruneState(jnp.zeros((), jnp.int32), first, own_key, statistics, inner.init(params), start)
+        start = () if masks is None else stored(owned(masks, model))
+        # A copy: a donated state must not give away one leaf twice.
+        first = stored(filled(True, model)) if masks is None else jax.tree.map(jnp.copy, start)
+        return PruneState(
+            masks=first, start=start, statistics=init_statistics(method, model), **begun(inner, params, key)
+        )
 
-    def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, PruneState]:
-        if params is None:
-            raise ValueError("`prune` needs the params: call `tx.update(grads, opt_state, params)`.")
+    def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, PruneState]:
         model, due = model_of(params), when(state.step)
-        known = {} if key is None else {"key": jax.random.fold_in(state.key, state.step)}
-        known |= {**extra, "grads": updates}
-        statistics = update_statistics(method, state.statistics, model, **known)
-        known |= {"statistics": statistics} if statistics else {}
+        known = evidence(state.key, state.step, updates, extra)
+        statistics, known = remembered(method, state.statistics, model, known)
 
         def compute() -> Any:
             before = unpack_masks(state.masks, model) if packed else state.masks
@@ -153,20 +147,10 @@ def prune(
         # Masks handed in are new at the first step, if they are not those of a step before it.
         new = due | (state.step == 0) if masks is not None else due
         steps, inner_state = update_inner(inner, updates, state.inner_state, params, alive, extra, new)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        new_state = PruneState(step, kept, state.key, statistics, inner_state, state.start)
-        return jax.tree.map(land, steps, params, copies(alive, params)), new_state
+        moved = {"masks": kept, "statistics": statistics, "inner_state": inner_state}
+        return landed(steps, params, alive), state._replace(step=after(state.step), **moved)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _own(masks: Masks, params: Params) -> Masks:
-    """Masks in the structure of the params and where they lie, copied: a donated state must not take the caller's."""
-    if not jax.tree.leaves(params):
-        return params
-    tree.check_like("The masks", masks, params)
-    copied = jax.tree.map(lambda mask: jnp.array(mask, copy=True), tree.match(masks, params))
-    return jax.tree.map(placed, copied, params)
+    return transformation("prune", init, update, method.select)
 
 
 def _check_end(method: Method, schedule: Schedule, masks: Masks) -> None:
@@ -229,8 +213,9 @@ def regrow(
     """
     inner = optax.with_extra_args_support(inner)
     check_regrowth(method)
-    if not callable(drop_fraction) and is_concrete(drop_fraction) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"`drop_fraction` is a fraction of the living weights, in [0, 1]; got {drop_fraction}.")
+    if not callable(drop_fraction):
+        said = "`drop_fraction` is a fraction of the living weights, in [0, 1];"
+        check_number(drop_fraction, said, high=1, ends="[]")
     fraction: Any = drop_fraction if callable(drop_fraction) else lambda step: drop_fraction
     when = schedules.as_update_when(update_when)
     first, growing = (dataclasses.replace(method, criterion=criterion) for criterion in (random, grow))
@@ -240,15 +225,13 @@ def regrow(
         # `optax.tree.map_params` looks at the state of a tree without leaves.
         masks = compute_masks(first, model, sparsity, key=key) if jax.tree.leaves(model) else model
         statistics = (init_statistics(method, model), init_statistics(growing, model))
-        return RegrowState(jnp.zeros((), jnp.int32), masks, jnp.copy(key), statistics, inner.init(params))
+        return RegrowState(masks=masks, statistics=statistics, **begun(inner, params, key))
 
-    def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, RegrowState]:
-        if params is None:
-            raise ValueError("`regrow` needs the params: call `tx.update(grads, opt_state, params)`.")
+    def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, RegrowState]:
         model, due = model_of(params), when(state.step)
         # A line search has forgotten the gradients of dead weights; statistics need them at every step.
         grads = dense_gradients(updates, model, extra, due if state.statistics == ((), ()) else True)
-        known = {**extra, "key": jax.random.fold_in(state.key, state.step), "grads": grads}
+        known = evidence(state.key, state.step, grads, extra)
         statistics = tuple(
             update_statistics(one, had, model, **known)
             for one, had in zip((method, growing), state.statistics, strict=True)
@@ -261,11 +244,10 @@ def regrow(
         # Params come to the first masks at the first step.
         new = due | (state.step == 0)
         steps, inner_state = update_inner(inner, updates, state.inner_state, params, masks, extra, new)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        new_state = RegrowState(step, masks, state.key, statistics, inner_state)
-        return jax.tree.map(land, steps, params, copies(masks, params)), new_state
+        moved = {"masks": masks, "statistics": statistics, "inner_state": inner_state}
+        return landed(steps, params, masks), state._replace(step=after(state.step), **moved)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("regrow", init, update, method.select)
 
 
 def keep_params_sparse(masks: Masks) -> optax.GradientTransformationExtraArgs:
@@ -287,18 +269,16 @@ def keep_params_sparse(masks: Masks) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: Params) -> KeepSparseState:
-        return KeepSparseState(_own(masks, model_of(params)))
+        return KeepSparseState(owned(masks, model_of(params)))
 
     def update(
-        updates: Any, state: Any, params: Params | None = None, *, value_fn: Any = None, **extra: Any
+        updates: Any, state: Any, params: Params, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Any, KeepSparseState]:
-        if params is None:
-            raise ValueError("`keep_params_sparse` needs the params: call `tx.update(grads, opt_state, params)`.")
         if value_fn is not None:
             raise ValueError(
                 "`keep_params_sparse` comes after the line search, whose points and values are then not those of the "
                 "params. Put the optimizer inside: `prune(inner, method, masks=masks, update_when=False)`."
             )
-        return jax.tree.map(land, updates, params, copies(state.masks, params)), state
+        return landed(updates, params, state.masks), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("keep_params_sparse", init, update)

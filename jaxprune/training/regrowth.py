@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.distributions import NM
 from jaxprune.distributions.contest import LAYER
 from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.exact.ranking import top_k_mask
@@ -29,8 +28,9 @@ def check_regrowth(method: Method) -> None:
     Raises:
         ValueError: N:M, whose runs would get other numbers of survivors; channels.
     """
-    if isinstance(method.distribution, NM) or isinstance(method.granularity, AcrossLeaves):
-        name = type(method.distribution if isinstance(method.distribution, NM) else method.granularity).__name__
+    pattern = getattr(method.distribution, "is_pattern", False)
+    if pattern or isinstance(method.granularity, AcrossLeaves):
+        name = type(method.distribution if pattern else method.granularity).__name__
         raise ValueError(f"Regrowth moves weights within a leaf, which would break the pattern of `{name}`.")
 
 

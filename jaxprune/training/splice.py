@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxprune import schedules, tree
-from jaxprune.checks import is_concrete
+from jaxprune import schedules
+from jaxprune.checks import check_number
 from jaxprune.exact.numerics import settled
 from jaxprune.masks import straight_through
-from jaxprune.methods import Method, compute_masks, init_statistics, update_statistics
-from jaxprune.training.inner import copies, evaluated, functions_of, if_due, land, model_of
+from jaxprune.methods import Method, compute_masks, init_statistics
+from jaxprune.training.inner import evaluated, functions_of, if_due, model_of
+from jaxprune.training.transformation import after, begun, evidence, filled, landed, remembered, transformation
 from jaxprune.types import Criterion, Masks, Params, Schedule, Scores, UpdateWhen
 
 
@@ -83,32 +84,22 @@ def splice(
         Guo, Yao and Chen 2016 (dynamic network surgery), arXiv:1608.04493, there with two thresholds a leaf; Zhou et
         al. 2021 (SR-STE), arXiv:2102.04010, eq. 9.
     """
-    for name, value in (("margin", margin), ("decay", decay)):
-        if is_concrete(value) and not 0 <= value < float("inf"):
-            raise ValueError(f"`splice({name}=...)` is a number of at least 0, got {value}.")
+    check_number(margin, "`splice(margin=...)` is a number of at least 0,")
+    check_number(decay, "`splice(decay=...)` is a number of at least 0,")
     inner = optax.with_extra_args_support(inner)
     schedule = schedules.as_schedule(sparsity)
     when = schedules.as_update_when(update_when, schedule)
     favouring = dataclasses.replace(method, criterion=_favouring(method.criterion, margin))
 
     def init(params: Params) -> SpliceState:
-        model = model_of(params)
-        if jax.tree.leaves(model):  # `optax.tree.map_params` looks at the state of a tree without leaves
-            tree.selected_leaves(method.select, model)
-        masks = jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), model)
-        latent = jax.tree.map(jnp.copy, params)
-        own_key = () if key is None else jnp.copy(key)
+        model, latent = model_of(params), jax.tree.map(jnp.copy, params)
         statistics = init_statistics(method, model)
-        return SpliceState(jnp.zeros((), jnp.int32), masks, latent, own_key, statistics, inner.init(params))
+        return SpliceState(masks=filled(True, model), latent=latent, statistics=statistics, **begun(inner, params, key))
 
-    def update(updates: Any, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, SpliceState]:
-        if params is None:
-            raise ValueError("`splice` needs the params: call `tx.update(grads, opt_state, params)`.")
+    def update(updates: Any, state: Any, params: Params, **extra: Any) -> tuple[Any, SpliceState]:
         latent, due = state.latent, when(state.step)
-        weights, known = model_of(latent), {} if key is None else {"key": jax.random.fold_in(state.key, state.step)}
-        known |= {**extra, "grads": updates}
-        statistics = update_statistics(method, state.statistics, weights, **known)
-        known |= {"statistics": statistics} if statistics else {}
+        weights, known = model_of(latent), evidence(state.key, state.step, updates, extra)
+        statistics, known = remembered(method, state.statistics, weights, known)
 
         def compute() -> Masks:
             return compute_masks(favouring, weights, schedule(state.step), alive=state.masks, **known)
@@ -121,11 +112,10 @@ def splice(
         steps, inner_state = inner.update(drawn, inner_state, latent, **extra)
         latent = optax.apply_updates(latent, steps)
         moves = jax.tree.map(_difference, latent, params)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        new_state = SpliceState(step, masks, latent, state.key, statistics, inner_state)
-        return jax.tree.map(land, moves, params, copies(masks, params)), new_state
+        moved = {"masks": masks, "latent": latent, "statistics": statistics, "inner_state": inner_state}
+        return landed(moves, params, masks), state._replace(step=after(state.step), **moved)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("splice", init, update, method.select)
 
 
 def _favouring(criterion: Criterion | Any, margin: Float[Array, ""] | float) -> Criterion:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_battery import EVIDENCE, LAYOUT, METHODS, drawn, shares
 
 import jaxprune as jp
-from jaxprune.distributions import kth_largest, top_k_mask
+from jaxprune.exact.ranking import kth_largest, top_k_mask
 
 SPECS = (PartitionSpec("x", "y"), PartitionSpec(None, "x"), PartitionSpec("x", None), PartitionSpec(("x", "y"), None))
 OTHERS = {

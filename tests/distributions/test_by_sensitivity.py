@@ -132,7 +132,7 @@ def test_from_a_scan():
         return jnp.argmax(jnp.tanh(x @ params["a"]) @ params["b"], axis=1)
 
     known = labels(params)
-    scan = jp.sensitivity(lambda p: jnp.mean(labels(p) == known), params, jp.Method(), (0.25, 0.5, 0.75))
+    scan = jp.sensitivity(jp.Method(), params, lambda p: jnp.mean(labels(p) == known), (0.25, 0.5, 0.75))
     rule = scan.distribution()
     assert [name for name, _ in rule.curves] == ["a", "b"]
     drops = np.maximum.accumulate([max(scan.dense - accuracy, 0) for accuracy in scan.accuracies[1]])

@@ -381,6 +381,6 @@ def test_refusals(distribution, groups, sparsity, message):
         (lambda: ByRule({"*": 90}), r"`ByRule: \*` is the fraction removed, in \[0, 1\); got 90. Did you mean 0.9\?"),
     ],
 )
-def test_bad_arguments_are_refused(make, message):
+def test_bad_arguments_are_refused(unchecked, make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -48,7 +48,7 @@ SPARSITIES = (0.25, 0.5, 0.75)
 
 @pytest.fixture(scope="module")
 def found():
-    return jp.sensitivity(accuracy, PARAMS, jp.Method(), SPARSITIES)
+    return jp.sensitivity(jp.Method(), PARAMS, accuracy, SPARSITIES)
 
 
 def test_each_leaf_is_pruned_alone(found):
@@ -66,7 +66,7 @@ def test_a_jitted_evaluation_is_traced_once(found):
         traces.append(None)
         return accuracy(params)
 
-    assert jp.sensitivity(counted, PARAMS, jp.Method(), SPARSITIES) == found
+    assert jp.sensitivity(jp.Method(), PARAMS, counted, SPARSITIES) == found
     assert len(traces) == 1
 
 
@@ -77,20 +77,20 @@ def test_a_leaf_is_pruned_by_one_program():
         traces.append(list(params))
         return jp.magnitude(params)
 
-    jp.sensitivity(accuracy, PARAMS, jp.Method(criterion=criterion), SPARSITIES)
+    jp.sensitivity(jp.Method(criterion=criterion), PARAMS, accuracy, SPARSITIES)
     assert traces == [["first/kernel"], ["last/kernel"]]
 
 
 def test_an_evaluation_may_count_in_python_and_the_params_stay():
     before = jax.tree.map(np.array, PARAMS)
-    jp.sensitivity(lambda params: float(np.mean(np.asarray(logits(params)) > 0)), PARAMS, jp.Method(), (0.5,))
+    jp.sensitivity(jp.Method(), PARAMS, lambda params: float(np.mean(np.asarray(logits(params)) > 0)), (0.5,))
     jax.tree.map(np.testing.assert_array_equal, before, PARAMS)
 
 
 def test_any_method_and_its_evidence():
     grads = jax.grad(lambda params: jnp.sum(logits(params) ** 2))(PARAMS)
     method = jp.Method(criterion=jp.taylor, granularity=jp.Output(), distribution=jp.Uniform(), select=("last/*",))
-    found = jp.sensitivity(accuracy, PARAMS, method, (1 / 3,), grads=grads)
+    found = jp.sensitivity(method, PARAMS, accuracy, (1 / 3,), grads=grads)
     masks = jp.compute_masks(method, PARAMS, 1 / 3, grads=grads)
     assert found.names == ("last/kernel",)
     assert found.accuracies == ((float(accuracy(jp.apply_masks(PARAMS, masks))),),)
@@ -119,15 +119,20 @@ def test_tables():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jp.sensitivity(accuracy, PARAMS, jp.Method(), ()), "`sparsities` is empty"),
-        (lambda: jp.sensitivity(accuracy, PARAMS, jp.Method(), (0.5, 90)), "Did you mean 0.9"),
-        (lambda: jp.sensitivity(logits, PARAMS, jp.Method()), r"one number.*as it is it gave shape \(200, 3\).*mean"),
-        (lambda: jp.sensitivity(accuracy, PARAMS, jp.Method(select=("x",))), "'x', which matches no leaf"),
+        (lambda: jp.sensitivity(jp.Method(), PARAMS, accuracy, ()), "`sparsities` is empty"),
+        (lambda: jp.sensitivity(jp.Method(), PARAMS, accuracy, (0.5, 90)), "Did you mean 0.9"),
+        (lambda: jp.sensitivity(jp.Method(), PARAMS, logits), r"one number.*as it is it gave shape \(200, 3\).*mean"),
+        (lambda: jp.sensitivity(jp.Method(select=("x",)), PARAMS, accuracy), "'x', which matches no leaf"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_another_order_is_refused(unchecked):
+    with pytest.raises(TypeError, match=r"`Method` and a function .* order; function came first and Method third"):
+        jp.sensitivity(accuracy, PARAMS, jp.Method())
 
 
 # ---------------------------------------------------------------- the figure

@@ -158,6 +158,7 @@ def test_it_begins_as_the_distribution_has_it():
         ({"drop_fraction": 1.5}, r"`drop_fraction` is a fraction of the living weights, in \[0, 1\]; got 1.5"),
         ({"sparsity": 90}, "Did you mean 0.9"),
         ({"method": jp.Method(distribution=jp.NM(2, 4))}, "would break the pattern of `NM`"),
+        ({"method": jp.Method(distribution=jp.ByRule({"*": jp.NM(2, 4)}))}, "would break the pattern of `ByRule`"),
     ],
 )
 def test_refusals(change, message):
