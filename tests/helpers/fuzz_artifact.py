@@ -332,7 +332,7 @@ def seeds():
     trees += [({"a": [leaf, (leaf, {3: leaf})]}, {"*": "bitmask"}), ({}, {}), (leaf, {})]
     for tree, rule in trees:
         written = []
-        container.write_whole = lambda _, pieces, written=written: written.append(b"".join(pieces))
+        container.files.write = lambda _, pieces, written=written: written.append(b"".join(pieces))
         jp.save("file", tree, encoding=rule or "auto", metadata={"a": 1})
         yield written[0]
     arrays = {"x": leaf, "y": np.zeros((0, 2), np.int8)}

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -282,22 +283,24 @@ def test_a_run_of_damaged_checkpoints_alone_says_so(tmp_path):
 
 def test_a_full_disk_leaves_no_torn_file(tmp_path, monkeypatch, reference):
     """A file that is half written, by a full disk or a kill, would stop the run for good."""
-    real, config = type(tmp_path).write_text, tiny(tmp_path)
+    real, config = type(tmp_path).open, tiny(tmp_path)
 
-    def write_text(self, text, *args, **kwargs):
-        if self.name.endswith(name):
-            real(self, text[: len(text) // 2], *args, **kwargs)
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, text, *args, **kwargs)
+
+    def opened(self, mode="r", *args, **kwargs):
+        return Full(self, mode) if "x" in mode and name in self.name else real(self, mode, *args, **kwargs)
 
     for name in ("config.toml", "machine.json", "results.json"):  # in the order in which they are written
         with monkeypatch.context() as patch:
-            patch.setattr(type(tmp_path), "write_text", write_text)
+            patch.setattr(type(tmp_path), "open", opened)
             with pytest.raises(OSError, match="No space left"):
                 run.run(config, tmp_path / "run", "a command")
         assert not (tmp_path / "run" / name).exists()
     assert_same_run(go(tmp_path)[0], reference)
-    assert not list((tmp_path / "run").glob(".tmp-*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(tmp_path, monkeypatch, capsys, reference):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune import files
 from jaxprune.lab.checkpoints import flat
 from jaxprune.lab.checkpoints.manifest import (
     MANIFEST,
@@ -156,7 +157,7 @@ def _write(path: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
         _write_arrays(new / ARRAYS, arrays)
         write_manifest(new, step, meta, leaves)
         with ThreadPoolExecutor(8) as pool:  # at once: the file system then syncs its journal once, not 16 times
-            list(pool.map(_sync, [*new.rglob("*"), new]))
+            list(pool.map(files.sync, [*new.rglob("*"), new]))
         _put(new, path)
     except Exception as error:  # not OSError alone: Orbax and TensorStore have others
         with contextlib.suppress(OSError):
@@ -195,7 +196,7 @@ def _put(new: Path, path: Path) -> None:
         _remove(old)
         os.replace(path, old)
     os.replace(new, path)
-    _sync(path.parent)
+    files.sync(path.parent)
     _remove(old)
 
 
@@ -239,14 +240,6 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

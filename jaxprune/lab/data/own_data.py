@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import files
 from jaxprune.lab.data.files import DataError
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import reason
-from jaxprune.lab.runs import files
 
 EXPECTED = "(train inputs, train labels), (test inputs, test labels)"
 REMEMBERED = "data.txt"
@@ -63,7 +63,7 @@ def remember(dataset: Sequence[Any], name: str, path: Path) -> None:
         digest.update(np.ascontiguousarray(array).data)
     now = digest.hexdigest()
     if not path.exists():
-        files.write_text(path, now)
+        files.write(path, now)
     elif path.read_text() != now:
         raise DataError(
             f"data.name: {name} returns other data than when {path.parent} was begun. Give every shuffle and split in "

@@ -10,32 +10,10 @@ from jaxtyping import Array, Key
 import jaxprune as jp
 from jaxprune.lab.data.samples import Samples
 from jaxprune.lab.recipe import words
-from jaxprune.lab.recipe.config import ConfigError
 from jaxprune.lab.runs import train
 from jaxprune.types import Params
 
 SAMPLES = 2048  # of the training data
-AT_EVERY_STEP = {"grads", "key", "statistics"}
-
-
-def check(name: str, found: Any, how: str) -> None:
-    """Refuse a criterion that looks at what a run cannot give it.
-
-    Args:
-        name: of the criterion, for the message.
-        found: the criterion.
-        how: of the [prune] section.
-
-    Raises:
-        ConfigError: names the criterion and the evidence.
-    """
-    there = set(_MAKERS) | {"key"} if how in ("one-shot", "iterative") else AT_EVERY_STEP
-    missing = sorted(words.looks_at(found) - there)
-    if missing:
-        raise ConfigError(
-            f"prune.criterion: {name!r} looks at {', '.join(missing)}, which a run that prunes {how!r} does not have. "
-            f"It has {', '.join(sorted(there))}."
-        )
 
 
 def of(
