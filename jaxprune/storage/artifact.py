@@ -26,17 +26,13 @@ from jax.core import Tracer
 from jaxprune import tree
 from jaxprune.quantize.codes import is_quantized
 from jaxprune.storage import container, memory, passes, paths, records, values
-from jaxprune.storage.container import FileError, Header
+from jaxprune.storage.container import FileError, Header, Problem
 from jaxprune.storage.encodings import pattern_of
-from jaxprune.storage.patterns import PatternError
-from jaxprune.storage.records import Record, RecordError
-from jaxprune.storage.streams import StreamError
+from jaxprune.storage.records import Record
 from jaxprune.storage.tensors import Pieces, Stored, encode
 from jaxprune.storage.threads import each
-from jaxprune.storage.values import ValuesError
 
 VERSION = 1
-PROBLEMS = (PatternError, RecordError, StreamError, ValuesError)
 MARK = "jaxprune"
 TENSORS, USER, CRC32 = f"{MARK}.tensors", f"{MARK}.user", f"{MARK}.crc32"
 
@@ -88,7 +84,7 @@ def save(
         try:
             paths.check(keys, name)
             return name, *encode(keys, host, mask, _encoding_of(encoding, name, host), deflate=deflate)
-        except PROBLEMS as error:
+        except Problem as error:
             raise ValueError(f"Leaf {name!r}: {error}.") from None
 
     blobs, described = {}, {}
@@ -194,7 +190,7 @@ class Artifact:
             got = self._file.readinto(blob)
         try:
             return Stored(record, blob[:got])
-        except PROBLEMS as error:
+        except Problem as error:
             raise self.problem(name, error) from None
 
     def check_memory(self, names: Iterable[str], most: int | None = None) -> None:
@@ -245,8 +241,8 @@ class Artifact:
             paths.check(record.path, name)
             dtype, shape = _as_stored(record)
             if (entry.dtype, entry.shape) != (dtype, shape):
-                raise RecordError(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
-        except PROBLEMS as error:
+                raise Problem(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
+        except Problem as error:
             raise self.problem(name, error) from None
         return record
 
@@ -260,7 +256,7 @@ class Artifact:
         )  # fmt: skip
         try:
             records.check(record, size)
-        except PROBLEMS as error:
+        except Problem as error:
             raise self.problem(name, error) from None
         return record
 

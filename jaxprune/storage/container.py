@@ -39,6 +39,16 @@ class FileError(ValueError):
     """A file that cannot be read as what it should be; says which, and what is wrong with it."""
 
 
+class Problem(ValueError):
+    """What is wrong with one tensor, or its record, as the end of a sentence; its name is known further up."""
+
+
+def require(holds: Any, otherwise: str) -> None:
+    """Raises the `Problem` unless it holds."""
+    if not holds:
+        raise Problem(otherwise)
+
+
 class Entry(NamedTuple):
     """A tensor of the container.
 
