@@ -216,7 +216,7 @@ class Artifact:
         texts = header.metadata
         # Any of the names marks a file of ours, so that damage to one makes it no plain one.
         if not any(key.startswith(MARK) for key in texts):
-            return {name: self._plain_record(name, entry) for name, entry in header.entries.items()}, dict(texts)
+            return {name: self._record(None, name, entry) for name, entry in header.entries.items()}, dict(texts)
         if texts.get(MARK) != str(VERSION):
             raise FileError(
                 f"{self.path} has version {texts.get(MARK, '')[:20]!r}, this library reads {VERSION}. Update it."
@@ -235,27 +235,19 @@ class Artifact:
         return found, user
 
     def _record(self, plain: Any, name: str, entry: container.Entry) -> Record:
+        """What our description says of a tensor, held against the container; None is said of plain ones."""
+        size = entry.end - entry.start
         try:
-            record = records.from_json(plain, name)
-            records.check(record, entry.end - entry.start)
+            if plain is None:
+                of_all, whole = math.prod(entry.shape), records.Part("values", "raw", size, size)
+                record = Record((name,), entry.shape, entry.dtype.name, "dense", "raw", of_all, "nonzero", (whole,))
+            else:
+                record = records.from_json(plain, name)
+            records.check(record, size)
             paths.check(record.path, name)
             dtype, shape = _as_stored(record)
             if (entry.dtype, entry.shape) != (dtype, shape):
                 raise Problem(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
-        except Problem as error:
-            raise self.problem(name, error) from None
-        return record
-
-    def _plain_record(self, name: str, entry: container.Entry) -> Record:
-        """That of a tensor in a safetensors file without our description, whose checksum is not known."""
-        size = entry.end - entry.start
-        record = Record(
-            path=(name,), shape=entry.shape, dtype=entry.dtype.name, encoding="dense", values="raw", scale_shape=(),
-            count=math.prod(entry.shape), alive="nonzero", crc32=None,
-            parts=(records.Part("values", "raw", size, size),),
-        )  # fmt: skip
-        try:
-            records.check(record, size)
         except Problem as error:
             raise self.problem(name, error) from None
         return record

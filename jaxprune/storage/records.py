@@ -53,9 +53,9 @@ class Record(NamedTuple):
     values: str
     count: int
     alive: str
-    parts: tuple[Part, ...]
-    scale_shape: tuple[int, ...]
-    crc32: int | None
+    parts: tuple[Part, ...] = ()
+    scale_shape: tuple[int, ...] = ()
+    crc32: int | None = None
 
     @property
     def dense_bytes(self) -> int:

@@ -9,7 +9,7 @@ do; the standard library has it, and every language has a reader.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,11 @@ def as_it_is(items: Shaped[np.ndarray, "..."]) -> Stream:
     """The bytes of an array."""
     data = np.ascontiguousarray(items).reshape(-1).view(np.uint8).data
     return Stream("raw", data, len(data))
+
+
+def coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
+    """Arrays by name, deflated, if they may be, where that makes them fewer bytes."""
+    return {name: shortest(items) if deflate else as_it_is(items) for name, items in made.items()}
 
 
 def shortest(items: Shaped[np.ndarray, "..."]) -> Stream:

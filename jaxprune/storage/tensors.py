@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -88,21 +88,12 @@ def _in_pattern(
     kept_coded: Callable[[bool], dict[str, Stream]],
 ) -> tuple[Record, Pieces]:  # fmt: skip
     count = pattern.slots(kept)
-    what = Record(
-        path=path,
-        shape=kept.shape,
-        dtype=leaf.dtype.name,
-        encoding=pattern.name,
-        values=values.kind_of(leaf),
-        count=count,
-        alive="stored" if count == alive else "nonzero",
-        parts=(),
-        scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
-        crc32=None,
-    )
+    told, scales = "stored" if count == alive else "nonzero", leaf.scale.shape if isinstance(leaf, Affine) else ()
+    kinds = (leaf.dtype.name, pattern.name, values.kind_of(leaf))
+    what = Record(path, kept.shape, *kinds, count, told, scale_shape=scales)
 
     def made(deflate: bool) -> dict[str, Stream]:
-        made = _coded(pattern.encode(np.packbits(kept), kept.shape), deflate)
+        made = streams.coded(pattern.encode(np.packbits(kept), kept.shape), deflate)
         if pattern.in_order and pattern != Dense():
             return made | kept_coded(deflate)
         return made | values.encode(leaf, pattern.stored(kept), deflate=deflate)
@@ -122,14 +113,9 @@ def _nonzeros_in(
     if mask is not None and (signed or not np.array_equal(np.packbits(mask), bits)):
         return None
     alive = "stored" if ones(bits) == len(found) and not signed else "nonzero"
-    what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive, (), (), None)
+    what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive)
     parts = pattern.encode(bits, leaf.shape) | {"values": found}
-    return _joined(what, functools.partial(_coded, parts), deflate)
-
-
-def _coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
-    code = streams.shortest if deflate else streams.as_it_is
-    return {name: code(items) for name, items in made.items()}
+    return _joined(what, functools.partial(streams.coded, parts), deflate)
 
 
 def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bool) -> tuple[Record, Pieces]:

@@ -48,16 +48,15 @@ def encode(leaf: Leaf, where: Index, *, deflate: bool) -> dict[str, Stream]:
     Raises:
         Problem: codes that its bits cannot hold, or scales that are not positive.
     """
-    code = streams.shortest if deflate else streams.as_it_is
     if isinstance(leaf, np.ndarray):
-        return {"values": code(leaf.reshape(-1)[where])}
+        return streams.coded({"values": leaf.reshape(-1)[where]}, deflate)
     if isinstance(leaf, Codebook):
         return {"codes": _codes(leaf.codes, where, leaf.bits, deflate), "table": streams.as_it_is(leaf.values)}
     unsigned = leaf.codes.reshape(-1).view(np.uint8) + np.uint8(2 ** (leaf.bits - 1))  # wraps around: from 0 on
     scale = leaf.scale.astype("<f4").reshape(-1)
     check_scale(scale)
-    made = {"codes": _codes(unsigned, where, leaf.bits, deflate), "scale": code(scale)}
-    return made | ({"zero": code(leaf.zero.reshape(-1))} if leaf.zero.any() else {})
+    tables = {"scale": scale} | ({"zero": leaf.zero.reshape(-1)} if leaf.zero.any() else {})
+    return {"codes": _codes(unsigned, where, leaf.bits, deflate)} | streams.coded(tables, deflate)
 
 
 def _codes(codes: np.ndarray, where: Index, width: int, deflate: bool) -> Stream:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxprune.lab.data import own_data, streams
 from jaxprune.lab.data.files import CLASSES, SHAPES, SPLITS, DataError, read_idx
 from jaxprune.lab.data.importing import (
+    CIFAR10_CLASSES,
     import_folder,
     one_line,
     open_builder,
@@ -51,7 +52,7 @@ NAMES = tuple(IMAGES)
 LABELS = {
     "fashion_mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
                       "Ankle boot"),
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar10": tuple(CIFAR10_CLASSES),
 }  # fmt: skip
 """Names of classes that are not digits."""
 

@@ -79,8 +79,7 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher,
 
     started = _now()
     dataset = shared.dataset(config.data)
-    if own_data.is_own(config.data.name):
-        own_data.remember(dataset, config.data.name, folder / own_data.REMEMBERED)
+    own_data.remember(dataset, config.data.name, folder)
     results, records, first = [], [], None
     for seed in config.seeds:
         done = run_seed(config, seed, dataset, folder, watcher, records, shared)
@@ -112,7 +111,8 @@ def _seed_result(config: cfg.Config, seed: int, dataset: sets.Dataset, done: See
     accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
     about = store.identity(config, seed, test.images.shape[1:], dataset.classes)
     about |= {"sparsity": round(done.sparsity, 6), "accuracy": round(accuracy, 6)}
-    store.write(path, config.store, done.stored.params, done.stored.masks, about)
+    how = {"encoding": config.store.encoding, "deflate": config.store.deflate}
+    jp.save(path, done.stored.params, masks=done.stored.masks, **how, metadata=about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), "float32")
     costs = jp.costs(jp.trace(done.network.apply, done.finetuned, image), done.masks).total
