@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxprune.storage import values
+from jaxprune.storage.bits import packed_size
 from jaxprune.storage.container import Problem, require
 from jaxprune.storage.encodings import pattern_of
 from jaxprune.storage.patterns import Pattern
@@ -82,6 +83,24 @@ class Record(NamedTuple):
         """Whether codes are bits, not bytes."""
         return any((part.name, part.coder) == ("codes", "raw") for part in self.parts)
 
+    @property
+    def value_bytes(self) -> dict[str, int]:
+        """Stream of the values -> its bytes; a "zero" may be left out.
+
+        Raises:
+            Problem: there are no such values, or not of this dtype.
+        """
+        itemsize, scales = values.DTYPES[self.dtype].itemsize, math.prod(self.scale_shape)
+        if self.values == "raw":
+            return {"values": itemsize * self.count}
+        known = re.fullmatch("codebook[1-8]|int[48]", self.values) and "float" in self.dtype
+        require(known, f"there are no values of kind {self.values!r} for {self.dtype}")
+        width = int(self.values[-1])
+        codes = {"codes": packed_size(self.count, width) if self.side_by_side else self.count}
+        return codes | (
+            {"table": itemsize << width} if "book" in self.values else {"scale": 4 * scales, "zero": scales}
+        )
+
     def to_json(self, name: str) -> dict[str, Any]:
         """Plain data of the leaf with this name; what is as usual is left out."""
         plain = {**self._asdict(), "path": list(self.path), "scale_shape": list(self.scale_shape)}
@@ -155,9 +174,7 @@ def _check_parts(record: Record, expected: dict[str, int]) -> None:
         or any(scales not in (1, size) for scales, size in zip(record.scale_shape, record.shape, strict=True))
     ):
         raise Problem(f"its scales {record.scale_shape} do not lie along its axes {record.shape}")
-    expected = expected | values.stream_bytes(
-        record.values, record.dtype, record.count, record.scale_shape, side_by_side=record.side_by_side
-    )
+    expected = expected | record.value_bytes
     names = [part.name for part in record.parts]
     known = names == [name for name in expected if name in names or name != "zero"]
     require(known, f"its parts are {names}, {list(expected)} were expected")

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 
 from jaxprune.quantize.codes import Affine, Codebook
 from jaxprune.storage import memory, passes, records, streams, values
-from jaxprune.storage.bits import ones
-from jaxprune.storage.container import Problem
+from jaxprune.storage.bits import ones, unpack
+from jaxprune.storage.container import Problem, require
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
 from jaxprune.storage.passes import any_bit, has_negative_zeros, nonzero
 from jaxprune.storage.patterns import Bitmask, Dense, Pattern
@@ -160,7 +160,7 @@ class Stored:
         for part in record.parts:
             self._streams[part.name] = streams.decoded(Stream(part.coder, whole[at : at + part.stored], part.size))
             at += part.stored
-        values.check(record.values, record.dtype, self._streams, side_by_side=record.side_by_side)
+        self._check_values()
 
     def array(self) -> Shaped[np.ndarray, "..."]:
         """The dense weight, bit for bit; of a quantized one what its codes mean."""
@@ -216,11 +216,25 @@ class Stored:
             end = at + len(places)
             if end > record.count:
                 break
-            kind = (record.values, record.dtype)
-            yield places, values.some(*kind, self._streams, at, end, side_by_side=record.side_by_side)
+            yield places, self._stored(at, end)
             at = end
         if at != record.count:
             raise self._other_count()
+
+    def _stored(self, first: int, last: int) -> Shaped[np.ndarray, " last_minus_first"]:
+        """Weights that are stored, as they are, or their codes as bytes."""
+        if self.record.values == "raw":
+            return self._streams["values"].view(self._dtype)[first:last]
+        codes, width = self._streams["codes"], int(self.record.values[-1])
+        return unpack(codes, width, first, last) if self.record.side_by_side else codes[first:last]
+
+    def _check_values(self) -> None:
+        if self.record.values != "raw" and not self.record.side_by_side:
+            values.check_codes(self._streams["codes"], int(self.record.values[-1]))
+        if "scale" in self._streams:
+            values.check_scale(self._streams["scale"].view("<f4"))
+        if self.record.dtype == "bool":
+            require(self._streams["values"].max(initial=0) <= 1, "a bool is neither 0 nor 1")
 
     def _other_count(self) -> Problem:
         return Problem(f"it has not as many places as weights, which are {self.record.count}")

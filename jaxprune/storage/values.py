@@ -8,15 +8,12 @@
 Codes lie side by side as bits, or, where that is shorter once deflated, as bytes.
 """
 
-import math
-import re
-
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Float32, UInt8
 
 from jaxprune.quantize.codes import Affine, Codebook
 from jaxprune.storage import bits, container, streams
-from jaxprune.storage.patterns import Index, Streams
+from jaxprune.storage.patterns import Index
 from jaxprune.storage.streams import Stream
 
 Leaf = np.ndarray | Affine | Codebook
@@ -66,53 +63,6 @@ def _codes(codes: np.ndarray, where: Index, width: int, deflate: bool) -> Stream
     return min([side_by_side, *([streams.deflated(found)] if deflate else [])], key=lambda one: len(one.data))
 
 
-def stream_bytes(
-    kind: str, dtype: str, count: int, scale_shape: tuple[int, ...], *, side_by_side: bool
-) -> dict[str, int]:
-    """Stream -> its bytes.
-
-    Args:
-        kind: see `kind_of`.
-        dtype: of the weight.
-        count: weights stored.
-        scale_shape: of an "int".
-        side_by_side: whether codes are bits, not bytes.
-
-    Raises:
-        Problem: there is no such kind, or not for this dtype.
-    """
-    itemsize = DTYPES[dtype].itemsize
-    if kind == "raw":
-        return {"values": itemsize * count}
-    known = re.fullmatch("codebook[1-8]|int[48]", kind) and "float" in dtype
-    container.require(known, f"there are no values of kind {kind!r} for {dtype}")
-    width, scales = int(kind[-1]), math.prod(scale_shape)
-    codes = {"codes": bits.packed_size(count, width) if side_by_side else count}
-    if kind.startswith("codebook"):
-        return codes | {"table": itemsize * 2**width}
-    return codes | {"scale": 4 * scales, "zero": scales}
-
-
-def check(kind: str, dtype: str, made: Streams, *, side_by_side: bool) -> None:
-    """Refuse streams with numbers that mean nothing.
-
-    Args:
-        kind: one that `stream_bytes` knows.
-        dtype: of the weight.
-        made: streams of the lengths that `stream_bytes` says.
-        side_by_side: see `stream_bytes`.
-
-    Raises:
-        Problem: a code without a value, a bool that is neither 0 nor 1, or a scale that is not positive.
-    """
-    if kind != "raw" and not side_by_side:
-        check_codes(made["codes"], int(kind[-1]))
-    if "scale" in made:
-        check_scale(made["scale"].view("<f4"))
-    if dtype == "bool":
-        container.require(made["values"].max(initial=0) <= 1, "a bool is neither 0 nor 1")
-
-
 def check_codes(codes: UInt8[np.ndarray, "..."], width: int) -> None:
     """Refuse codes of more bits with a `Problem`."""
     largest = int(codes.max(initial=0))
@@ -122,21 +72,3 @@ def check_codes(codes: UInt8[np.ndarray, "..."], width: int) -> None:
 def check_scale(scale: Float32[np.ndarray, " scales"]) -> None:
     """Refuse scales that are not positive, or not finite, with a `Problem`."""
     container.require((np.isfinite(scale) & (scale > 0)).all(), "its scales are not all positive and finite")
-
-
-def some(
-    kind: str, dtype: str, made: Streams, first: int, last: int, *, side_by_side: bool
-) -> Shaped[np.ndarray, " last_minus_first"]:
-    """Stored weights number `first` to `last`: as they are, or their codes as bytes.
-
-    Args:
-        kind: see `check`.
-        dtype: likewise.
-        made: streams that passed `check`.
-        first: of the stored weights.
-        last: the one after.
-        side_by_side: see `stream_bytes`.
-    """
-    if kind == "raw":
-        return made["values"].view(DTYPES[dtype])[first:last]
-    return bits.unpack(made["codes"], int(kind[-1]), first, last) if side_by_side else made["codes"][first:last]
