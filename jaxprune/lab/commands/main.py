@@ -251,10 +251,10 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def _import(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab.commands import terminal
-    from jaxprune.lab.data import sets
+    from jaxprune.lab.data.importing import import_folder
 
     with terminal.progress(f"importing {arguments.name}") as advance:
-        folder = sets.import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
+        folder = import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
     print(f"{arguments.name} is ready in {folder}")
     return 0
 
