@@ -1,5 +1,6 @@
 """What people look at: pages, figures and tables made from results.
 
-`publish` writes a run's page and figures, `comparison` the tables in Markdown files, `wording` figures in words.
-Results are read, never computed: no model is run in here.
+`results` reads what runs, sweeps and benchmarks left on disk, `publish` writes a run's page and figures, `sweeps` those
+of a grid, `comparison` the tables in Markdown files, `wording` figures in words. Results are read, never computed: no
+model is run in here, and no run is known.
 """

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from jaxprune import files
+
 # Okabe and Ito's colours stay apart for colour-blind eyes; the last one is theirs darkened, to be read on white.
 STAGE_COLOURS = {"dense": "#0072B2", "pruned": "#D55E00", "finetuned": "#009E73", "sparse": "#A6538A"}
 STAGE_NAMES = {"dense": "dense", "pruned": "pruned", "finetuned": "fine-tuned", "sparse": "sparse"}
@@ -328,9 +330,7 @@ def png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure as a PNG file, creating its folder. A failed drawing leaves no half-written file."""
-    data = png(figure)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(data)
+    files.write(Path(path), png(figure))
 
 
 def data_uri(figure_or_path: Figure | str | os.PathLike[str]) -> str:
