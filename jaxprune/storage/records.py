@@ -97,9 +97,9 @@ class Record(NamedTuple):
         require(known, f"there are no values of kind {self.values!r} for {self.dtype}")
         width = int(self.values[-1])
         codes = {"codes": packed_size(self.count, width) if self.side_by_side else self.count}
-        return codes | (
-            {"table": itemsize << width} if "book" in self.values else {"scale": 4 * scales, "zero": scales}
-        )
+        if self.values.startswith("codebook"):
+            return codes | {"table": itemsize << width}
+        return codes | {"scale": 4 * scales, "zero": scales}
 
     def to_json(self, name: str) -> dict[str, Any]:
         """Plain data of the leaf with this name; what is as usual is left out."""
@@ -130,8 +130,8 @@ def from_json(plain: Any, name: str) -> Record:
     whole = all(list(map(type, part)) == [str, str, int, int] for part in parts)
     require(whole, "its parts are not [name, coder, stored, size] each")
     numbers += [number for part in parts for number in part[2:]]
-    count = all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
-    require(count, f"its numbers are not whole, or not below {_LARGEST}")
+    sound = all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
+    require(sound, f"its numbers are not whole, or not below {_LARGEST}")
     require(re.fullmatch("[0-9a-f]{8}", plain["crc32"]), "its crc32 is not of eight hexadecimal digits")
     path = tuple(tuple(key) if type(key) is list else key for key in plain["path"])
     tuples = {"path": path, "shape": tuple(plain["shape"]), "scale_shape": tuple(plain["scale_shape"])}

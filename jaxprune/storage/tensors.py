@@ -146,8 +146,7 @@ class Stored:
         record: one that passed `records.check`.
 
     Raises:
-        Problem: other bytes than were written.
-        Problem: bytes that mean nothing; from any method.
+        Problem: other bytes than were written, or, from any method, bytes that mean nothing.
     """
 
     def __init__(self, record: Record, blob: bytes | memoryview) -> None:
