@@ -22,6 +22,7 @@ from jaxprune.lab.bench import (
     whole,
 )
 from jaxprune.lab.commands import main as cli
+from jaxprune.lab.report import results
 
 pytestmark = pytest.mark.usefixtures("quick")
 
