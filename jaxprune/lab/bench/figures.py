@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from jaxprune.lab.bench.rows import Row, break_even, zeros
+from jaxprune.lab.bench.rows import break_even
 from jaxprune.lab.report import style
+from jaxprune.lab.report.results import Row
 from jaxprune.lab.report.style import COLOURS, EDGE, INK, MARKERS, PERCENT
+from jaxprune.lab.report.wording import zeros
 
 _LOSS = "#F6F1EC"
 

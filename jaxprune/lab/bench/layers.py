@@ -17,8 +17,10 @@ from jaxtyping import Array, Float
 
 from jaxprune.checks import check_sparsity
 from jaxprune.lab.bench import contest, rivals, sparsify
-from jaxprune.lab.bench.rows import Peak, Row, Work, measured, rates, work_of, zeros
+from jaxprune.lab.bench.rows import Peak, Work, measured, rates, work_of
 from jaxprune.lab.models.parts import random_params
+from jaxprune.lab.report import wording
+from jaxprune.lab.report.results import Row
 from jaxprune.types import Params
 
 Progress = Callable[[int, int, str], None]
@@ -95,7 +97,7 @@ def measure(plan: Layers, peak: Peak, progress: Progress) -> Iterator[list[Row]]
             params = weights(size, sparsity, plan)
             entries = contest.enter(params, plan.formats)
             for batch in plan.batches:
-                progress(done, total, f"{size[0]}x{size[1]} {zeros(sparsity)} batch {batch}")
+                progress(done, total, f"{size[0]}x{size[1]} {wording.zeros(sparsity)} batch {batch}")
                 yield _case(plan, size, sparsity, batch, entries, peak)
                 done += 1
     progress(done, total, "done")

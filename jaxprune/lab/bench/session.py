@@ -20,7 +20,9 @@ from rich.progress import Progress as Bars
 from jaxprune import sparse, tables
 from jaxprune.lab.bench import layers, rivals, rows
 from jaxprune.lab.bench.layers import Layers, Progress
-from jaxprune.lab.bench.rows import Peak, Row
+from jaxprune.lab.bench.rows import Peak
+from jaxprune.lab.report import wording
+from jaxprune.lab.report.results import Row, read_rows
 from jaxprune.sparse.tuning import machine
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def draw(file: Path, out: Path) -> list[Path]:
     from jaxprune.lab.bench.figures import all_figures
     from jaxprune.lab.report import figures
 
-    ran = [row for row in rows.read(file) if not row["refused"]]
+    ran = [row for row in read_rows(file) if not row["refused"]]
     if not ran:
         raise ValueError(f"{file} holds no row that ran: there is nothing to draw.")
     made = all_figures(ran)
@@ -155,7 +157,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     calls = [f"{target} x{n}" if n > 1 else target for target, n in sorted(row["custom_calls"].items())]
     return (
         row["model"],
-        rows.zeros(row["sparsity"]),
+        wording.zeros(row["sparsity"]),
         row["contestant"],
         str(row["batch"]),
         f"{row['median_ms']:.3f}",

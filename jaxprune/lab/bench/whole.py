@@ -20,14 +20,16 @@ import jaxprune as jp
 from jaxprune import sparse
 from jaxprune.lab.bench import contest, sparsify
 from jaxprune.lab.bench.layers import Progress
-from jaxprune.lab.bench.rows import Peak, Row, measured, work_of, zeros
+from jaxprune.lab.bench.rows import Peak, measured, work_of
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.data import sets
 from jaxprune.lab.models import zoo
 from jaxprune.lab.models.parts import Network
 from jaxprune.lab.recipe import build
 from jaxprune.lab.recipe import config as cfg
-from jaxprune.lab.runs import files, train
+from jaxprune.lab.report import wording
+from jaxprune.lab.report.results import Row, read_run
+from jaxprune.lab.runs import train
 from jaxprune.types import Params
 
 UNIFORM = 0.9
@@ -95,7 +97,7 @@ def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
         ValueError: a model, a profile or a run that cannot be used.
     """
     network, cases = _cases(plan)
-    name = plan.name if plan.run is None else files.read_run(plan.run)["name"]
+    name = plan.name if plan.run is None else read_run(plan.run)["name"]
     image = network.sample.shape
     model = name if image[0] in (224, 28) or plan.run else f"{name} {image[0]}x{image[0]}"
 
@@ -105,7 +107,7 @@ def prepare(plan: Whole) -> Callable[[Peak, Progress], Iterator[list[Row]]]:
             params = make()
             entries = contest.enter(params, plan.formats)
             for batch in plan.batches:
-                progress(done, total, f"{name} {zeros(sparsity)} batch {batch}")
+                progress(done, total, f"{name} {wording.zeros(sparsity)} batch {batch}")
                 tell = functools.partial(progress, done, total)
                 case = {"kind": "model", "model": model, "image": list(image), "batch": batch, "sparsity": sparsity}
                 yield _rows(plan, network, params, case, entries, peak, tell)
@@ -173,7 +175,7 @@ def of_run(folder: Path) -> Network:
         ValueError: it is no run folder, or not finished.
         CheckpointError: its last checkpoint is damaged.
     """
-    files.read_run(folder)
+    read_run(folder)
     config = cfg.load(folder / "config.toml")
     network = zoo.build(config.model, jax.random.key(config.seeds[0]), *sets.facts(config.data))
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), network.params)
@@ -195,7 +197,7 @@ def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
         folder: of `jaxprune run`, finished.
         like: params of the network, for their structure.
     """
-    results = files.read_run(folder)
+    results = read_run(folder)
     rounds = folder / f"seed_{results['seeds'][0]}" / "rounds"
     return {
         round(one["removed"], 6): lambda number=number: jp.load(rounds / f"{number}.jaxprune", like=like)

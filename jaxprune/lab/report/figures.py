@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from jaxprune import files
 from jaxprune.lab.report import style
 from jaxprune.lab.report.style import EDGE, INK, PERCENT, STAGES
 
@@ -273,9 +274,7 @@ def png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure as a PNG file, creating its folder. A failed drawing leaves no half-written file."""
-    data = png(figure)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(data)
+    files.write(Path(path), png(figure))
 
 
 def data_uri(picture: bytes) -> str:

@@ -107,7 +107,7 @@ def _page(title: str, lead: str, parts: Sequence[Record], **top: str) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("jaxprune.lab.report", "")
+    loader = jinja2.PackageLoader("jaxprune.lab.report")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.j2")
 
 

@@ -25,6 +25,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share!r} %"
 
 
+def zeros(sparsity: float | str) -> str:
+    """How sparse a case is, in words: "90 %", or the name of the profile."""
+    return f"{100 * sparsity:.4g} %" if isinstance(sparsity, float) else str(sparsity)
+
+
 def with_deviation(stat: dict[str, Any]) -> str:
     """A share as `spread` gives it, in per cent; the deviation where there is more than one value."""
     text = percent(stat["mean"], 2)
