@@ -13,7 +13,7 @@ is left to a small file.
 
 from jaxprune import sparse, storage
 from jaxprune.channels.channels import Channels
-from jaxprune.channels.compaction import Compacted, compact, expand, smaller
+from jaxprune.channels.compaction import Compacted, apply_compacted, compact, uncompact
 from jaxprune.channels.couplings import Couplings, couplings
 from jaxprune.channels.permutation import Permuted, permute_channels, reorder
 from jaxprune.channels.resizing import resized
@@ -126,6 +126,7 @@ __all__ = [
     "adjusted_dropout",
     "alternating",
     "apoz",
+    "apply_compacted",
     "apply_masks",
     "at",
     "byte_costs",
@@ -140,7 +141,6 @@ __all__ = [
     "distillation_loss",
     "every",
     "evidence",
-    "expand",
     "exponential",
     "fisher",
     "geometric_median",
@@ -181,7 +181,6 @@ __all__ = [
     "rounds",
     "save",
     "sensitivity",
-    "smaller",
     "snip",
     "sparse",
     "sparsity_of",
@@ -195,6 +194,7 @@ __all__ = [
     "taylor_squared",
     "top_k_mask",
     "trace",
+    "uncompact",
     "unpack_masks",
     "wanda",
     "weights",

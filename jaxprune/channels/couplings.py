@@ -134,19 +134,19 @@ class Couplings:
                 )
 
 
-def couplings(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> Couplings:
-    """The channels of `fn(params, *args, **kwargs)` that can be removed, and what goes with each.
+def couplings(apply_fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> Couplings:
+    """The channels of `apply_fn(params, *args, **kwargs)` that can be removed, and what goes with each.
 
     Args:
-        fn: the model, a function of its parameters.
+        apply_fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`; statistics of batches count.
-        args: of `fn`, arrays or `jax.ShapeDtypeStruct`.
+        args: of `apply_fn`, arrays or `jax.ShapeDtypeStruct`.
         kwargs: likewise.
 
     Raises:
         ValueError: see `jaxprune.trace`: the function consumes none of the params, or holds weights of its own.
     """
-    return walk(inlined(jaxpr_of(fn, params, *args, **kwargs)), params).couplings()
+    return walk(inlined(jaxpr_of(apply_fn, params, *args, **kwargs)), params).couplings()
 
 
 class Walk(Walked):

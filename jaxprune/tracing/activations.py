@@ -23,20 +23,20 @@ from jaxprune.tracing.inlined import inlined
 from jaxprune.types import Leaves
 
 
-def peak_activations(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> int:
-    """Bytes of activations alive at the worst moment of `fn(params, *args, **kwargs)`. Nothing is computed.
+def peak_activations(apply_fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> int:
+    """Bytes of activations alive at the worst moment of `apply_fn(params, *args, **kwargs)`. Nothing is computed.
 
     Args:
-        fn: the model, a function of its parameters.
+        apply_fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`; they and what is made of them alone do not count.
-        args: of `fn`, likewise; they count up to their last use.
+        args: of `apply_fn`, likewise; they count up to their last use.
         kwargs: likewise.
 
     Raises:
         ValueError: two leaves of the params have the same name.
     """
     tree.named_leaves(params)
-    whole = inlined(jaxpr_of(fn, params, *args, **kwargs)).jaxpr
+    whole = inlined(jaxpr_of(apply_fn, params, *args, **kwargs)).jaxpr
     weights = set(whole.invars[: len(arrays_of(params)[0])])
     return _peak(whole, weights, set(whole.invars) - weights)
 

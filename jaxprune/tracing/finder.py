@@ -26,8 +26,10 @@ from jaxprune.tracing.uses import Found, Value, end, use
 from jaxprune.types import Leaves
 
 
-def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = False, **kwargs: Any) -> tuple[Site, ...]:
-    """Every place where `fn(params, *args, **kwargs)` consumes a leaf of the params.
+def trace(
+    apply_fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = False, **kwargs: Any
+) -> tuple[Site, ...]:
+    """Every place where `apply_fn(params, *args, **kwargs)` consumes a leaf of the params.
 
     Those are products, convolutions, look-ups in embedding tables, scales (of a normalisation, for instance) and
     biases, see `Site.kind`. A leaf is followed through reshape, transpose, casts, copies, `stop_gradient`, broadcasts,
@@ -41,10 +43,10 @@ def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = Fal
     leaf go, and `strict` names them.
 
     Args:
-        fn: the model, a function of its parameters.
+        apply_fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`.
-        args: of `fn`: arrays or `jax.ShapeDtypeStruct`, in any pytree; what is neither (a number, a bool, a string) is
-            handed to `fn` as it is.
+        args: of `apply_fn`: arrays or `jax.ShapeDtypeStruct`, in any pytree; what is neither (a number, a bool, a
+            string) is handed to `apply_fn` as it is.
         strict: True to refuse a model where some use of a leaf, or some leaf, is in no site.
         kwargs: as `args`.
 
@@ -59,14 +61,14 @@ def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = Fal
         >>> for site in jp.trace(model.apply, params, x):
         ...     print(site.name, site.kind, site.macs)
     """
-    return sites_of(jaxpr_of(fn, params, *args, **kwargs), params, strict=strict)
+    return sites_of(jaxpr_of(apply_fn, params, *args, **kwargs), params, strict=strict)
 
 
-def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> ClosedJaxpr:
-    """`fn(params, *args, **kwargs)` as a jaxpr whose first inputs are the array leaves of the params, in order.
+def jaxpr_of(apply_fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> ClosedJaxpr:
+    """`apply_fn(params, *args, **kwargs)` as a jaxpr whose first inputs are the array leaves of the params, in order.
 
     Args:
-        fn: see `trace`.
+        apply_fn: see `trace`.
         params: see `trace`.
         args: see `trace`.
         kwargs: see `trace`.
@@ -75,7 +77,7 @@ def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) 
 
     def of_arrays(*given: Any) -> Any:
         params, args, kwargs = rebuild(given)
-        return jax.tree.leaves(fn(params, *args, **kwargs))
+        return jax.tree.leaves(apply_fn(params, *args, **kwargs))
 
     with present_forms():
         return jax.make_jaxpr(of_arrays)(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
