@@ -12,9 +12,9 @@ is left to a small file.
 """
 
 from jaxprune import sparse, storage
-from jaxprune.channels.channels import Channels
 from jaxprune.channels.compaction import Compacted, apply_compacted, compact, uncompact
-from jaxprune.channels.couplings import Couplings, couplings
+from jaxprune.channels.coupling import Couplings, couplings
+from jaxprune.channels.granularity import Channels
 from jaxprune.channels.permutation import Permuted, permute_channels, reorder
 from jaxprune.channels.resizing import resized
 from jaxprune.criteria import (
@@ -75,7 +75,7 @@ from jaxprune.search.targets import Within, compacted_cost, masks_within
 from jaxprune.storage import load, save
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
-from jaxprune.tracing.costs import byte_costs, costs, mac_costs
+from jaxprune.tracing.cost_model import byte_costs, costs, mac_costs
 from jaxprune.training.distillation import distillation_loss
 from jaxprune.training.dropout import adjusted_dropout
 from jaxprune.training.loops import Iterated, Round, iterate, iterative

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jax.extend import source_info_util
 
-from jaxprune.channels.units import AxisUnits, Ids, Units
+from jaxprune.channels.union_find import AxisUnits, Ids, Units
 
 Key = tuple[Any, ...]
 Removed = Mapping[str, Sequence[Sequence[int]]]

@@ -4,7 +4,7 @@ r"""Compaction: physically smaller dense params that compute what the masked one
     small.apply(small.params, x)  =  apply_fn(apply_masks(params, masks), x)         up to rounding
 
 A channel goes when nobody reads it (`jaxprune.channels.liveness`), with everything that belongs to it: its column here,
-its row there, its bias, its statistics (`jaxprune.channels.couplings`). A channel that is a constant is read by nobody
+its row there, its bias, its statistics (`jaxprune.channels.coupling`). A channel that is a constant is read by nobody
 once that constant is in the next bias. What goes is found from the values alone, so masks may come from anywhere.
 
 References:
@@ -24,11 +24,12 @@ from jax.extend import source_info_util
 
 from jaxprune import tree
 from jaxprune.channels.choices import Removed
+from jaxprune.channels.constant_propagation import constants
 from jaxprune.channels.constant_rules import all_of, nothing
-from jaxprune.channels.constants import constants
-from jaxprune.channels.couplings import Walk, walk
+from jaxprune.channels.coupling import couplings_of
 from jaxprune.channels.liveness import Live, find_sums, folded, live_units
-from jaxprune.channels.shrunk import Shrinker
+from jaxprune.channels.rewriting import Shrinker
+from jaxprune.channels.walk import Walk, walk
 from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.masks import apply_masks
 from jaxprune.tables import columns
@@ -187,7 +188,7 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
     if round_to == 1:
         return live
     live = live.copy()
-    channels = found.couplings()
+    channels = couplings_of(found)
     for side_by_side in channels.layers:
         name, axis = channels.members[side_by_side[0]][0]
         place = {int(channel): i for i, channel in enumerate(channels.channels[name][axis])}

@@ -8,7 +8,7 @@ A channel that is the same number everywhere is not read either where that numbe
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jax.extend.core import Jaxpr, Literal, Var
 from jaxtyping import Bool, Inexact, Int
 
 from jaxprune.channels.constant_rules import Known, all_of, exact
-from jaxprune.channels.couplings import Walk
-from jaxprune.tracing.inlined import bodies
+from jaxprune.channels.walk import Walk
+from jaxprune.tracing.inlined import equations
 
 Facts = Mapping[Var, Known]
 Live = Bool[np.ndarray, " units"]
@@ -67,7 +67,7 @@ def find_sums(jaxpr: Jaxpr, walk: Walk) -> list[Sum]:
     """
     folds = _find_folds(jaxpr)
     found = []
-    for eqn in _equations(jaxpr):
+    for eqn in equations(jaxpr):
         fold = _placed(folds.get(eqn.outvars[0]), eqn, walk)
         if eqn.primitive.name == "dot_general":
             both, _ = eqn.params["dimension_numbers"]
@@ -187,17 +187,9 @@ def _shape(var: Any) -> tuple[int, ...]:
     return tuple(var.aval.shape)
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """All equations, those of bodies of loops and branches included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for body in bodies(eqn):
-            yield from _equations(body.jaxpr)
-
-
 def _find_folds(jaxpr: Any) -> dict[Var, Fold]:
     """Result of a product -> the vector added to it next, or taken from it, if nobody else uses either."""
-    uses = Counter(atom for eqn in _equations(jaxpr) for atom in eqn.invars if isinstance(atom, Var))
+    uses = Counter(atom for eqn in equations(jaxpr) for atom in eqn.invars if isinstance(atom, Var))
     uses.update(atom for atom in jaxpr.outvars if isinstance(atom, Var))
     maker = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     user = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if isinstance(atom, Var)}

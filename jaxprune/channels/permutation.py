@@ -4,7 +4,7 @@ r"""Permutation: channels in an order in which N:M holds on to more of the score
     masks = compute_masks(method, permuted.params)
 
 The order of the inputs of a layer is the order of the outputs of the layer before, of its bias, its normalisation, and
-of all else that holds these channels (`jaxprune.channels.couplings`); they all change places together. Which order is
+of all else that holds these channels (`jaxprune.channels.coupling`); they all change places together. Which order is
 best is a search over NumPy arrays (`jaxprune.channels.regrouping`).
 """
 
@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.channels.alike import slots
-from jaxprune.channels.channels import Channels
-from jaxprune.channels.couplings import STAYS, Couplings
+from jaxprune.channels.coupling import STAYS, Couplings
+from jaxprune.channels.granularity import Channels
 from jaxprune.channels.regrouping import regroup
+from jaxprune.channels.symmetry import slots
 from jaxprune.distributions import NM
 from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.methods import Method, group_scores

@@ -4,15 +4,15 @@ Inner jaxprs are shared between the calls of one function, and so are their vari
 stands for one array. Loops and branches keep their bodies, each with variables of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters import partial_eval
 
-from jaxprune.compat import ClosedJaxpr, closed
+from jaxprune.compat import ClosedJaxpr, closed, scan_groups
 
 CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -34,6 +34,8 @@ BODIES: Mapping[str, tuple[str, ...]] = {
 }
 """Operations that run jaxprs more or less than once -> the parameters that hold them."""
 
+LOOPS = ("scan", "while")
+
 Bind = Callable[[JaxprEqn, list[Any]], Sequence[Any]]
 
 
@@ -53,10 +55,62 @@ def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     return closed(alive, whole.consts)
 
 
-def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """The jaxprs that a loop or a branch runs; none for other equations."""
-    held = [eqn.params[word] for word in BODIES.get(eqn.primitive.name, ())]
-    return [body for one in held for body in (one if isinstance(one, tuple) else (one,))]
+class Loop(NamedTuple):
+    """A `scan` or a `while`, and what its operands are to it.
+
+    Attributes:
+        body: one step, a function of constants, carry and layers; it gives the carry, and the layers that are stacked.
+        consts, carry, layers: values of the operands; of a `while` there are no layers.
+        test: of a `while`, a function of `tested` and the carry.
+        tested: constants of the test.
+    """
+
+    body: ClosedJaxpr
+    consts: list[Any]
+    carry: list[Any]
+    layers: list[Any]
+    test: ClosedJaxpr | None = None
+    tested: Sequence[Any] = ()
+
+
+def loop(eqn: JaxprEqn, values: Sequence[Any]) -> Loop:
+    """The loop of an equation, one of `LOOPS`.
+
+    Args:
+        eqn: the equation.
+        values: one for each of its operands.
+    """
+    params, values = eqn.params, list(values)
+    if eqn.primitive.name == "scan":
+        consts, carry = scan_groups(eqn)
+        stop = consts + carry
+        return Loop(params["jaxpr"], values[:consts], values[consts:stop], values[stop:])
+    start, stop = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    return Loop(params["body_jaxpr"], values[start:stop], values[stop:], [], params["cond_jaxpr"], values[:start])
+
+
+def bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
+    """The jaxprs that a loop or a branch runs, with its operand for every input, None for those that change in a loop.
+
+    Of other equations none.
+    """
+    if eqn.primitive.name in LOOPS:
+        one = loop(eqn, eqn.invars)
+        changing = [None] * len(one.carry)
+        if one.test:
+            yield one.test.jaxpr, [*one.tested, *changing]
+        yield one.body.jaxpr, [*one.consts, *changing, *one.layers]
+    elif eqn.primitive.name == "cond":
+        for branch in eqn.params["branches"]:
+            yield branch.jaxpr, eqn.invars[1:]
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those of the bodies of loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body, _ in bodies(eqn):
+            yield from equations(body)
 
 
 def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from jaxprune.lab.bench.figures import COLOURS, MARKERS
 from jaxprune.lab.report.figures import _EDGE, _INK, _MOST_LEAVES, STAGE_COLOURS, _percent_axis, _shorten, _tidy
 from jaxprune.search.sensitivity import Sensitivity
-from jaxprune.tracing.costs import Cost, Costs
+from jaxprune.tracing.cost_model import Cost, Costs
 
 _DENSE = "#A9CCE3"  # the colour of dense runs, lighter: what is left is drawn over it
 

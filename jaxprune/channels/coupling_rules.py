@@ -2,7 +2,7 @@
 
     rule : (units, equation, units of its operands' axes) -> units of its results' axes
 
-One rule for each kind of operation; an operation without a rule is a barrier (`jaxprune.channels.couplings`). Axes that
+One rule for each kind of operation; an operation without a rule is a barrier (`jaxprune.channels.coupling`). Axes that
 an operation merely passes on keep their units, those that it looks along (a maximum, a window, a sort) are fixed.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from jaxprune.channels.units import AxisUnits, Ids, Units, fixed_axes, without
+from jaxprune.channels.union_find import AxisUnits, Ids, Units, fixed_axes, without
 from jaxprune.tracing.operations import ELEMENTWISE, IDENTITIES
 
 Rule = Callable[[Units, JaxprEqn, list[AxisUnits]], list[AxisUnits]]

@@ -17,14 +17,14 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Int
 
-from jaxprune.channels.units import AxisUnits, Ids, Units
+from jaxprune.channels.union_find import AxisUnits, Ids, Units
 from jaxprune.checks import is_concrete
 from jaxprune.tracing.operations import merged_axes
 
 Facts = Int[np.ndarray, "indices facts"]
 
 
-class Alike:
+class Symmetry:
     """Units parted by all that tells them apart.
 
     Attributes:
@@ -134,30 +134,30 @@ def _numbered(value: Any, axis: int, size: int) -> Ids:
     return _numbers(each.tobytes() for each in np.moveaxis(np.asarray(value), axis, 0))
 
 
-def _iota(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _iota(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     ids = results[0][eqn.params["dimension"]]
     alike.part(ids, np.arange(len(ids))[:, None])
 
 
-def _slice(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _slice(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     start, stop, step = (eqn.params[word] for word in ("start_indices", "limit_indices", "strides"))
     for axis, (before, after) in enumerate(zip(given[0], results[0], strict=True)):
         alike.moved(before, after, np.arange(start[axis], stop[axis], step[axis] if step else 1))
 
 
-def _split(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _split(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     axis, start = eqn.params["axis"], 0
     for part in results:
         alike.moved(given[0][axis], part[axis], start + np.arange(len(part[axis])))
         start += len(part[axis])
 
 
-def _tile(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _tile(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     for before, after in zip(given[0], results[0], strict=True):
         alike.moved(before, after, np.arange(len(after)) % max(len(before), 1))
 
 
-def _concatenate(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _concatenate(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     axis, start = eqn.params["dimension"], 0
     for axes in given:
         before, after = axes[axis], results[0][axis]
@@ -166,18 +166,18 @@ def _concatenate(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: l
         start += len(before)
 
 
-def _pad(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _pad(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     for axis, (before, after) in enumerate(zip(given[0], results[0], strict=True)):
         source = np.arange(len(after)) - eqn.params["padding_config"][axis][0]
         alike.moved(before, after, np.where((source >= 0) & (source < len(before)), source, -1))
 
 
-def _rev(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _rev(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     for axis in eqn.params["dimensions"]:
         alike.moved(given[0][axis], results[0][axis], np.arange(len(given[0][axis]))[::-1])
 
 
-def _reshape(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _reshape(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     """Every place is (slot, place on the other axes) before and after."""
     old, new = (tuple(map(len, axes)) for axes in (given[0], results[0]))
     if eqn.params["dimensions"] is not None or 0 in old:
@@ -190,12 +190,12 @@ def _reshape(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[
                 alike.part(ids, np.concatenate([facts, more], 1))
 
 
-def _gather(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
+def _gather(alike: Symmetry, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
     for axis in eqn.params["dimension_numbers"].start_indices_batching_dims:
         alike.part(given[1][axis], np.arange(len(given[1][axis]))[:, None])  # their rows of the table stay
 
 
-_RULES: Mapping[str, Callable[[Alike, JaxprEqn, list[AxisUnits], list[AxisUnits]], None]] = {
+_RULES: Mapping[str, Callable[[Symmetry, JaxprEqn, list[AxisUnits], list[AxisUnits]], None]] = {
     "iota": _iota, "slice": _slice, "split": _split, "tile": _tile, "concatenate": _concatenate, "pad": _pad,
     "rev": _rev, "reshape": _reshape, "gather": _gather,
 }  # fmt: skip

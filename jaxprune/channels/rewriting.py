@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Bool
 
-from jaxprune.channels.couplings import Walk
+from jaxprune.channels.walk import Walk
 from jaxprune.compat import ClosedJaxpr, closed
 from jaxprune.tracing.inlined import BODIES, bind, evaluate, with_bodies
 
