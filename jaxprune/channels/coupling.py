@@ -28,6 +28,7 @@ from jaxprune.channels.walk import Walk, walk
 from jaxprune.tables import columns
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined
+from jaxprune.tracing.refusals import listed
 from jaxprune.types import Leaves
 
 STAYS = -1
@@ -108,7 +109,7 @@ class Couplings:
         why: dict[str, list[str]] = {}
         for (leaf, axis), reason in self.reasons.items():
             why.setdefault(reason, []).append(f"{leaf}:{axis}")
-        rest = [f"stays, since {reason}: {_listed(found)}" for reason, found in why.items()]
+        rest = [f"stays, since {reason}: {listed(found, most=MOST)}" for reason, found in why.items()]
         rest += [f"not followed: {barrier}" for barrier in self.barriers]
         return "\n".join([table, *([""] if rest else []), *rest])
 
@@ -117,7 +118,7 @@ class Couplings:
         for leaf, axis in self.members[layer[0]]:
             each = int(np.isin(self.channels[leaf][axis], layer).sum()) / len(layer)
             found.append(f"{leaf}:{axis}" if each == 1 else f"{leaf}:{axis} ({each:g} each)")
-        return _listed([member for member in found if member != name])
+        return listed([member for member in found if member != name], most=MOST)
 
     def __repr__(self) -> str:
         return f"<Couplings: {self.count} channels of {len(self.layers)} layers, {len(self.channels)} leaves>"
@@ -178,8 +179,3 @@ def couplings_of(found: Walk) -> Couplings:
                     if s.any()}  # fmt: skip
     alike = np.unique(found.alike()[known], return_inverse=True)[1].reshape(-1)
     return Couplings(channels, reasons, tuple(dict.fromkeys(found.barriers)), alike)
-
-
-def _listed(words: list[str]) -> str:
-    more = f" and {len(words) - MOST} more" if len(words) > MOST else ""
-    return ", ".join(words[:MOST]) + more
