@@ -23,13 +23,13 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxprune import tree
-from jaxprune.channels.choices import Removed
+from jaxprune.channels.choices import walk
 from jaxprune.channels.constant_propagation import constants
 from jaxprune.channels.constant_rules import all_of, nothing
 from jaxprune.channels.coupling import couplings_of
 from jaxprune.channels.liveness import Live, find_sums, folded, live_units
 from jaxprune.channels.rewriting import Shrinker
-from jaxprune.channels.walk import Walk, walk
+from jaxprune.channels.walk import Removed, Walk
 from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.masks import apply_masks
 from jaxprune.tables import columns

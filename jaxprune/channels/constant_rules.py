@@ -75,8 +75,8 @@ def elementwise(eqn: Any, given: list[Known]) -> Known:
     dtypes = [atom.aval.dtype for atom in eqn.invars]
     if not any(one.known.any() for one in given) or any(map(tree.is_key, (atom.aval for atom in eqn.invars))):
         return nothing(eqn.outvars[0].aval)
-    shape = np.broadcast_shapes(*(one.value.shape for one in given if one.value.ndim == rank), (1,) * rank)
-    full = [Known(*(np.broadcast_to(a, shape) if one.value.ndim == rank else a for a in one)) for one in given]
+    shape = np.broadcast_shapes((1,) * rank, *(one.value.shape for one in given))
+    full = [Known(*(np.broadcast_to(part, shape) for part in one)) for one in given]
     values = [one.value.astype(dtype) for one, dtype in zip(full, dtypes, strict=True)]
     name = eqn.primitive.name
     with np.errstate(all="ignore"):  # where nothing is known anything may stand
@@ -84,12 +84,12 @@ def elementwise(eqn: Any, given: list[Known]) -> Known:
             value = _IN_NUMPY[name](*values)
         else:
             value = np.asarray(bind(eqn, list(map(jnp.asarray, values)), dict(eqn.params))[0])
-    known = np.broadcast_to(np.logical_and.reduce([np.broadcast_to(one.known, shape) for one in full]), shape)
+    known = np.logical_and.reduce([one.known for one in full])
     zero = np.zeros(shape, bool)
     if name in ("mul", "and"):
-        zero = np.logical_or.reduce([np.broadcast_to(one.zero, shape) for one in full])
+        zero = np.logical_or.reduce([one.zero for one in full])
     elif name == "div":
-        zero = np.broadcast_to(full[0].zero, shape)
+        zero = full[0].zero
     return Known(np.where(zero, np.zeros((), value.dtype), value), np.asarray(known | zero))
 
 
@@ -179,15 +179,13 @@ def _gather(eqn: Any, given: list[Known]) -> list[Known] | None:
 
 
 def _reduce(eqn: Any, given: list[Known]) -> list[Known]:
-    value, known = given[0]
-    gone = tuple(eqn.params["axes"])
+    (value, known), gone = given[0], tuple(eqn.params["axes"])
     if eqn.primitive.name == "reduce_sum":
-        for axis in gone:
-            if value.shape[axis] == 1:
-                value = value * np.asarray(eqn.invars[0].aval.shape[axis], value.dtype)
-        return [Known(value.sum(gone, dtype=value.dtype), np.asarray(known.all(gone)))]
-    reduced = {"reduce_max": np.max, "reduce_min": np.min}[eqn.primitive.name]
-    return [Known(reduced(value, gone), np.asarray(known.all(gone)))]
+        times = math.prod(eqn.invars[0].aval.shape[axis] for axis in gone if value.shape[axis] == 1)
+        value = (value * np.asarray(times, value.dtype)).sum(gone, dtype=value.dtype)
+    else:
+        value = (np.max if eqn.primitive.name == "reduce_max" else np.min)(value, gone)
+    return [Known(value, np.asarray(known.all(gone)))]
 
 
 def _window(eqn: Any, given: list[Known]) -> list[Known] | None:

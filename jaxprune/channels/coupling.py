@@ -23,8 +23,9 @@ import jax
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.channels.choices import walk
 from jaxprune.channels.union_find import Ids
-from jaxprune.channels.walk import Walk, walk
+from jaxprune.channels.walk import Walk
 from jaxprune.tables import columns
 from jaxprune.tracing.finder import jaxpr_of
 from jaxprune.tracing.inlined import inlined

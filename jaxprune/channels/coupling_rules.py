@@ -155,10 +155,6 @@ def _move(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits
     return results
 
 
-def _dynamic_slice(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [_cut(units, eqn, given[0], eqn.params["slice_sizes"])]
-
-
 def _cut(units: Units, eqn: JaxprEqn, axes: AxisUnits, sizes: Sequence[int]) -> AxisUnits:
     """Axes of which a part is taken, nobody knows which."""
     result = list(axes)
@@ -219,7 +215,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVES, _move),
     "stack": _stack,
     "unstack": _unstack,
-    "dynamic_slice": _dynamic_slice,
+    "dynamic_slice": lambda units, eqn, given: [_cut(units, eqn, given[0], eqn.params["slice_sizes"])],
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     **dict.fromkeys(("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in"), barrier),

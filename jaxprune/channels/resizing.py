@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.channels.compaction import Compacted, Removed, apply_compacted, live_without, refusal_of, shape_before
-from jaxprune.channels.walk import Walk, walk
+from jaxprune.channels.choices import walk
+from jaxprune.channels.compaction import Compacted, apply_compacted, live_without, refusal_of, shape_before
+from jaxprune.channels.walk import Removed, Walk
 from jaxprune.channels.widths import Number, Widths, axes_made
 from jaxprune.compat import ClosedJaxpr
 from jaxprune.tracing.finder import jaxpr_of

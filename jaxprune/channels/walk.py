@@ -13,29 +13,70 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jaxprune import tree
-from jaxprune.channels.choices import Choices, Removed, Walked, best_walk, fitting_walk, torn
 from jaxprune.channels.coupling_rules import RULES, barrier
 from jaxprune.channels.reshapes import reshape
 from jaxprune.channels.symmetry import Symmetry
-from jaxprune.channels.union_find import AxisUnits, Ids
+from jaxprune.channels.union_find import AxisUnits, Ids, Units
 from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.tracing.inlined import LOOPS, bodies, loop
 from jaxprune.tracing.refusals import check_consumed
-from jaxprune.tracing.symbolic import at_numbers
-from jaxprune.types import Leaves
+
+Key = tuple[Any, ...]
+Removed = Mapping[str, Sequence[Sequence[int]]]
+"""Leaf -> for each of its axes the indices that are gone."""
 
 
-class Walk(Walked):
+class Choices:
+    """What is chosen in one walk, and what there was to choose from.
+
+    Attributes:
+        rank: which of the axes is chosen where `made` does not say, counted from 0; the last one if there are fewer.
+        made: choice -> axis.
+        met: choice -> the axes that there were, in the order of the walk.
+        chosen: choice -> the axis that was taken first.
+        units: choice -> units along that axis, of every reshape.
+    """
+
+    def __init__(self, rank: int = 0, made: Mapping[Key, int] | None = None) -> None:
+        self.rank, self.made = rank, made or {}
+        self.met: dict[Key, tuple[int, ...]] = {}
+        self.chosen: dict[Key, int] = {}
+        self.units: dict[Key, list[Ids]] = {}
+
+    def pick(self, eqn: Any, what: str, sizes: Sequence[int], axes: Mapping[int, tuple[bool, Ids]]) -> int:
+        """One of several axes.
+
+        Args:
+            eqn: the reshape.
+            what: is done with the axes.
+            sizes: of them all.
+            axes: those that may be chosen -> whether what is removed lies along this axis, and the units that it
+                would be the axis of.
+        """
+        key = (what, *sizes, source_info_util.summarize(eqn.source_info))
+        fitting = [axis for axis, (fits, _) in axes.items() if fits] or list(axes)
+        axis = self.made.get(key, -1)
+        axis = axis if axis in axes else fitting[min(self.rank, len(fitting) - 1)]
+        self.met.setdefault(key, tuple(axes))
+        self.chosen.setdefault(key, axis)
+        self.units.setdefault(key, []).append(axes[axis][1])
+        return axis
+
+
+class Walk:
     """The units of every array in a program without calls.
 
     Attributes:
+        choices: those it is walked with.
+        units: of the whole program.
+        leaves: leaf -> units of its axes.
         axes: variable -> units of its axes, those of bodies of loops too.
         barriers: see `Couplings`.
     """
 
     def __init__(self, choices: Choices, same: Mapping[Var, Var], activations: set[Var]) -> None:
-        super().__init__(choices)
+        self.choices, self.units = choices, Units()
+        self.leaves: dict[str, AxisUnits] = {}
         self._same = same  # variable of the program as it was -> of the one with numbers for symbolic sizes
         self.axes: dict[Var, AxisUnits] = {}
         self.barriers: list[str] = []
@@ -123,34 +164,18 @@ class Walk(Walked):
                 self.units.unite(ids, more, reason)
 
 
-def walk(jaxpr: ClosedJaxpr, params: Leaves, removed: Removed | None = None) -> Walk:
-    """The units of a program that `jaxpr_of` and `inlined` made with these params.
-
-    Args:
-        jaxpr: of the model, without calls.
-        params: the same pytree.
-        removed: leaf -> for each of its axes the indices that are gone, if any are, and these together.
-
-    Raises:
-        ValueError: see `jaxprune.trace`; what is removed does not go together.
-    """
-    leaves = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
-    run = partial(_walked, *at_numbers(jaxpr), leaves, removed or {})
-    if removed is None:
-        return best_walk(run)
-    found = fitting_walk(run, removed)
-    for name, axis in torn(found, removed):
-        raise ValueError(
-            f"What is removed of leaf {name!r} along axis {axis} does not go together with the rest of what is "
-            "removed: other indices would have to go with it. Was it found for this function, and arguments of these "
-            "kinds?"
-        )
-    return found
-
-
-def _walked(
+def walk_with(
     jaxpr: ClosedJaxpr, same: Mapping[Var, Var], leaves: Mapping[str, Any], removed: Removed, choices: Choices
 ) -> Walk:
+    """The units of a whole program.
+
+    Args:
+        jaxpr: of the model, without calls and symbolic sizes.
+        same: see `at_numbers`.
+        leaves: arrays of the params, which are its first inputs.
+        removed: of each leaf what is gone, if anything is.
+        choices: those that are made.
+    """
     found = Walk(choices, same, _activations(jaxpr.jaxpr, set(jaxpr.jaxpr.invars[len(leaves) :])))
     units = found.units
     for name, leaf in leaves.items():

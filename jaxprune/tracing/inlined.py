@@ -131,29 +131,21 @@ def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mappin
         run: (equation, values of its operands) -> its results.
         calls: operations that are entered -> the parameter that holds their jaxpr.
     """
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, values, run, calls)
-
-
-def _evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], run: Bind, calls: Mapping[str, str]
-) -> list[Any]:
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+    known = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*jaxpr.consts, *values], strict=True))
 
     def of(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in jaxpr.jaxpr.eqns:
         given = [of(atom) for atom in eqn.invars]
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack):
             if eqn.primitive.name in calls:
                 inner = eqn.params[calls[eqn.primitive.name]]
-                closed = isinstance(inner, ClosedJaxpr)
-                consts = inner.consts if closed else ()
-                results = _evaluate(inner.jaxpr if closed else inner, consts, given, run, calls)
+                results = evaluate(inner if isinstance(inner, ClosedJaxpr) else closed(inner, ()), given, run, calls)
             else:
                 results = run(eqn, given)
         known |= zip(eqn.outvars, results, strict=True)
-    return [of(atom) for atom in jaxpr.outvars]
+    return [of(atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
