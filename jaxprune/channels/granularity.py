@@ -91,10 +91,9 @@ class Channels:
         for name, view in scores.items():
             score = layouts.from_view(view, geometry.axes[name], geometry.shapes[name])
             for axis, ids in enumerate(self.couplings.channels[name]):
-                if (ids == STAYS).all():
+                others, free = tuple(a for a in range(score.ndim) if a != axis), np.flatnonzero(ids != STAYS)
+                if not len(free):
                     continue
-                others = tuple(a for a in range(score.ndim) if a != axis)
-                free = np.flatnonzero(ids != STAYS)
                 totals = totals.at[ids[free]].add(ordered_sum(score, others).reshape(-1)[free])
                 np.add.at(weights, ids[free], score.size // len(ids))
         mean = totals * jnp.asarray(1 / np.maximum(weights, 1), totals.dtype)

@@ -45,7 +45,7 @@ class Shrinker:
 
     def kept(self, atom: Any) -> Kept:
         """For every axis of an array which indices are kept."""
-        return tuple(self.live[self.walk.units.roots(ids)] for ids in self.walk.of(atom))
+        return tuple(self.live[ids] for ids in self.walk.roots(atom))
 
     def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, dict(eqn.params)

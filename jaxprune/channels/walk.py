@@ -94,6 +94,10 @@ class Walk:
             self._constants += [(axes, atom.val)] if axes else []
         return self._literals[id(atom)]
 
+    def roots(self, atom: Any) -> list[Ids]:
+        """The same, one number for all indices of a unit."""
+        return [self.units.roots(ids) for ids in self.of(atom)]
+
     def alike(self) -> Ids:
         """Classes of units that the whole program treats the same; at roots."""
         found = Symmetry(self.units)

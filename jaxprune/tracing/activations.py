@@ -47,7 +47,11 @@ def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:
     alive = {var for var in alive if var in last}
     peak = sum(map(_bytes, alive))
     for place, eqn in enumerate(jaxpr.eqns):
-        inside = max((_body_peak(body, given, weights) for body, given in bodies(eqn)), default=0)
+        inside = 0  # what a body makes itself; its inputs are alive outside
+        for body, given in bodies(eqn):
+            pairs = zip(body.invars, given, strict=True)
+            inner = {var for var, atom in pairs if isinstance(atom, Var) and atom in weights}
+            inside = max(inside, _peak(body, inner, set()))
         operands = _variables(eqn.invars)
         if operands and weights.issuperset(operands):
             weights |= set(eqn.outvars)
@@ -56,12 +60,6 @@ def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:
         peak = max(peak, sum(map(_bytes, alive)) + inside)
         alive = {var for var in alive if last.get(var, -1) > place}
     return peak
-
-
-def _body_peak(body: Jaxpr, given: list[Any], weights: set[Var]) -> int:
-    """What a body makes itself; its inputs are alive outside."""
-    inside = {var for var, atom in zip(body.invars, given, strict=True) if isinstance(atom, Var) and atom in weights}
-    return _peak(body, inside, set())
 
 
 def _variables(atoms: Any) -> set[Var]:

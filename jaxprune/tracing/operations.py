@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jax.extend.core import JaxprEqn
 from jaxtyping import Int
 
 _WORDS = """
@@ -48,7 +48,7 @@ Sources = Int[np.ndarray, " indices"]
 """For each index along an axis of a result the one that comes there, -1 where none does."""
 
 
-def moves(eqn: JaxprEqn) -> list[dict[int, Sources]]:
+def moves(eqn: Any) -> list[dict[int, Sources]]:
     """What one of `MOVES` does: for each result axis -> sources. Axes that are not named stay as they are.
 
     Of several operands the sources count the indices of all, side by side; the filler of a pad is none of them.
