@@ -150,7 +150,7 @@ def _move(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits
                 result[axis] = np.zeros(len(sources), np.int64)
             else:
                 result[axis] = np.append(whole[axis], 0)[sources]
-                result[axis][sources < 0] = units.fresh(low + high)
+                result[axis][sources < 0] = np.concatenate([units.fresh(int(low)), units.fresh(int(high))])
         results.append(tuple(result))
     return results
 

@@ -68,7 +68,7 @@ def find_sums(jaxpr: Jaxpr, walk: Walk) -> list[Sum]:
     folds = _find_folds(jaxpr)
     found = []
     for eqn in equations(jaxpr):
-        fold, numbers = folds.get(eqn.outvars[0]), eqn.params.get("dimension_numbers")
+        fold, numbers = folds.get(eqn.outvars[0]), eqn.params.get("dimension_numbers", ())
         if eqn.primitive.name == "dot_general":
             both, fold = numbers[0], _placed(fold, eqn, walk, numbers[0])
             found += [Sum(eqn, (a, b), both, fold) for a, b in zip(*both, strict=True)]
