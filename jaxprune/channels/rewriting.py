@@ -121,7 +121,7 @@ def _resized(eqn: JaxprEqn, given: list[Kept], results: list[Kept]) -> dict[str,
     return {}
 
 
-def _padding(config: tuple[int, int, int], keep: Any) -> tuple[int, int, int]:
+def _padding(config: tuple[Any, Any, Any], keep: Any) -> tuple[Any, Any, Any]:
     low, high, inside = config
     if min(low, high) < 0 or inside:  # then all channels stay
         return config
