@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.core import eval_jaxpr
 
 from jaxprune.tracing.operations import MOVES, moves
 
@@ -29,7 +30,7 @@ def test_indices_come_from_where_it_says(case):
     jaxpr = jax.make_jaxpr(CASES[case])(x)
     eqn = jaxpr.eqns[-1]
     assert eqn.primitive.name in MOVES
-    given = jax.core.eval_jaxpr(jaxpr.jaxpr.replace(outvars=eqn.invars[:3]), jaxpr.consts, x)
+    given = eval_jaxpr(jaxpr.jaxpr.replace(outvars=eqn.invars[:3]), jaxpr.consts, x)
     operands = [np.asarray(one) for one in given if np.ndim(one) == 3]
     whole = operands[0] if len(operands) == 1 else np.concatenate(operands, 1)
     wanted = jax.tree.leaves(CASES[case](x))
