@@ -12,9 +12,9 @@ is left to a small file.
 """
 
 from jaxprune import sparse, storage
-from jaxprune.channels.channels import Channels
-from jaxprune.channels.compaction import Compacted, compact, expand, smaller
-from jaxprune.channels.couplings import Couplings, couplings
+from jaxprune.channels.compaction import Compacted, apply_compacted, compact, uncompact
+from jaxprune.channels.coupling import Couplings, couplings
+from jaxprune.channels.granularity import Channels
 from jaxprune.channels.permutation import Permuted, permute_channels, reorder
 from jaxprune.channels.resizing import resized
 from jaxprune.criteria import (
@@ -74,7 +74,7 @@ from jaxprune.search.targets import Within, compacted_cost, masks_within
 from jaxprune.storage import load, save
 from jaxprune.tracing import layout_of, trace, weights_of
 from jaxprune.tracing.activations import peak_activations
-from jaxprune.tracing.costs import byte_costs, costs, mac_costs
+from jaxprune.tracing.cost_model import byte_costs, costs, mac_costs
 from jaxprune.training.distillation import distillation_loss
 from jaxprune.training.dropout import adjusted_dropout
 from jaxprune.training.loops import Iterated, Round, iterate, iterative
@@ -125,6 +125,7 @@ __all__ = [
     "adjusted_dropout",
     "alternating",
     "apoz",
+    "apply_compacted",
     "apply_masks",
     "at",
     "byte_costs",
@@ -139,7 +140,6 @@ __all__ = [
     "distillation_loss",
     "every",
     "evidence",
-    "expand",
     "exponential",
     "fisher",
     "geometric_median",
@@ -180,7 +180,6 @@ __all__ = [
     "rounds",
     "save",
     "sensitivity",
-    "smaller",
     "snip",
     "sparse",
     "sparsity_of",
@@ -194,6 +193,7 @@ __all__ = [
     "taylor_squared",
     "top_k_mask",
     "trace",
+    "uncompact",
     "unpack_masks",
     "wanda",
     "weights",

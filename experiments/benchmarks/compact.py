@@ -51,7 +51,7 @@ def compare(name: str, batch: int, sparsity: float, keep: list[str], seconds: fl
     before, after = (costs_of(fn, params, x) for fn, params in ((dense, network.params), (compact, small.params)))
     print(
         f"{name:<16}{sparsity:>6.0%}{before[0]:>14,} -> {after[0]:>12,}{before[1] / batch / 1e6:>10.1f} -> "
-        f"{after[1] / batch / 1e6:>8.1f} MMACs{error:>10.1e}{coupled:>7.1f} s{compacted:>7.1f} s   {small.insists}"
+        f"{after[1] / batch / 1e6:>8.1f} MMACs{error:>10.1e}{coupled:>7.1f} s{compacted:>7.1f} s   {small.refusal}"
     )
     if seconds:
         contestants = {"dense": lambda: dense(network.params, x), "compacted": lambda: compact(small.params, x)}

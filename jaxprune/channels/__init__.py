@@ -1,7 +1,36 @@
 """Structured pruning: what belongs together, and the smaller arrays that compute the same.
 
-`couplings` reads from a traced function which channels live or die together, by the `rules` of each operation;
-`liveness` and `constants` say what a masked model still needs; `compaction` makes it smaller, `resizing` gives a module
-back its numbers, `permutation` puts channels in a better order. Single weights are none of its business, and no
-framework's layers are known by name.
+| module | holds |
+|---|---|
+| `union_find` | units: indices along axes that are the same, or must stay |
+| `coupling_rules`, `reshapes` | what each operation says of the units of its operands and results |
+| `walk`, `choices` | the units of a whole program; where channels lie if a reshape leaves it open |
+| `coupling` | `couplings`: the channels of a model, and what goes with each |
+| `granularity` | `Channels`, whose groups reach across leaves |
+| `constant_rules`, `constant_propagation`, `liveness` | what a masked model still needs |
+| `rewriting`, `compaction` | the program on smaller arrays; `compact` and `uncompact` |
+| `widths`, `resizing` | `resized`, which gives a module back its numbers |
+| `symmetry`, `regrouping`, `permutation` | channels that may change places, and a better order of them |
+
+Single weights are none of its business, and no framework's layers are known by name.
 """
+
+from jaxprune.channels.compaction import Compacted, apply_compacted, compact, uncompact
+from jaxprune.channels.coupling import Couplings, couplings
+from jaxprune.channels.granularity import Channels
+from jaxprune.channels.permutation import Permuted, permute_channels, reorder
+from jaxprune.channels.resizing import resized
+
+__all__ = [
+    "Channels",
+    "Compacted",
+    "Couplings",
+    "Permuted",
+    "apply_compacted",
+    "compact",
+    "couplings",
+    "permute_channels",
+    "reorder",
+    "resized",
+    "uncompact",
+]

@@ -9,97 +9,51 @@ the most channels. Reshapes on one line, of the same sizes, are one choice, as i
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
-from jax.extend import source_info_util
 
-from jaxprune.channels.units import AxisUnits, Ids, Units
-
-Key = tuple[Any, ...]
-Removed = Mapping[str, Sequence[Sequence[int]]]
-
-
-class Choices:
-    """What is chosen in one walk, and what there was to choose from.
-
-    Attributes:
-        rank: which of the axes is chosen where `made` does not say, counted from 0; the last one if there are fewer.
-        made: choice -> axis.
-        met: choice -> the axes that there were, in the order of the walk.
-        chosen: choice -> the axis that was taken first.
-        units: choice -> units along that axis, of every reshape.
-    """
-
-    def __init__(self, rank: int = 0, made: Mapping[Key, int] | None = None) -> None:
-        self.rank, self.made = rank, made or {}
-        self.met: dict[Key, tuple[int, ...]] = {}
-        self.chosen: dict[Key, int] = {}
-        self.units: dict[Key, list[Ids]] = {}
-
-    def pick(self, eqn: Any, what: str, sizes: Sequence[int], axes: Mapping[int, tuple[bool, Ids]]) -> int:
-        """One of several axes.
-
-        Args:
-            eqn: the reshape.
-            what: is done with the axes.
-            sizes: of them all.
-            axes: those that may be chosen -> whether what is removed lies along this axis, and the units that it
-                would be the axis of.
-        """
-        key = (what, *sizes, source_info_util.summarize(eqn.source_info))
-        fitting = [axis for axis, (fits, _) in axes.items() if fits] or list(axes)
-        axis = self.made.get(key, -1)
-        axis = axis if axis in axes else fitting[min(self.rank, len(fitting) - 1)]
-        self.met.setdefault(key, tuple(axes))
-        self.chosen.setdefault(key, axis)
-        self.units.setdefault(key, []).append(axes[axis][1])
-        return axis
+from jaxprune import tree
+from jaxprune.channels.union_find import Ids
+from jaxprune.channels.walk import Choices, Key, Removed, Walk, walk_with
+from jaxprune.compat import ClosedJaxpr
+from jaxprune.tracing.symbolic import at_numbers
+from jaxprune.types import Leaves
 
 
-class Walked:
-    """A walk with some choices.
-
-    Attributes:
-        choices: those.
-        units: of the whole program.
-        leaves: leaf -> units of its axes.
-    """
-
-    def __init__(self, choices: Choices) -> None:
-        self.choices = choices
-        self.units = Units()
-        self.leaves: dict[str, AxisUnits] = {}
-
-
-W = TypeVar("W", bound=Walked)
-
-
-def best_walk(run: Callable[[Choices], W]) -> W:
-    """The walk that leaves most.
+def walk(jaxpr: ClosedJaxpr, params: Leaves, removed: Removed | None = None) -> Walk:
+    """The units of a program that `jaxpr_of` and `inlined` made with these params.
 
     Args:
-        run: walks the program with these choices.
+        jaxpr: of the model, without calls.
+        params: the same pytree.
+        removed: leaf -> for each of its axes the indices that are gone, if any are, and these together.
+
+    Raises:
+        ValueError: see `jaxprune.trace`; what is removed does not go together.
     """
-
-    def is_free(walk: W, key: Key | None) -> bool:
-        return key is not None and not any(walk.units.fixed(ids).any() for ids in walk.choices.units[key])
-
-    return _search(run, worth, is_free)
-
-
-def fitting_walk(run: Callable[[Choices], W], removed: Removed) -> W:
-    """The walk in which what is removed goes together, or nearly so.
-
-    Args:
-        run: walks the program with these choices, and knows what is removed.
-        removed: leaf -> for each of its axes the indices that are gone.
-    """
-    return _search(run, lambda walk: -len(torn(walk, removed)), lambda walk, _: not torn(walk, removed))
+    leaves = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
+    run = partial(walk_with, *at_numbers(jaxpr), leaves, removed or {})
+    if removed is None:
+        return _search(run, _worth, _is_free)
+    found = _search(run, lambda walk: -len(_torn(walk, removed)), lambda walk, _: not _torn(walk, removed))
+    for name, axis in _torn(found, removed):
+        raise ValueError(
+            f"What is removed of leaf {name!r} along axis {axis} does not go together with the rest of what is "
+            "removed: other indices would have to go with it. Was it found for this function, and arguments of these "
+            "kinds?"
+        )
+    return found
 
 
-def worth(walk: Walked, among: Ids | None = None) -> tuple[int, int]:
+def _is_free(walk: Walk, key: Key | None) -> bool:
+    """Whether all that a choice is about can be removed."""
+    return key is not None and not any(walk.units.fixed(ids).any() for ids in walk.choices.units[key])
+
+
+def _worth(walk: Walk, among: Ids | None = None) -> tuple[int, int]:
     """How many weights are in channels that can be removed, and how many channels there are.
 
     Args:
@@ -120,7 +74,7 @@ def worth(walk: Walked, among: Ids | None = None) -> tuple[int, int]:
     return weights, len(np.unique(np.concatenate(found)))
 
 
-def torn(walk: Walked, removed: Removed) -> list[tuple[str, int]]:
+def _torn(walk: Walk, removed: Removed) -> list[tuple[str, int]]:
     """Axes of leaves some of whose indices would have to go with what is removed, and do not.
 
     Args:
@@ -132,7 +86,9 @@ def torn(walk: Walked, removed: Removed) -> list[tuple[str, int]]:
     return [place for place, ids in axes if int(walk.units.gone(ids).sum()) != gone.get(place, 0)]
 
 
-def _search(run: Callable[[Choices], W], worth: Callable[[W], Any], is_done: Callable[[W, Key | None], bool]) -> W:
+def _search(
+    run: Callable[[Choices], Walk], worth: Callable[[Walk], Any], is_done: Callable[[Walk, Key | None], bool]
+) -> Walk:
     """The best of several walks: with all first axes, all second and so on, the best of these, single changes of it.
 
     Args:
@@ -157,12 +113,12 @@ def _search(run: Callable[[Choices], W], worth: Callable[[W], Any], is_done: Cal
     return best
 
 
-def _one_by_one(walks: Sequence[Walked]) -> dict[Key, int]:
+def _one_by_one(walks: Sequence[Walk]) -> dict[Key, int]:
     """For each choice the axis that leaves most of what it is about, in the walk where it does."""
     found: dict[Key, tuple[Any, int]] = {}
     for walk in walks:
         for key, units in walk.choices.units.items():
-            left = worth(walk, np.concatenate(units))
+            left = _worth(walk, np.concatenate(units))
             if key not in found or left > found[key][0]:
                 found[key] = left, walk.choices.chosen[key]
     return {key: axis for key, (_, axis) in found.items()}

@@ -4,7 +4,7 @@ r"""Compaction: physically smaller dense params that compute what the masked one
     small.apply(small.params, x)  =  apply_fn(apply_masks(params, masks), x)         up to rounding
 
 A channel goes when nobody reads it (`jaxprune.channels.liveness`), with everything that belongs to it: its column here,
-its row there, its bias, its statistics (`jaxprune.channels.couplings`). A channel that is a constant is read by nobody
+its row there, its bias, its statistics (`jaxprune.channels.coupling`). A channel that is a constant is read by nobody
 once that constant is in the next bias. What goes is found from the values alone, so masks may come from anywhere.
 
 References:
@@ -23,12 +23,13 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxprune import tree
-from jaxprune.channels.choices import Removed
+from jaxprune.channels.choices import walk
+from jaxprune.channels.constant_propagation import constants
 from jaxprune.channels.constant_rules import all_of, nothing
-from jaxprune.channels.constants import constants
-from jaxprune.channels.couplings import Walk, walk
+from jaxprune.channels.coupling import couplings_of
 from jaxprune.channels.liveness import Live, find_sums, folded, live_units
-from jaxprune.channels.shrunk import Shrinker
+from jaxprune.channels.rewriting import Shrinker
+from jaxprune.channels.walk import Removed, Walk
 from jaxprune.compat import ClosedJaxpr, primitive_name
 from jaxprune.masks import apply_masks
 from jaxprune.tables import columns
@@ -45,25 +46,25 @@ class Compacted:
     Attributes:
         params: pytree of the structure of the params, arrays smaller.
         apply: what `apply_fn` computes, on the smaller params: (params, *args, **kwargs) -> results.
-        removed: leaf -> for each of its axes the indices that are gone; plain data, see `expand`.
-        insists: "" if `apply_fn` itself takes the smaller params and computes the same; else where it does not, since
+        removed: leaf -> for each of its axes the indices that are gone; plain data, see `uncompact`.
+        refusal: "" if `apply_fn` itself takes the smaller params and computes the same; else where it does not, since
             it has sizes in it.
     """
 
     params: Params
     apply: Callable[..., Any]
     removed: Removed
-    insists: str
+    refusal: str
 
     def __str__(self) -> str:
-        """A line for each leaf that is smaller; then `insists`."""
+        """A line for each leaf that is smaller; then `refusal`."""
         rows = [
             (name, str(shape_before(leaf, self.removed[name])), str(np.shape(leaf)))
             for name, leaf in tree.named_leaves(self.params).items()
             if any(self.removed.get(name, ()))
         ]
-        insists = f"\n\nThe function itself does not take them: {self.insists}" if self.insists else ""
-        return columns(("leaf", "before", "now"), rows, 3) + insists
+        refusal = f"\n\nThe function itself does not take them: {self.refusal}" if self.refusal else ""
+        return columns(("leaf", "before", "now"), rows, 3) + refusal
 
 
 def compact(
@@ -104,12 +105,12 @@ def compact(
 
     small = tree.map_named(small_leaf, masked)
     removed = {name: tuple(tuple(map(int, np.flatnonzero(~keep))) for keep in axes) for name, axes in kept.items()}
-    apply = smaller(apply_fn, removed, masked)
+    apply = apply_compacted(apply_fn, removed, masked)
     wanted = inlined(jaxpr_of(apply, small, *args, **kwargs))
-    return Compacted(small, apply, removed, insists(apply_fn, wanted, small, args, kwargs))
+    return Compacted(small, apply, removed, refusal_of(apply_fn, wanted, small, args, kwargs))
 
 
-def smaller(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
+def apply_compacted(apply_fn: Callable[..., Any], removed: Removed, params: Leaves) -> Callable[..., Any]:
     """`apply_fn` for params from which channels are removed; for arguments of symbolic sizes too, see `jax.export`.
 
     Args:
@@ -150,7 +151,7 @@ def shape_before(leaf: Any, gone: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(size + len(lost) for size, lost in zip(np.shape(leaf), gone, strict=True))
 
 
-def expand(small: Params, removed: Removed) -> Params:
+def uncompact(small: Params, removed: Removed) -> Params:
     """Smaller params brought back to their full shapes, zeros where channels were removed.
 
     Args:
@@ -187,7 +188,7 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
     if round_to == 1:
         return live
     live = live.copy()
-    channels = found.couplings()
+    channels = couplings_of(found)
     for side_by_side in channels.layers:
         name, axis = channels.members[side_by_side[0]][0]
         place = {int(channel): i for i, channel in enumerate(channels.channels[name][axis])}
@@ -198,7 +199,7 @@ def _rounded(live: Live, found: Walk, round_to: int) -> Live:
     return live
 
 
-def insists(apply_fn: Callable[..., Any], wanted: ClosedJaxpr, small: Params, args: Any, kwargs: Any) -> str:
+def refusal_of(apply_fn: Callable[..., Any], wanted: ClosedJaxpr, small: Params, args: Any, kwargs: Any) -> str:
     """Where the function itself does not do on smaller params what it should; "" if it does.
 
     Args:

@@ -7,6 +7,7 @@ NaN left aside.
 """
 
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Shaped
 
 from jaxprune import tree
 from jaxprune.tracing.inlined import bind
-from jaxprune.tracing.operations import merged_axes
+from jaxprune.tracing.operations import MOVES, Sources, merged_axes, moves
 
 
 class Known(NamedTuple):
@@ -74,8 +75,8 @@ def elementwise(eqn: Any, given: list[Known]) -> Known:
     dtypes = [atom.aval.dtype for atom in eqn.invars]
     if not any(one.known.any() for one in given) or any(map(tree.is_key, (atom.aval for atom in eqn.invars))):
         return nothing(eqn.outvars[0].aval)
-    shape = np.broadcast_shapes(*(one.value.shape for one in given if one.value.ndim == rank), (1,) * rank)
-    full = [Known(*(np.broadcast_to(a, shape) if one.value.ndim == rank else a for a in one)) for one in given]
+    shape = np.broadcast_shapes((1,) * rank, *(one.value.shape for one in given))
+    full = [Known(*(np.broadcast_to(part, shape) for part in one)) for one in given]
     values = [one.value.astype(dtype) for one, dtype in zip(full, dtypes, strict=True)]
     name = eqn.primitive.name
     with np.errstate(all="ignore"):  # where nothing is known anything may stand
@@ -83,12 +84,12 @@ def elementwise(eqn: Any, given: list[Known]) -> Known:
             value = _IN_NUMPY[name](*values)
         else:
             value = np.asarray(bind(eqn, list(map(jnp.asarray, values)), dict(eqn.params))[0])
-    known = np.broadcast_to(np.logical_and.reduce([np.broadcast_to(one.known, shape) for one in full]), shape)
+    known = np.logical_and.reduce([one.known for one in full])
     zero = np.zeros(shape, bool)
     if name in ("mul", "and"):
-        zero = np.logical_or.reduce([np.broadcast_to(one.zero, shape) for one in full])
+        zero = np.logical_or.reduce([one.zero for one in full])
     elif name == "div":
-        zero = np.broadcast_to(full[0].zero, shape)
+        zero = full[0].zero
     return Known(np.where(zero, np.zeros((), value.dtype), value), np.asarray(known | zero))
 
 
@@ -126,57 +127,38 @@ def _broadcast(eqn: Any, array: Any) -> Any:
     return array.reshape(shape)
 
 
-def _tile(eqn: Any, array: Any) -> Any:
-    reps = zip(array.shape, eqn.params["reps"], strict=True)
-    return np.tile(array, [1 if size == 1 else times for size, times in reps])
-
-
-def _slice(eqn: Any, array: Any) -> Any:
-    start, stop, step = (eqn.params[word] for word in ("start_indices", "limit_indices", "strides"))
-    step = step or (1,) * len(start)
-    cuts = zip(array.shape, start, stop, step, strict=True)
-    return array[tuple(slice(None) if size == 1 else slice(a, b, s) for size, a, b, s in cuts)]
-
-
 def _dynamic_slice(eqn: Any, given: list[Known]) -> list[Known] | None:
     whole = eqn.invars[0].aval.shape
     cut = [a for a, (size, left) in enumerate(zip(whole, eqn.params["slice_sizes"], strict=True)) if size != left]
     return [given[0]] if all(given[0].value.shape[axis] == 1 for axis in cut) else None
 
 
-def _split(eqn: Any, given: list[Known]) -> list[Known]:
-    axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
-    if given[0].value.shape[axis] == 1:
-        return [given[0]] * len(eqn.outvars)
-    return [Known(*parts) for parts in zip(*(np.split(part, ends, axis) for part in given[0]), strict=True)]
-
-
 def _concatenate(eqn: Any, given: list[Known]) -> list[Known]:
     axis = eqn.params["dimension"]
-    rest = [np.delete(one.value.shape, axis) for one in given]
-    shape = list(np.broadcast_shapes(*map(tuple, rest)))
-
-    def joined(arrays: Sequence[Any]) -> Any:
-        sizes = (atom.aval.shape[axis] for atom in eqn.invars)
-        return np.concatenate(
-            [np.broadcast_to(a, [*shape[:axis], n, *shape[axis:]]) for a, n in zip(arrays, sizes, strict=True)], axis
-        )
-
-    return [Known(joined([one.value for one in given]), joined([one.known for one in given]))]
+    shape = np.broadcast_shapes(*(tuple(np.delete(one.value.shape, axis)) for one in given))
+    shapes = [(*shape[:axis], atom.aval.shape[axis], *shape[axis:]) for atom in eqn.invars]
+    parts = zip(*given, strict=True)
+    return [Known(*(np.concatenate(list(map(np.broadcast_to, part, shapes)), axis) for part in parts))]
 
 
-def _pad(eqn: Any, given: list[Known]) -> list[Known] | None:
-    (value, known), (filler, filled) = given
-    for axis, (low, high, inside) in enumerate(eqn.params["padding_config"]):
-        if low == high == inside == 0:
-            continue
-        if min(low, high) < 0 or inside:
-            return None
-        value, known = (_along(part, axis, eqn.invars[0].aval.shape[axis]) for part in (value, known))
-        widths = [(low, high) if a == axis else (0, 0) for a in range(value.ndim)]
-        value = np.pad(value, widths, constant_values=filler)
-        known = np.pad(known, widths, constant_values=filled)
-    return [Known(value, known)]
+def _move(eqn: Any, given: list[Known]) -> list[Known]:
+    """Indices where they go; an axis along which nothing changes stays of size one, if nothing else comes there."""
+    filler = given[1] if eqn.primitive.name == "pad" else (0, False)
+    results = []
+    for moved in moves(eqn):
+        one = given[0]
+        for axis, sources in moved.items():
+            if one.value.shape[axis] != 1 or (sources < 0).any():
+                size = eqn.invars[0].aval.shape[axis]
+                parts = zip(one, filler, strict=True)
+                one = Known(*(_taken(_along(part, axis, size), axis, sources, fill) for part, fill in parts))
+        results.append(one)
+    return results
+
+
+def _taken(array: Any, axis: int, sources: Sources, fill: Any) -> Any:
+    shape = [1 if a == axis else size for a, size in enumerate(array.shape)]
+    return np.concatenate([array, np.full(shape, fill, array.dtype)], axis).take(sources, axis)
 
 
 def _gather(eqn: Any, given: list[Known]) -> list[Known] | None:
@@ -197,15 +179,13 @@ def _gather(eqn: Any, given: list[Known]) -> list[Known] | None:
 
 
 def _reduce(eqn: Any, given: list[Known]) -> list[Known]:
-    value, known = given[0]
-    gone = tuple(eqn.params["axes"])
+    (value, known), gone = given[0], tuple(eqn.params["axes"])
     if eqn.primitive.name == "reduce_sum":
-        for axis in gone:
-            if value.shape[axis] == 1:
-                value = value * np.asarray(eqn.invars[0].aval.shape[axis], value.dtype)
-        return [Known(value.sum(gone, dtype=value.dtype), np.asarray(known.all(gone)))]
-    reduced = {"reduce_max": np.max, "reduce_min": np.min}[eqn.primitive.name]
-    return [Known(reduced(value, gone), np.asarray(known.all(gone)))]
+        times = math.prod(eqn.invars[0].aval.shape[axis] for axis in gone if value.shape[axis] == 1)
+        value = (value * np.asarray(times, value.dtype)).sum(gone, dtype=value.dtype)
+    else:
+        value = (np.max if eqn.primitive.name == "reduce_max" else np.min)(value, gone)
+    return [Known(value, np.asarray(known.all(gone)))]
 
 
 def _window(eqn: Any, given: list[Known]) -> list[Known] | None:
@@ -228,9 +208,8 @@ def _dot_general(eqn: Any, given: list[Known]) -> list[Known]:
         size = eqn.invars[0].aval.shape[a] if a in l_sum else max(lhs.value.shape[a], rhs.value.shape[b])
         lhs = Known(*(_along(part, a, size) for part in lhs))
         rhs = Known(*(_along(part, b, size) for part in rhs))
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    left = [next(letters) for _ in range(lhs.value.ndim)]
-    right = [next(letters) for _ in range(rhs.value.ndim)]
+    left = [*string.ascii_lowercase[: lhs.value.ndim]]
+    right = [*string.ascii_uppercase[: rhs.value.ndim]]
     for a, b in zip((*l_sum, *l_batch), (*r_sum, *r_batch), strict=True):
         right[b] = left[a]
     out = [left[a] for a in l_batch]
@@ -308,13 +287,9 @@ CONSTANT_RULES: Mapping[str, Callable[[Any, list[Known]], list[Known] | None]] =
     "broadcast_in_dim": _mapped(_broadcast),
     "transpose": _mapped(lambda eqn, array: np.transpose(array, eqn.params["permutation"])),
     "squeeze": _mapped(lambda eqn, array: np.squeeze(array, tuple(eqn.params["dimensions"]))),
-    "rev": _mapped(lambda eqn, array: np.flip(array, tuple(eqn.params["dimensions"]))),
-    "tile": _mapped(_tile),
-    "slice": _mapped(_slice),
+    **dict.fromkeys(MOVES, _move),
     "dynamic_slice": _dynamic_slice,
-    "split": _split,
     "concatenate": _concatenate,
-    "pad": _pad,
     "gather": _gather,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
     **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _window),

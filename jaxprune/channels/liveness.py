@@ -8,7 +8,7 @@ A channel that is the same number everywhere is not read either where that numbe
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jax.extend.core import Jaxpr, Literal, Var
 from jaxtyping import Bool, Inexact, Int
 
 from jaxprune.channels.constant_rules import Known, all_of, exact
-from jaxprune.channels.couplings import Walk
-from jaxprune.tracing.inlined import bodies
+from jaxprune.channels.walk import Walk
+from jaxprune.tracing.inlined import equations
 
 Facts = Mapping[Var, Known]
 Live = Bool[np.ndarray, " units"]
@@ -67,31 +67,26 @@ def find_sums(jaxpr: Jaxpr, walk: Walk) -> list[Sum]:
     """
     folds = _find_folds(jaxpr)
     found = []
-    for eqn in _equations(jaxpr):
-        fold = _placed(folds.get(eqn.outvars[0]), eqn, walk)
+    for eqn in equations(jaxpr):
+        fold, numbers = folds.get(eqn.outvars[0]), eqn.params.get("dimension_numbers", ())
         if eqn.primitive.name == "dot_general":
-            both, _ = eqn.params["dimension_numbers"]
+            both, fold = numbers[0], _placed(fold, eqn, walk, numbers[0])
             found += [Sum(eqn, (a, b), both, fold) for a, b in zip(*both, strict=True)]
         elif eqn.primitive.name == "conv_general_dilated" and eqn.params["feature_group_count"] == 1:
             # Groups go as a whole: where one is removed, its inputs and outputs are the same channels.
-            numbers = eqn.params["dimension_numbers"]
             borders = any(map(any, eqn.params["padding"])) or set(eqn.params["lhs_dilation"]) != {1}
-            found.append(Sum(eqn, (numbers.lhs_spec[1], numbers.rhs_spec[1]), ((), ()), None if borders else fold))
+            fold = None if borders else _placed(fold, eqn, walk, ((), numbers.rhs_spec[1:]))
+            found.append(Sum(eqn, (numbers.lhs_spec[1], numbers.rhs_spec[1]), ((), ()), fold))
     return found
 
 
-def _placed(fold: Fold | None, eqn: Any, walk: Walk) -> Fold | None:
+def _placed(fold: Fold | None, eqn: Any, walk: Walk, summed: Sequence[Sequence[int]]) -> Fold | None:
     """The fold with the axis of the weights whose channels are the vector's, None if that is not one axis."""
     if fold is None:
         return None
-    convolution = eqn.primitive.name == "conv_general_dilated"
-    summed = (
-        eqn.params["dimension_numbers"][0] if not convolution else ((), eqn.params["dimension_numbers"].rhs_spec[1:])
-    )
-    vector = walk.units.roots(walk.of(fold.leaf)[0])
     for operand, atom in enumerate(eqn.invars):
         rest = [axis for axis in range(len(_shape(atom))) if axis not in summed[operand]]
-        if len(rest) == 1 and np.array_equal(walk.units.roots(walk.of(atom)[rest[0]]), vector):
+        if len(rest) == 1 and np.array_equal(walk.roots(atom)[rest[0]], walk.roots(fold.leaf)[0]):
             return fold._replace(weight=operand, outputs=rest[0])
     return None
 
@@ -110,7 +105,7 @@ def live_units(sums: list[Sum], walk: Walk, facts: Facts, spared: Live | None = 
     while True:
         before = int(live.sum())
         for one in sums:
-            ids = walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])
+            ids = walk.roots(one.eqn.invars[0])[one.axes[0]]
             if not live[ids].all():
                 live[ids[_read(one, walk, facts, live, spared[ids])]] = True
         if int(live.sum()) == before:
@@ -120,8 +115,7 @@ def live_units(sums: list[Sum], walk: Walk, facts: Facts, spared: Live | None = 
 def _read(one: Sum, walk: Walk, facts: Facts, live: Live, spared: Any) -> Any:
     read: Any = True
     for atom, axis, others in zip(one.eqn.invars, one.axes, one.others, strict=True):
-        alive = [live[walk.units.roots(ids)] for ids in walk.of(atom)]
-        alive = [np.ones_like(a) if other in others else a for other, a in enumerate(alive)]
+        alive = [live[ids] | (other in others) for other, ids in enumerate(walk.roots(atom))]
         read = read & _somewhere(~_fact(atom, facts).zero, alive, axis)
     return read if one.fold is None else read & ~(_constant(one, facts)[1] & ~spared)
 
@@ -168,7 +162,7 @@ def folded(sums: list[Sum], walk: Walk, facts: Facts, live: Live) -> dict[Var, V
         if one.fold is None:
             continue
         value, known = _constant(one, facts)
-        gone = known & ~live[walk.units.roots(walk.of(one.eqn.invars[0])[one.axes[0]])]
+        gone = known & ~live[walk.roots(one.eqn.invars[0])[one.axes[0]]]
         if gone.any():
             weights, values = map(_widest, (_fact(one.eqn.invars[one.fold.weight], facts).value, value[gone]))
             rows = np.moveaxis(weights, (one.axes[one.fold.weight], one.fold.outputs), (0, -1))[gone]
@@ -187,17 +181,9 @@ def _shape(var: Any) -> tuple[int, ...]:
     return tuple(var.aval.shape)
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """All equations, those of bodies of loops and branches included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for body in bodies(eqn):
-            yield from _equations(body.jaxpr)
-
-
 def _find_folds(jaxpr: Any) -> dict[Var, Fold]:
     """Result of a product -> the vector added to it next, or taken from it, if nobody else uses either."""
-    uses = Counter(atom for eqn in _equations(jaxpr) for atom in eqn.invars if isinstance(atom, Var))
+    uses = Counter(atom for eqn in equations(jaxpr) for atom in eqn.invars if isinstance(atom, Var))
     uses.update(atom for atom in jaxpr.outvars if isinstance(atom, Var))
     maker = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     user = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if isinstance(atom, Var)}

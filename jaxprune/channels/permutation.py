@@ -4,7 +4,7 @@ r"""Permutation: channels in an order in which N:M holds on to more of the score
     masks = compute_masks(method, permuted.params)
 
 The order of the inputs of a layer is the order of the outputs of the layer before, of its bias, its normalisation, and
-of all else that holds these channels (`jaxprune.channels.couplings`); they all change places together. Which order is
+of all else that holds these channels (`jaxprune.channels.coupling`); they all change places together. Which order is
 best is a search over NumPy arrays (`jaxprune.channels.regrouping`).
 """
 
@@ -18,16 +18,16 @@ from jaxtyping import Float, Int
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.channels.alike import slots
-from jaxprune.channels.channels import Channels
-from jaxprune.channels.couplings import STAYS, Couplings
+from jaxprune.channels.coupling import STAYS, Couplings
+from jaxprune.channels.granularity import Channels
 from jaxprune.channels.regrouping import regroup
+from jaxprune.channels.symmetry import slots
+from jaxprune.channels.union_find import Ids
 from jaxprune.distributions import NM
 from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.methods import Method, group_scores
 from jaxprune.types import Params
 
-Ids = Int[np.ndarray, " _"]
 Orders = Mapping[str, Ids]
 
 
@@ -196,9 +196,7 @@ def _runs(channels: Ids, readers: list[_Reader], m: int) -> tuple[Int[np.ndarray
     read_by = [reader for reader in readers if np.isin(channels, reader.channels).any()]
     names = [reader.name for reader in read_by]
     read_by = [reader for reader in read_by if not reader.is_within(channels, m)]
-    if not read_by or len(set(names)) < len(
-        names
-    ):  # a leaf that reads them along two axes would have to be scored anew
+    if not read_by or len(set(names)) < len(names):  # a leaf that reads along two axes would have to be scored anew
         return np.zeros((0, m), np.int64), []
     shared = np.concatenate([reader.places(channels) // m for reader in read_by], 1)
     _, group, sizes = np.unique(shared, axis=0, return_inverse=True, return_counts=True)
@@ -208,10 +206,9 @@ def _runs(channels: Ids, readers: list[_Reader], m: int) -> tuple[Int[np.ndarray
 
 def _retained(method: Method, scores: Mapping[str, Any], dims: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
     kept = method.distribution({name: jnp.asarray(score) for name, score in scores.items()}, None, dims=dims)
-    sums = {
-        name: (score[np.asarray(kept[name])].sum(dtype=float), score.sum(dtype=float)) for name, score in scores.items()
-    }
-    return {name: float(alive / whole) if whole else 1.0 for name, (alive, whole) in sums.items()}
+    whole = {name: score.sum(dtype=float) for name, score in scores.items()}
+    alive = {name: score[np.asarray(kept[name])].sum(dtype=float) for name, score in scores.items()}
+    return {name: float(alive[name] / whole[name]) if whole[name] else 1.0 for name in scores}
 
 
 def _wanted(leaves: str | Sequence[str] | None, found: list[str]) -> list[str]:

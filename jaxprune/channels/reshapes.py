@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.channels.units import AxisUnits, Ids, Units, fixed_axes, without
+from jaxprune.channels.union_find import AxisUnits, Ids, Units, fixed_axes, without
 from jaxprune.tracing.operations import merged_axes
 
 Choose = Callable[[str, Sequence[int], Mapping[int, tuple[bool, Ids]]], int]

@@ -1,8 +1,8 @@
 """Resizing: after compaction the user's own module, on the smaller arrays, with its numbers right.
 
-    fn = lambda model, x: model(x)
-    small = compact(fn, model, masks, x)
-    model = resized(fn, model, small, x)      # of the same class; model(x) is what the masked model computes
+    apply_fn = lambda model, x: model(x)
+    small = compact(apply_fn, model, masks, x)
+    model = resized(apply_fn, model, small, x)      # of the same class; model(x) is what the masked model computes
     model.hidden.out_features                 # 37, where it was 64
 
 A module says its sizes in attributes: `out_features`, `num_heads`, `shape`. Whether a number is right is asked of the
@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.channels.compaction import Compacted, Removed, insists, live_without, shape_before, smaller
-from jaxprune.channels.couplings import Walk, walk
+from jaxprune.channels.choices import walk
+from jaxprune.channels.compaction import Compacted, apply_compacted, live_without, refusal_of, shape_before
+from jaxprune.channels.walk import Removed, Walk
 from jaxprune.channels.widths import Number, Widths, axes_made
 from jaxprune.compat import ClosedJaxpr
 from jaxprune.tracing.finder import jaxpr_of
@@ -48,7 +49,7 @@ class Node(NamedTuple):
     leaves: Mapping[str, str]
 
 
-def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **kwargs: Any) -> Any:
+def resized(apply_fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **kwargs: Any) -> Any:
     """The model as a module of its class, with the smaller arrays and the numbers that belong to them.
 
     Numbers are attributes that are integers, or tuples of integers, without a leading underscore. Where two sizes were
@@ -56,16 +57,16 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
     gets the likelier of both. Constructors are called on shapes alone.
 
     Args:
-        fn: the model's own call: `lambda model, x: model(x)`.
+        apply_fn: the model's own call: `lambda model, x: model(x)`.
         model: as it was before, a pytree whose nodes have attributes (Flax NNX, Equinox): what `compact` was given, or
             the module that those params came from. Leaves are found by their names; an array that the model has at two
             places comes back as two.
         small: of `compact`.
-        args: of `fn`, arrays or `jax.ShapeDtypeStruct`; only shapes count.
+        args: of `apply_fn`, arrays or `jax.ShapeDtypeStruct`; only shapes count.
         kwargs: likewise.
 
     Returns:
-        A new module, with which `fn` does step by step what `small.apply` does with `small.params`.
+        A new module, with which `apply_fn` does step by step what `small.apply` does with `small.params`.
 
     Raises:
         TypeError: the model holds no arrays, as a Linen module does not; it says the sizes to build a new one with.
@@ -79,13 +80,13 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
     new = _smaller_arrays(model, arrays, small)
 
     def of_arrays(model: Any) -> Callable[..., Any]:
-        return lambda arrays, *args, **kwargs: fn(_with(model, arrays), *args, **kwargs)
+        return lambda arrays, *args, **kwargs: apply_fn(_with(model, arrays), *args, **kwargs)
 
     found = _walked(inlined(jaxpr_of(of_arrays(model), arrays, *args, **kwargs)), arrays, small.removed)
     live = live_without(found)
     nodes, made = _nodes(model, small.removed), axes_made(found)
     widths = [Widths(found, live, made, list(node.leaves.values())) for node in nodes]
-    wanted = inlined(jaxpr_of(smaller(of_arrays(model), small.removed, arrays), new, *args, **kwargs))
+    wanted = inlined(jaxpr_of(apply_compacted(of_arrays(model), small.removed, arrays), new, *args, **kwargs))
     refused, tried = "", []
     for most in (1, MOST_MADE):  # that a constructor makes these shapes of other numbers too is rare, and slow to find
         options = _all_options(nodes, widths, new, most)
@@ -96,7 +97,7 @@ def resized(fn: Callable[..., Any], model: Any, small: Compacted, *args: Any, **
             for node, numbers in zip(_nodes(other, small.removed), choice, strict=True):
                 for word, number in numbers.items():
                     object.__setattr__(node.module, word, number)  # of a frozen dataclass too: nobody else has it yet
-            trouble = insists(of_arrays(other), wanted, new, args, kwargs)
+            trouble = refusal_of(of_arrays(other), wanted, new, args, kwargs)
             if not trouble:
                 return other
             refused = refused or trouble

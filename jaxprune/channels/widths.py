@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from jaxprune.channels.couplings import Walk
-from jaxprune.channels.units import Ids
+from jaxprune.channels.union_find import Ids
+from jaxprune.channels.walk import Walk
 
 Number = int | tuple[int, ...]
 Pair = tuple[int, int]

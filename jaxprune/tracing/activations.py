@@ -11,32 +11,31 @@ XLA may need less, since it fuses operations whose results then never lie in mem
 may need more for scratch space and padding. This is the model's own number, the same on every machine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 
 from jaxprune import tree
-from jaxprune.compat import scan_groups
 from jaxprune.tracing.finder import arrays_of, jaxpr_of
-from jaxprune.tracing.inlined import inlined
+from jaxprune.tracing.inlined import bodies, inlined
 from jaxprune.types import Leaves
 
 
-def peak_activations(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> int:
-    """Bytes of activations alive at the worst moment of `fn(params, *args, **kwargs)`. Nothing is computed.
+def peak_activations(apply_fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> int:
+    """Bytes of activations alive at the worst moment of `apply_fn(params, *args, **kwargs)`. Nothing is computed.
 
     Args:
-        fn: the model, a function of its parameters.
+        apply_fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`; they and what is made of them alone do not count.
-        args: of `fn`, likewise; they count up to their last use.
+        args: of `apply_fn`, likewise; they count up to their last use.
         kwargs: likewise.
 
     Raises:
         ValueError: two leaves of the params have the same name.
     """
     tree.named_leaves(params)
-    whole = inlined(jaxpr_of(fn, params, *args, **kwargs)).jaxpr
+    whole = inlined(jaxpr_of(apply_fn, params, *args, **kwargs)).jaxpr
     weights = set(whole.invars[: len(arrays_of(params)[0])])
     return _peak(whole, weights, set(whole.invars) - weights)
 
@@ -48,7 +47,11 @@ def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:
     alive = {var for var in alive if var in last}
     peak = sum(map(_bytes, alive))
     for place, eqn in enumerate(jaxpr.eqns):
-        inside = max((_body_peak(body, given, weights) for body, given in _bodies(eqn)), default=0)
+        inside = 0  # what a body makes itself; its inputs are alive outside
+        for body, given in bodies(eqn):
+            pairs = zip(body.invars, given, strict=True)
+            inner = {var for var, atom in pairs if isinstance(atom, Var) and atom in weights}
+            inside = max(inside, _peak(body, inner, set()))
         operands = _variables(eqn.invars)
         if operands and weights.issuperset(operands):
             weights |= set(eqn.outvars)
@@ -57,28 +60,6 @@ def _peak(jaxpr: Jaxpr, weights: set[Var], alive: set[Var]) -> int:
         peak = max(peak, sum(map(_bytes, alive)) + inside)
         alive = {var for var in alive if last.get(var, -1) > place}
     return peak
-
-
-def _body_peak(body: Jaxpr, given: list[Any], weights: set[Var]) -> int:
-    """What a body makes itself; its inputs are alive outside."""
-    inside = {var for var, atom in zip(body.invars, given, strict=True) if isinstance(atom, Var) and atom in weights}
-    return _peak(body, inside, set())
-
-
-def _bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
-    """The jaxprs that an equation runs, with its operand for every input, None for those that change in a loop."""
-    params, given = eqn.params, eqn.invars
-    if eqn.primitive.name == "scan":
-        consts, carry = scan_groups(eqn)
-        yield params["jaxpr"].jaxpr, [*given[:consts], *[None] * carry, *given[consts + carry :]]
-    elif eqn.primitive.name == "while":
-        tested, consts = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        carry = [None] * len(given[consts:])
-        yield params["cond_jaxpr"].jaxpr, [*given[:tested], *carry]
-        yield params["body_jaxpr"].jaxpr, [*given[tested:consts], *carry]
-    elif eqn.primitive.name == "cond":
-        for branch in params["branches"]:
-            yield branch.jaxpr, list(given[1:])
 
 
 def _variables(atoms: Any) -> set[Var]:

@@ -167,11 +167,11 @@ def _each(eqn: Any, values: list[Any]) -> list[Any]:
     return [Scaled(y, x.exponent) if isinstance(x, Scaled) else y for x, y in zip(values, results, strict=True)]
 
 
-def _together(places: Callable[[Any], Sequence[int]], *, gives: bool = True) -> Callable[..., list[Any]]:
+def _together(places: slice = slice(None), *, gives: bool = True) -> Callable[..., list[Any]]:
     """Homogeneous in the operands at these places taken together; of comparisons the result has no exponent."""
 
     def rule(eqn: Any, values: list[Any]) -> list[Any]:
-        at = places(eqn)
+        at = range(len(values))[places]
         rest = [value if i in at else _plain(value) for i, value in enumerate(values)]
         if not any(isinstance(rest[i], Scaled) for i in at):
             return _bound(eqn, rest)
@@ -183,11 +183,11 @@ def _together(places: Callable[[Any], Sequence[int]], *, gives: bool = True) -> 
 
 def _multiplied(eqn: Any, values: list[Any]) -> list[Any]:
     """Homogeneous in each operand; a product with plain numbers grows little, one that sums may."""
-    exponents = [value.exponent for value in values if isinstance(value, Scaled)]
+    signs = (1, -1 if eqn.primitive.name == "div" else 1)
+    exponents = [
+        v.exponent if sign == 1 else -v.exponent for sign, v in zip(signs, values, strict=True) if isinstance(v, Scaled)
+    ]
     (product,) = _bound(eqn, [_mantissa(value) for value in values])
-    if eqn.primitive.name == "div":
-        exponents = [-value.exponent if i else value.exponent for i, value in enumerate(values)
-                     if isinstance(value, Scaled)]  # fmt: skip
     if not exponents:
         return [_in_range(Scaled(product, jnp.int32(0)))]
     found = Scaled(product, sum(exponents[1:], exponents[0]))
@@ -197,8 +197,7 @@ def _multiplied(eqn: Any, values: list[Any]) -> list[Any]:
 def _power(eqn: Any, values: list[Any]) -> list[Any]:
     """x**n, of mantissas so small that it stays in range."""
     n = 2 if eqn.primitive.name == "square" else eqn.params["y"]
-    (base,) = values
-    base = _in_range(base, 0)
+    base = _in_range(values[0], 0)
     (result,) = _bound(eqn, [base.mantissa])
     return [_in_range(Scaled(result, n * base.exponent))]
 
@@ -289,10 +288,6 @@ def _run(eqn: Any, values: list[Any]) -> list[Any]:
 _ENTERED = {name: word for name, word in CALLS.items() if not name.startswith("custom_")}
 
 
-def _all(eqn: Any) -> Sequence[int]:
-    return range(len(eqn.invars))
-
-
 _FIRST = """
     abs argmax argmin broadcast_in_dim cummax cummin dynamic_slice expand_dims gather neg real reduce_max reduce_min
     reduce_precision reduce_window_max reduce_window_min reshape rev sign slice split squeeze top_k transpose unstack
@@ -301,11 +296,11 @@ _RULES: Mapping[str, Callable[[Any, list[Any]], list[Any]]] = {
     **dict.fromkeys(_FIRST.split(), _passed),
     **dict.fromkeys(("reduce_sum", "cumsum", "reduce_window_sum"), _summed),
     **dict.fromkeys(IDENTITIES, _each),
-    **dict.fromkeys(("add", "add_any", "sub", "max", "min", "clamp", "concatenate"), _together(_all)),
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _together(_all, gives=False)),
-    **dict.fromkeys(("pad", "dynamic_update_slice"), _together(lambda eqn: (0, 1))),
-    **dict.fromkeys(("scatter", "scatter-add", "scatter-max", "scatter-min"), _together(lambda eqn: (0, 2))),
-    "select_n": _together(lambda eqn: range(1, len(eqn.invars))),
+    **dict.fromkeys(("add", "add_any", "sub", "max", "min", "clamp", "concatenate"), _together()),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _together(gives=False)),
+    **dict.fromkeys(("pad", "dynamic_update_slice"), _together(slice(0, 2))),
+    **dict.fromkeys(("scatter", "scatter-add", "scatter-max", "scatter-min"), _together(slice(0, 3, 2))),
+    "select_n": _together(slice(1, None)),
     **dict.fromkeys(("mul", "div"), _multiplied),
     **dict.fromkeys(("square", "integer_pow"), _power),
     **dict.fromkeys(("sqrt", "rsqrt"), _root),

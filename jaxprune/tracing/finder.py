@@ -2,7 +2,7 @@
 
     walk : (jaxpr, values of its inputs, count) -> (sites, uses that were lost, values of its outputs)
 
-Equations that hold a jaxpr are walked into here; what the others do with a leaf is in `jaxprune.tracing.uses`.
+Equations that hold a jaxpr are walked into here; what the others do with a leaf is in `jaxprune.tracing.transfer`.
 """
 
 import dataclasses
@@ -17,17 +17,19 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxprune import tree
-from jaxprune.compat import ClosedJaxpr, present_forms, scan_groups
-from jaxprune.tracing.inlined import CALLS
+from jaxprune.compat import ClosedJaxpr, present_forms
+from jaxprune.tracing.inlined import CALLS, loop
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.refusals import Lost, check_consumed, check_followed
 from jaxprune.tracing.sites import Site
-from jaxprune.tracing.uses import Found, Value, end, use
+from jaxprune.tracing.transfer import Found, Value, end, use
 from jaxprune.types import Leaves
 
 
-def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = False, **kwargs: Any) -> tuple[Site, ...]:
-    """Every place where `fn(params, *args, **kwargs)` consumes a leaf of the params.
+def trace(
+    apply_fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = False, **kwargs: Any
+) -> tuple[Site, ...]:
+    """Every place where `apply_fn(params, *args, **kwargs)` consumes a leaf of the params.
 
     Those are products, convolutions, look-ups in embedding tables, scales (of a normalisation, for instance) and
     biases, see `Site.kind`. A leaf is followed through reshape, transpose, casts, copies, `stop_gradient`, broadcasts,
@@ -41,10 +43,10 @@ def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = Fal
     leaf go, and `strict` names them.
 
     Args:
-        fn: the model, a function of its parameters.
+        apply_fn: the model, a function of its parameters.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`.
-        args: of `fn`: arrays or `jax.ShapeDtypeStruct`, in any pytree; what is neither (a number, a bool, a string) is
-            handed to `fn` as it is.
+        args: of `apply_fn`: arrays or `jax.ShapeDtypeStruct`, in any pytree; what is neither (a number, a bool, a
+            string) is handed to `apply_fn` as it is.
         strict: True to refuse a model where some use of a leaf, or some leaf, is in no site.
         kwargs: as `args`.
 
@@ -59,14 +61,14 @@ def trace(fn: Callable[..., Any], params: Leaves, *args: Any, strict: bool = Fal
         >>> for site in jp.trace(model.apply, params, x):
         ...     print(site.name, site.kind, site.macs)
     """
-    return sites_of(jaxpr_of(fn, params, *args, **kwargs), params, strict=strict)
+    return sites_of(jaxpr_of(apply_fn, params, *args, **kwargs), params, strict=strict)
 
 
-def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> ClosedJaxpr:
-    """`fn(params, *args, **kwargs)` as a jaxpr whose first inputs are the array leaves of the params, in order.
+def jaxpr_of(apply_fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) -> ClosedJaxpr:
+    """`apply_fn(params, *args, **kwargs)` as a jaxpr whose first inputs are the array leaves of the params, in order.
 
     Args:
-        fn: see `trace`.
+        apply_fn: see `trace`.
         params: see `trace`.
         args: see `trace`.
         kwargs: see `trace`.
@@ -75,7 +77,7 @@ def jaxpr_of(fn: Callable[..., Any], params: Leaves, *args: Any, **kwargs: Any) 
 
     def of_arrays(*given: Any) -> Any:
         params, args, kwargs = rebuild(given)
-        return jax.tree.leaves(fn(params, *args, **kwargs))
+        return jax.tree.leaves(apply_fn(params, *args, **kwargs))
 
     with present_forms():
         return jax.make_jaxpr(of_arrays)(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
@@ -160,38 +162,21 @@ def _step(op: Any, given: list[Value], count: int) -> Found:
     return found._replace(lost=[lost.inside(op) for lost in found.lost])
 
 
-def _scan(op: Any, given: list[Value], count: int) -> Found:
-    consts, carry = scan_groups(op)
-    layers = [value.layer() if isinstance(value, Path) else value for value in given[consts + carry :]]
-    carried = given[consts : consts + carry]
-    found = _loop(op, op.params["jaxpr"], given[:consts], carried, layers, count * op.params["length"])
-    made: list[Value] = [value is True for value in found.results[carry:]]
-    lost = _dropped(op, found.results[carry:], made)
-    return Found(found.sites, [*found.lost, *lost], [*found.results[:carry], *made])
-
-
-def _while(op: Any, given: list[Value], count: int) -> Found:
-    tested, consts = op.params["cond_nconsts"], op.params["body_nconsts"]
-    carry = given[tested + consts :]
-    done = _loop(op, op.params["body_jaxpr"], given[tested : tested + consts], carry, [], count)
-    asked = _walk(op.params["cond_jaxpr"].jaxpr, [*given[:tested], *done.results], count)
-    return Found([*asked.sites, *done.sites], [*asked.lost, *done.lost], done.results)
-
-
-def _loop(
-    op: Any, body: ClosedJaxpr, consts: list[Value], carry: list[Value], layers: list[Value], count: int
-) -> Found:
+def _loop(op: Any, given: list[Value], count: int) -> Found:
     """What is in a loop's body, with carries that are after every step what they were before.
 
     A carry that is not loses its path for good, and may become an activation then: so this ends.
     """
-    kept = carry
-    while True:
-        found = _walk(body.jaxpr, [*consts, *kept, *layers], count)
+    _, consts, carry, layers, test, tested = one = loop(op, given)
+    layers = [value.layer() if isinstance(value, Path) else value for value in layers]
+    before, kept = None, carry
+    while kept != before:
+        found = _walk(one.body.jaxpr, [*consts, *kept, *layers], count * op.params.get("length", 1))
         before, kept = kept, [_both(a, b) for a, b in zip(kept, found.results, strict=False)]
-        if kept == before:
-            lost = _dropped(op, carry, kept) + _dropped(op, found.results[: len(carry)], kept)
-            return Found(found.sites, [*found.lost, *lost], [*kept, *found.results[len(carry) :]])
+    made: list[Value] = [value is True for value in found.results[len(carry) :]]
+    lost = _dropped(op, carry, kept) + _dropped(op, found.results, [*kept, *made])
+    asked = _walk(test.jaxpr, [*tested, *kept], count) if test else Found([], [], [])
+    return Found([*asked.sites, *found.sites], [*asked.lost, *found.lost, *lost], [*kept, *made])
 
 
 def _cond(op: Any, given: list[Value], count: int) -> Found:
@@ -215,8 +200,8 @@ def _shard_map(op: Any, given: list[Value], count: int) -> Found:
 
 
 _BODIES: Mapping[str, Callable[[Any, list[Value], int], Found]] = {
-    "scan": _scan,
-    "while": _while,
+    "scan": _loop,
+    "while": _loop,
     "cond": _cond,
     "shard_map": _shard_map,
 }

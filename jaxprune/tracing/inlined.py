@@ -4,15 +4,15 @@ Inner jaxprs are shared between the calls of one function, and so are their vari
 stands for one array. Loops and branches keep their bodies, each with variables of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters import partial_eval
 
-from jaxprune.compat import ClosedJaxpr, closed
+from jaxprune.compat import ClosedJaxpr, closed, scan_groups
 
 CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -34,6 +34,8 @@ BODIES: Mapping[str, tuple[str, ...]] = {
 }
 """Operations that run jaxprs more or less than once -> the parameters that hold them."""
 
+LOOPS = ("scan", "while")
+
 Bind = Callable[[JaxprEqn, list[Any]], Sequence[Any]]
 
 
@@ -53,10 +55,62 @@ def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     return closed(alive, whole.consts)
 
 
-def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """The jaxprs that a loop or a branch runs; none for other equations."""
-    held = [eqn.params[word] for word in BODIES.get(eqn.primitive.name, ())]
-    return [body for one in held for body in (one if isinstance(one, tuple) else (one,))]
+class Loop(NamedTuple):
+    """A `scan` or a `while`, and what its operands are to it.
+
+    Attributes:
+        body: one step, a function of constants, carry and layers; it gives the carry, and the layers that are stacked.
+        consts, carry, layers: values of the operands; of a `while` there are no layers.
+        test: of a `while`, a function of `tested` and the carry.
+        tested: constants of the test.
+    """
+
+    body: ClosedJaxpr
+    consts: list[Any]
+    carry: list[Any]
+    layers: list[Any]
+    test: ClosedJaxpr | None = None
+    tested: Sequence[Any] = ()
+
+
+def loop(eqn: JaxprEqn, values: Sequence[Any]) -> Loop:
+    """The loop of an equation, one of `LOOPS`.
+
+    Args:
+        eqn: the equation.
+        values: one for each of its operands.
+    """
+    params, values = eqn.params, list(values)
+    if eqn.primitive.name == "scan":
+        consts, carry = scan_groups(eqn)
+        stop = consts + carry
+        return Loop(params["jaxpr"], values[:consts], values[consts:stop], values[stop:])
+    start, stop = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    return Loop(params["body_jaxpr"], values[start:stop], values[stop:], [], params["cond_jaxpr"], values[:start])
+
+
+def bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
+    """The jaxprs that a loop or a branch runs, with its operand for every input, None for those that change in a loop.
+
+    Of other equations none.
+    """
+    if eqn.primitive.name in LOOPS:
+        one = loop(eqn, eqn.invars)
+        changing = [None] * len(one.carry)
+        if one.test:
+            yield one.test.jaxpr, [*one.tested, *changing]
+        yield one.body.jaxpr, [*one.consts, *changing, *one.layers]
+    elif eqn.primitive.name == "cond":
+        for branch in eqn.params["branches"]:
+            yield branch.jaxpr, eqn.invars[1:]
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those of the bodies of loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body, _ in bodies(eqn):
+            yield from equations(body)
 
 
 def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> dict[str, Any]:
@@ -77,29 +131,21 @@ def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mappin
         run: (equation, values of its operands) -> its results.
         calls: operations that are entered -> the parameter that holds their jaxpr.
     """
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, values, run, calls)
-
-
-def _evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], run: Bind, calls: Mapping[str, str]
-) -> list[Any]:
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+    known = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*jaxpr.consts, *values], strict=True))
 
     def of(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in jaxpr.jaxpr.eqns:
         given = [of(atom) for atom in eqn.invars]
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack):
             if eqn.primitive.name in calls:
                 inner = eqn.params[calls[eqn.primitive.name]]
-                closed = isinstance(inner, ClosedJaxpr)
-                consts = inner.consts if closed else ()
-                results = _evaluate(inner.jaxpr if closed else inner, consts, given, run, calls)
+                results = evaluate(inner if isinstance(inner, ClosedJaxpr) else closed(inner, ()), given, run, calls)
             else:
                 results = run(eqn, given)
         known |= zip(eqn.outvars, results, strict=True)
-    return [of(atom) for atom in jaxpr.outvars]
+    return [of(atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:

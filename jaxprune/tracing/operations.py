@@ -1,7 +1,11 @@
-"""Operations by kind: those that work element by element, those that change nothing, and what a reshape merges."""
+"""Operations by kind: element by element, changing nothing, moving indices; and what a reshape merges."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 _WORDS = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
@@ -35,3 +39,41 @@ def merged_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int],
             (olds if before < after else news).append((a if before < after else b).pop(0))
         found.append((olds, news))
     return found
+
+
+MOVES = frozenset({"slice", "split", "tile", "rev", "concatenate", "pad"})
+"""Operations that move indices along axes, see `moves`."""
+
+Sources = Int[np.ndarray, " indices"]
+"""For each index along an axis of a result the one that comes there, -1 where none does."""
+
+
+def moves(eqn: Any) -> list[dict[int, Sources]]:
+    """What one of `MOVES` does: for each result axis -> sources. Axes that are not named stay as they are.
+
+    Of several operands the sources count the indices of all, side by side; the filler of a pad is none of them.
+    """
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
+    if name == "slice":
+        steps = params["strides"] or (1,) * len(shape)
+        cuts = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
+        return [{axis: np.arange(*cut) for axis, cut in enumerate(cuts)}]
+    if name == "split":
+        ends = np.cumsum(params["sizes"])[:-1]
+        return [{params["axis"]: part} for part in np.split(np.arange(shape[params["axis"]]), ends)]
+    if name == "tile":
+        sizes = zip(shape, params["reps"], strict=True)
+        return [{axis: np.tile(np.arange(size), times) for axis, (size, times) in enumerate(sizes)}]
+    if name == "rev":
+        return [{axis: np.arange(shape[axis])[::-1] for axis in params["dimensions"]}]
+    if name == "concatenate":
+        return [{params["dimension"]: np.arange(eqn.outvars[0].aval.shape[params["dimension"]])}]
+    found = {}
+    for axis, (low, high, inside) in enumerate(params["padding_config"]):
+        if low or high or inside:
+            size = eqn.outvars[0].aval.shape[axis]
+            places = low + np.arange(shape[axis]) * (1 + inside)
+            within = (places >= 0) & (places < size)
+            found[axis] = np.full(size, -1)
+            found[axis][places[within]] = np.flatnonzero(within)
+    return [found]

@@ -13,7 +13,7 @@ path ends in no product, but it may still end in a scale or a bias.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -159,28 +159,22 @@ def replay(steps: tuple[Step, ...], leaf: Shaped[Array, "..."]) -> Shaped[Array,
         ValueError: the operand is no longer made of the leaf's own numbers.
     """
     for word, argument in steps:
-        leaf = _replayed(word, argument, leaf)
+        if word == "changed":
+            raise ValueError(f"The weights were changed by `{argument}` on their way, which cannot be done again.")
+        leaf = _STEPS[word](leaf, argument)
     return leaf
 
 
-def _replayed(word: str, argument: Any, leaf: Any) -> Any:
-    if word == "transpose":
-        return lax.transpose(leaf, argument)
-    if word == "reshape":
-        return lax.reshape(leaf, argument)
-    if word == "broadcast":
-        return lax.broadcast_in_dim(leaf, *argument)
-    if word == "slice":
-        return lax.slice(leaf, *zip(*argument, strict=True))
-    if word == "rev":
-        return lax.rev(leaf, argument)
-    if word == "tile":
-        return jnp.tile(leaf, argument)
-    if word == "convert_element_type":
-        return lax.convert_element_type(leaf, jnp.dtype(argument))
-    if word == "layer":
-        return leaf[argument]
-    raise ValueError(f"The weights were changed by `{argument}` on their way, which cannot be done again.")
+_STEPS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "transpose": lax.transpose,
+    "reshape": lax.reshape,
+    "broadcast": lambda leaf, argument: lax.broadcast_in_dim(leaf, *argument),
+    "slice": lambda leaf, argument: lax.slice(leaf, *zip(*argument, strict=True)),
+    "rev": lax.rev,
+    "tile": jnp.tile,
+    "convert_element_type": lambda leaf, argument: lax.convert_element_type(leaf, jnp.dtype(argument)),
+    "layer": lambda leaf, argument: leaf[argument],
+}
 
 
 def _reshaped(

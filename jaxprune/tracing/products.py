@@ -22,7 +22,7 @@ from jaxprune.compat import ClosedJaxpr, present_forms, primitive_name, scan_gro
 from jaxprune.tracing.inlined import bind, evaluate, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site
-from jaxprune.tracing.uses import Value, end, use
+from jaxprune.tracing.transfer import Value, end, use
 from jaxprune.types import Leaves
 
 

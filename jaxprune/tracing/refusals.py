@@ -11,9 +11,6 @@ from jax.extend.core import Jaxpr, subjaxprs
 from jaxprune.compat import primitive_name
 from jaxprune.tracing.paths import Path
 
-MOST = 4
-"""How many of several an error names."""
-
 
 class Lost(NamedTuple):
     """A leaf that ran into something that cannot be followed.
@@ -56,7 +53,7 @@ def check_consumed(jaxpr: Jaxpr, named: Mapping[str, Any], unused: Sequence[str]
     own = [aval for aval in _constants(jaxpr) if nothing or math.prod(aval.shape) in sizes]
     if own:
         raise ValueError(
-            f"The function holds arrays of its own, of shapes {_listed([str(tuple(aval.shape)) for aval in own])}, and "
+            f"The function holds arrays of its own, of shapes {listed([str(tuple(aval.shape)) for aval in own])}, and "
             f"does not consume {_quoted(unused)}. Weights must come in as arguments: have it use the params that it is "
             "given. Those that it closes over are constants, which cannot be pruned."
         )
@@ -82,7 +79,7 @@ def check_followed(lost: Sequence[Lost]) -> None:
         return
     uses = dict.fromkeys(map(_described, lost))
     raise ValueError(
-        f"Not every use of the params can be followed: {_listed(list(uses), '; ')}. Write these in other operations, "
+        f"Not every use of the params can be followed: {listed(list(uses), '; ')}. Write these in other operations, "
         "or trace without `strict`, which leaves them out."
     )
 
@@ -105,9 +102,10 @@ def _constants(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return _listed([repr(name) for name in names])
+    return listed([repr(name) for name in names])
 
 
-def _listed(words: Sequence[str], between: str = ", ") -> str:
-    more = f" and {len(words) - MOST} more" if len(words) > MOST else ""
-    return between.join(words[:MOST]) + more
+def listed(words: Sequence[str], between: str = ", ", most: int = 4) -> str:
+    """Words for an error, and how many more there are than are named."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return between.join(words[:most]) + more

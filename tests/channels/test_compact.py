@@ -18,7 +18,7 @@ from jaxprune import tree
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-INSISTS = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
+REFUSED = {"padded_shortcut", "grouped", "group_norm", "attention_by_reshape"}
 
 
 def kernels_alone(masks):
@@ -38,9 +38,9 @@ def test_half_of_the_channels(name):
     masks = halved(fn, params, x)
     small = jp.compact(fn, params, masks, x)
     assert weights(small.params) == weights(params) - count_dead(masks)  # all of them, and nothing else
-    assert bool(small.insists) == (name in INSISTS), small.insists
-    calls = [(small.apply, small.params), (fn, jp.expand(small.params, small.removed)), (fn, small.params)]
-    all_equal_the_masked_model(fn, params, masks, x, *(calls[:2] if name in INSISTS else calls))
+    assert bool(small.refusal) == (name in REFUSED), small.refusal
+    calls = [(small.apply, small.params), (fn, jp.uncompact(small.params, small.removed)), (fn, small.params)]
+    all_equal_the_masked_model(fn, params, masks, x, *(calls[:2] if name in REFUSED else calls))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_constants_go_into_the_next_bias():
     small = jp.compact(fn, params, masks, x)
     assert small.params["b"]["kernel"].shape == (10, 7)
     assert small.params["c"]["kernel"].shape == (7, 4)
-    assert small.insists == ""
+    assert small.refusal == ""
     assert not np.array_equal(small.params["c"]["bias"], params["c"]["bias"])
-    expanded = jp.expand(small.params, small.removed)
+    expanded = jp.uncompact(small.params, small.removed)
     all_equal_the_masked_model(fn, params, masks, x, (fn, small.params), (fn, expanded))
 
 
@@ -101,8 +101,8 @@ def test_smaller_params_have_gradients_and_other_batches():
     all_equal_the_masked_model(fn, params, masks, more, (small.apply, small.params))
     got = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(small.apply(p, more)))))(small.params)
     want = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, more)))))(jp.apply_masks(params, masks))
-    expanded = jp.expand(got, small.removed)
-    kept = jp.expand(jax.tree.map(jnp.ones_like, got), small.removed)
+    expanded = jp.uncompact(got, small.removed)
+    kept = jp.uncompact(jax.tree.map(jnp.ones_like, got), small.removed)
     jax.tree.map(lambda a, b, k: np.testing.assert_allclose(a, b * k, rtol=1e-3, atol=1e-4), expanded, want, kept)
 
 
@@ -125,7 +125,7 @@ def check_random_architecture(steps, seed, of):
     small = jp.compact(fn, params, masks, x)
     all_equal_the_masked_model(fn, params, masks, x, (small.apply, small.params))
     assert sum(site.macs for site in jp.trace(fn, params, x)) == ops.macs
-    if small.insists == "":  # then the function counts the smaller model's, too
+    if small.refusal == "":  # then the function counts the smaller model's, too
         assert sum(site.macs for site in jp.trace(small.apply, small.params, x)) == counted(fn, small.params, x, ops)
 
 
@@ -175,7 +175,7 @@ def test_what_is_removed_is_plain_data_that_a_model_is_made_of_again():
     masks = halved(fn, params, x)
     small = jp.compact(fn, params, masks, x)
     removed = json.loads(json.dumps(small.removed))
-    again = jp.smaller(fn, removed, jp.expand(small.params, removed))
+    again = jp.apply_compacted(fn, removed, jp.uncompact(small.params, removed))
     all_equal_the_masked_model(fn, params, masks, x, (again, small.params))
 
 
@@ -232,5 +232,5 @@ def test_a_function_with_a_size_in_it_says_where():
     params, fn, shape = MODELS["group_norm"]()
     x = make_input(shape)
     small = jp.compact(fn, params, halved(fn, params, x), x)
-    assert "compact_models.py" in small.insists
-    assert "cannot reshape" in small.insists
+    assert "compact_models.py" in small.refusal
+    assert "cannot reshape" in small.refusal

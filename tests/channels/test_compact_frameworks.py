@@ -65,7 +65,7 @@ TINY = {name: sizes.tiny for name, sizes in MODELS.items()} | {
 }
 
 # Where a library has sizes in its layers; "^$": nowhere. With Equinox's ResNet it depends on which channels go.
-INSISTS = {
+REFUSED = {
     **dict.fromkeys((name for name in TINY if name.startswith("Linen")), "ScopeParamShapeError"),
     **dict.fromkeys(("Equinox vgg16", "NNX"), "^$"),
     "Equinox mobilenet_v1": "feature_group_count must divide",
@@ -85,7 +85,7 @@ def check(name, case, sparsity):
     small = jp.compact(fn, params, masks, x)
     assert error_of(small, fn, params, masks, x) < 1e-4
     assert weights(small.params) == weights(params) - count_dead(masks) < weights(params)
-    assert re.search(INSISTS.get(name, ""), small.insists)
+    assert re.search(REFUSED.get(name, ""), small.refusal)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from quick import quick_jit
 from trace_helpers import normal
 
 import jaxprune as jp
-from jaxprune.channels.units import Units
+from jaxprune.channels.union_find import Units
 
 pytestmark = pytest.mark.usefixtures("quick")
 

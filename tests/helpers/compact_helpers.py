@@ -56,7 +56,7 @@ def error_of(small, fn, params, masks, x):
 
     Where the function itself takes the smaller params, its own is one of them.
     """
-    calls = [(small.apply, small.params), (fn, small.params)][: 1 if small.insists else 2]
+    calls = [(small.apply, small.params), (fn, small.params)][: 1 if small.refusal else 2]
     want, got = beside_the_masked_model(fn, params, masks, x, *calls)
     return max(float(np.max(np.abs(each - np.asarray(want)))) for each in got) / float(np.max(np.abs(want)))
 

@@ -21,7 +21,7 @@ from jaxprune.lab.commands import costs as lab_costs
 from jaxprune.lab.commands import main as cli
 from jaxprune.lab.models import zoo
 from jaxprune.lab.report import cost_figures, figures
-from jaxprune.tracing.costs import Cost, Costs
+from jaxprune.tracing.cost_model import Cost, Costs
 
 pytestmark = pytest.mark.usefixtures("quick")
 

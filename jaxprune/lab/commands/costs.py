@@ -18,7 +18,7 @@ from jaxprune.lab.bench import sparsify
 from jaxprune.lab.models import zoo
 from jaxprune.lab.report import cost_figures, figures
 from jaxprune.tracing.activations import peak_activations
-from jaxprune.tracing.costs import Costs, costs
+from jaxprune.tracing.cost_model import Costs, costs
 from jaxprune.tracing.finder import trace
 from jaxprune.tracing.sites import PRODUCTS
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from jaxprune.lab.report import style
 from jaxprune.lab.report.style import COLOURS, EDGE, INK, MARKERS, PERCENT, STAGES
 from jaxprune.search.sensitivity import Sensitivity
-from jaxprune.tracing.costs import Costs
+from jaxprune.tracing.cost_model import Costs
 
 _DENSE = "#A9CCE3"  # the colour of dense runs, lighter: what is left is drawn over it
 

@@ -53,7 +53,7 @@ def prepared(store: cfg.Store, network: models.Network, params: Params, masks: M
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
     small = jp.compact(network.apply, params, masks, one)
     left = tree.map_named(lambda name, mask: _without(mask, small.removed.get(name, ())), masks)
-    return Stored(small.apply if small.insists else network.apply, small.params, left)
+    return Stored(small.apply if small.refusal else network.apply, small.params, left)
 
 
 def _without(mask: Any, removed: Sequence[Sequence[int]]) -> Any:

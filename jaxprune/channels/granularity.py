@@ -1,6 +1,6 @@
 """Channels: the granularity whose groups reach across leaves.
 
-    a filter, its bias, its scale, and what reads it    one group, found by `jaxprune.channels.couplings`
+    a filter, its bias, its scale, and what reads it    one group, found by `jaxprune.channels.coupling`
 
 Other granularities cut up one leaf at a time; this one pools the scores of all weights that go with a channel, wherever
 they are, and its masks hold for every leaf, biases too, so that `jaxprune.compact` can take the channel away.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune import layout as layouts
 from jaxprune import tree
-from jaxprune.channels.couplings import STAYS, Couplings
+from jaxprune.channels.coupling import STAYS, Couplings
 from jaxprune.exact.numerics import ordered_sum
 from jaxprune.granularity import Geometry
 
@@ -91,10 +91,9 @@ class Channels:
         for name, view in scores.items():
             score = layouts.from_view(view, geometry.axes[name], geometry.shapes[name])
             for axis, ids in enumerate(self.couplings.channels[name]):
-                if (ids == STAYS).all():
+                others, free = tuple(a for a in range(score.ndim) if a != axis), np.flatnonzero(ids != STAYS)
+                if not len(free):
                     continue
-                others = tuple(a for a in range(score.ndim) if a != axis)
-                free = np.flatnonzero(ids != STAYS)
                 totals = totals.at[ids[free]].add(ordered_sum(score, others).reshape(-1)[free])
                 np.add.at(weights, ids[free], score.size // len(ids))
         mean = totals * jnp.asarray(1 / np.maximum(weights, 1), totals.dtype)

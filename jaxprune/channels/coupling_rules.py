@@ -2,7 +2,7 @@
 
     rule : (units, equation, units of its operands' axes) -> units of its results' axes
 
-One rule for each kind of operation; an operation without a rule is a barrier (`jaxprune.channels.couplings`). Axes that
+One rule for each kind of operation; an operation without a rule is a barrier (`jaxprune.channels.coupling`). Axes that
 an operation merely passes on keep their units, those that it looks along (a maximum, a window, a sort) are fixed.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from jaxprune.channels.units import AxisUnits, Ids, Units, fixed_axes, without
-from jaxprune.tracing.operations import ELEMENTWISE, IDENTITIES
+from jaxprune.channels.union_find import AxisUnits, Ids, Units, fixed_axes, without
+from jaxprune.tracing.operations import ELEMENTWISE, IDENTITIES, MOVES, moves
 
 Rule = Callable[[Units, JaxprEqn, list[AxisUnits]], list[AxisUnits]]
 
@@ -24,7 +24,7 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 def elementwise(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
     """Corresponding indices of all operands are the same."""
-    return [_united(units, eqn.primitive.name, given, _shape(eqn.outvars[0]))]
+    return [_united(units, eqn.primitive.name, given, _shape(eqn.outvars[0]))] * len(eqn.outvars)
 
 
 def _united(units: Units, name: str, given: list[AxisUnits], shape: tuple[int, ...]) -> AxisUnits:
@@ -39,18 +39,6 @@ def _united(units: Units, name: str, given: list[AxisUnits], shape: tuple[int, .
     return tuple(units.fresh(size) if ids is None else ids for ids, size in zip(result, shape, strict=True))
 
 
-def _identity(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return given
-
-
-def _transpose(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [tuple(given[0][axis] for axis in eqn.params["permutation"])]
-
-
-def _squeeze(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [without(units, given[0], eqn.params["dimensions"])]
-
-
 def _broadcast_in_dim(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
     shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     source = dict(zip(places, given[0], strict=True))
@@ -61,10 +49,6 @@ def _broadcast_in_dim(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> li
             for axis, size in enumerate(shape)
         )
     ]
-
-
-def _iota(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [tuple(units.fresh(size) for size in _shape(eqn.outvars[0]))]
 
 
 def _dot_general(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
@@ -118,10 +102,9 @@ def _along(parameter: str) -> Rule:
     """A rule for what looks along one axis and keeps all shapes."""
 
     def rule(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-        axis = eqn.params[parameter]
         for axes in given:
-            units.fix(axes[axis], f"{eqn.primitive.name} along channels")
-        return [_united(units, eqn.primitive.name, given, _shape(eqn.outvars[0]))] * len(eqn.outvars)
+            units.fix(axes[eqn.params[parameter]], f"{eqn.primitive.name} along channels")
+        return elementwise(units, eqn, given)
 
     return rule
 
@@ -133,19 +116,6 @@ def _window(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUni
             units.fix(result[axis], f"{eqn.primitive.name} over an axis of pixels")
             result[axis] = np.zeros(size, np.int64)
     return [tuple(result)]
-
-
-def _slice(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    start, stop, step = (eqn.params[word] for word in ("start_indices", "limit_indices", "strides"))
-    step = step or (1,) * len(start)
-    return [tuple(ids[a:b:s] for ids, a, b, s in zip(given[0], start, stop, step, strict=True))]
-
-
-def _split(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
-    return [
-        tuple(part if a == axis else ids for a, ids in enumerate(given[0])) for part in np.split(given[0][axis], ends)
-    ]
 
 
 def _stack(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
@@ -160,39 +130,29 @@ def _unstack(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUn
     return [tuple(ids for a, ids in enumerate(given[0]) if a != axis)] * len(eqn.outvars)
 
 
-def _tile(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [tuple(np.tile(ids, times) for ids, times in zip(given[0], eqn.params["reps"], strict=True))]
-
-
-def _concatenate(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    along = eqn.params["dimension"]
-    result = list(given[0])
-    for axes in given[1:]:
-        for axis, ids in enumerate(axes):
-            if axis != along:
-                result[axis] = units.unite(result[axis], ids, "concatenated with an array whose channels must stay")
-    result[along] = np.concatenate([axes[along] for axes in given])
-    return [tuple(result)]
-
-
-def _pad(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    result = list(given[0])
-    for axis, (low, high, inside) in enumerate(eqn.params["padding_config"]):
-        if low < 0 or high < 0 or inside:
-            units.fix(result[axis], "padding between channels, or less than none")
-            result[axis] = np.zeros(_shape(eqn.outvars[0])[axis], np.int64)
-        elif low or high:
-            result[axis] = np.concatenate([units.fresh(int(low)), result[axis], units.fresh(int(high))])
-    return [tuple(result)]
-
-
-def _rev(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    turned = set(eqn.params["dimensions"])
-    return [tuple(ids[::-1] if axis in turned else ids for axis, ids in enumerate(given[0]))]
-
-
-def _dynamic_slice(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
-    return [_cut(units, eqn, given[0], eqn.params["slice_sizes"])]
+def _move(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUnits]:
+    """Operands side by side along one axis, if there are several; then their indices where they go."""
+    whole = list(given[0])
+    if eqn.primitive.name == "concatenate":
+        along = eqn.params["dimension"]
+        for axes in given[1:]:
+            for axis, ids in enumerate(axes):
+                if axis != along:
+                    whole[axis] = units.unite(whole[axis], ids, "concatenated with an array whose channels must stay")
+        whole[along] = np.concatenate([axes[along] for axes in given])
+    results = []
+    for moved in moves(eqn):
+        result = list(whole)
+        for axis, sources in moved.items():
+            low, high, inside = eqn.params["padding_config"][axis] if eqn.primitive.name == "pad" else (0, 0, 0)
+            if min(low, high) < 0 or inside:
+                units.fix(whole[axis], "padding between channels, or less than none")
+                result[axis] = np.zeros(len(sources), np.int64)
+            else:
+                result[axis] = np.append(whole[axis], 0)[sources]
+                result[axis][sources < 0] = np.concatenate([units.fresh(int(low)), units.fresh(int(high))])
+        results.append(tuple(result))
+    return results
 
 
 def _cut(units: Units, eqn: JaxprEqn, axes: AxisUnits, sizes: Sequence[int]) -> AxisUnits:
@@ -240,27 +200,22 @@ def barrier(units: Units, eqn: JaxprEqn, given: list[AxisUnits]) -> list[AxisUni
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(IDENTITIES, _identity),
+    **dict.fromkeys(IDENTITIES, lambda units, eqn, given: given),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _reduce),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),
     "sort": _along("dimension"),
     **{f"reduce_window{kind}": _window for kind in ("", "_sum", "_max", "_min")},
-    "transpose": _transpose,
-    "squeeze": _squeeze,
+    "transpose": lambda units, eqn, given: [tuple(given[0][axis] for axis in eqn.params["permutation"])],
+    "squeeze": lambda units, eqn, given: [without(units, given[0], eqn.params["dimensions"])],
     "broadcast_in_dim": _broadcast_in_dim,
-    "iota": _iota,
+    "iota": lambda units, eqn, given: [tuple(map(units.fresh, _shape(eqn.outvars[0])))],
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
-    "slice": _slice,
-    "split": _split,
+    **dict.fromkeys(MOVES, _move),
     "stack": _stack,
     "unstack": _unstack,
-    "tile": _tile,
-    "concatenate": _concatenate,
-    "pad": _pad,
-    "rev": _rev,
-    "dynamic_slice": _dynamic_slice,
+    "dynamic_slice": lambda units, eqn, given: [_cut(units, eqn, given[0], eqn.params["slice_sizes"])],
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     **dict.fromkeys(("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in"), barrier),

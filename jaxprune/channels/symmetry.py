@@ -8,7 +8,7 @@ same slots; one that goes index by index treats all the same. Numbers in the fun
 tell units apart that meet other numbers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,14 +17,14 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Int
 
-from jaxprune.channels.units import AxisUnits, Ids, Units
+from jaxprune.channels.union_find import AxisUnits, Ids, Units
 from jaxprune.checks import is_concrete
-from jaxprune.tracing.operations import merged_axes
+from jaxprune.tracing.operations import MOVES, Sources, merged_axes, moves
 
 Facts = Int[np.ndarray, "indices facts"]
 
 
-class Alike:
+class Symmetry:
     """Units parted by all that tells them apart.
 
     Attributes:
@@ -92,20 +92,39 @@ class Alike:
             given: units of its operands' axes.
             results: units of its results' axes.
         """
-        rule = _RULES.get(eqn.primitive.name)
-        if rule is not None:
-            rule(self, eqn, given, results)
+        name, params = eqn.primitive.name, eqn.params
+        if name in MOVES:
+            for result, moved in zip(results, moves(eqn), strict=True):
+                operands = [axes for axes in given if len(axes) == len(result)]
+                for axis, sources in moved.items():
+                    self._moved([axes[axis] for axes in operands], result[axis], sources)
+        elif name == "reshape" and params["dimensions"] is None:
+            self._reshaped(given[0], results[0])
+        elif name == "iota":
+            ids = results[0][params["dimension"]]
+            self.part(ids, np.arange(len(ids))[:, None])
+        elif name == "gather":
+            for axis in params["dimension_numbers"].start_indices_batching_dims:
+                self.part(given[1][axis], np.arange(len(given[1][axis]))[:, None])  # their rows of the table stay
 
-    def moved(self, before: Ids, after: Ids, source: Ids) -> None:
-        """An axis whose indices come from another.
+    def _moved(self, operands: list[Ids], after: Ids, sources: Sources) -> None:
+        """An axis whose indices come from those of other axes, side by side."""
+        start = 0
+        for before in operands:
+            here = (sources >= start) & (sources < start + len(before))
+            slots = np.append(self.slots(before), -1)[np.where(here, sources - start, -1)]
+            self.part(after, np.stack([self.slots(after), slots], 1))
+            start += len(before)
 
-        Args:
-            before: units of that other axis.
-            after: units of the axis.
-            source: for each index where it comes from; -1 from nowhere.
-        """
-        slots = np.append(self.slots(before), -1)
-        self.part(after, np.stack([self.slots(after), slots[source]], 1))
+    def _reshaped(self, given: AxisUnits, result: AxisUnits) -> None:
+        """Every place is (slot, place on the other axes) before and after."""
+        old, new = tuple(map(len, given)), tuple(map(len, result))
+        for olds, news in merged_axes(old, new) if 0 not in old else ():
+            if len(olds) > 1 or len(news) > 1:
+                before, facts = self.places(tuple(given[axis] for axis in olds))
+                after, more = self.places(tuple(result[axis] for axis in news))
+                for ids in (before, after):
+                    self.part(ids, np.concatenate([facts, more], 1))
 
 
 def slots(ids: Ids) -> Ids:
@@ -132,70 +151,3 @@ def _numbered(value: Any, axis: int, size: int) -> Ids:
     if not is_concrete(value) or jnp.issubdtype(value.dtype, jax.dtypes.extended) or not value.size:
         return np.arange(size)
     return _numbers(each.tobytes() for each in np.moveaxis(np.asarray(value), axis, 0))
-
-
-def _iota(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    ids = results[0][eqn.params["dimension"]]
-    alike.part(ids, np.arange(len(ids))[:, None])
-
-
-def _slice(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    start, stop, step = (eqn.params[word] for word in ("start_indices", "limit_indices", "strides"))
-    for axis, (before, after) in enumerate(zip(given[0], results[0], strict=True)):
-        alike.moved(before, after, np.arange(start[axis], stop[axis], step[axis] if step else 1))
-
-
-def _split(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    axis, start = eqn.params["axis"], 0
-    for part in results:
-        alike.moved(given[0][axis], part[axis], start + np.arange(len(part[axis])))
-        start += len(part[axis])
-
-
-def _tile(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    for before, after in zip(given[0], results[0], strict=True):
-        alike.moved(before, after, np.arange(len(after)) % max(len(before), 1))
-
-
-def _concatenate(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    axis, start = eqn.params["dimension"], 0
-    for axes in given:
-        before, after = axes[axis], results[0][axis]
-        source = np.arange(len(after)) - start
-        alike.moved(before, after, np.where((source >= 0) & (source < len(before)), source, -1))
-        start += len(before)
-
-
-def _pad(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    for axis, (before, after) in enumerate(zip(given[0], results[0], strict=True)):
-        source = np.arange(len(after)) - eqn.params["padding_config"][axis][0]
-        alike.moved(before, after, np.where((source >= 0) & (source < len(before)), source, -1))
-
-
-def _rev(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    for axis in eqn.params["dimensions"]:
-        alike.moved(given[0][axis], results[0][axis], np.arange(len(given[0][axis]))[::-1])
-
-
-def _reshape(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    """Every place is (slot, place on the other axes) before and after."""
-    old, new = (tuple(map(len, axes)) for axes in (given[0], results[0]))
-    if eqn.params["dimensions"] is not None or 0 in old:
-        return
-    for olds, news in merged_axes(old, new):
-        if len(olds) > 1 or len(news) > 1:
-            before, facts = alike.places(tuple(given[0][axis] for axis in olds))
-            after, more = alike.places(tuple(results[0][axis] for axis in news))
-            for ids in (before, after):
-                alike.part(ids, np.concatenate([facts, more], 1))
-
-
-def _gather(alike: Alike, eqn: JaxprEqn, given: list[AxisUnits], results: list[AxisUnits]) -> None:
-    for axis in eqn.params["dimension_numbers"].start_indices_batching_dims:
-        alike.part(given[1][axis], np.arange(len(given[1][axis]))[:, None])  # their rows of the table stay
-
-
-_RULES: Mapping[str, Callable[[Alike, JaxprEqn, list[AxisUnits], list[AxisUnits]], None]] = {
-    "iota": _iota, "slice": _slice, "split": _split, "tile": _tile, "concatenate": _concatenate, "pad": _pad,
-    "rev": _rev, "reshape": _reshape, "gather": _gather,
-}  # fmt: skip

@@ -5,7 +5,7 @@
 Works for whatever function was traced, also one that has sizes in it and refuses smaller weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Bool
 
-from jaxprune.channels.couplings import Walk
+from jaxprune.channels.walk import Walk
 from jaxprune.compat import ClosedJaxpr, closed
 from jaxprune.tracing.inlined import BODIES, bind, evaluate, with_bodies
 
@@ -45,7 +45,7 @@ class Shrinker:
 
     def kept(self, atom: Any) -> Kept:
         """For every axis of an array which indices are kept."""
-        return tuple(self.live[self.walk.units.roots(ids)] for ids in self.walk.of(atom))
+        return tuple(self.live[ids] for ids in self.walk.roots(atom))
 
     def _step(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, dict(eqn.params)
@@ -60,9 +60,7 @@ class Shrinker:
             return [taken(bind(eqn, values, params)[0], results[0])]
         if name == "slice" and not all(keep.all() for keep in given[0]):
             return [_slice(params, values[0], given[0])]
-        if name in _RESIZED:
-            params |= _RESIZED[name](params, given, results)
-        return bind(eqn, values, params)
+        return bind(eqn, values, params | _resized(eqn, given, results))
 
     def _bodies(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
         def smaller(body: ClosedJaxpr) -> ClosedJaxpr:
@@ -83,21 +81,16 @@ def taken(value: Any, kept: Kept) -> Any:
 
 
 def _slice(params: dict[str, Any], value: Any, kept: Kept) -> Any:
-    cuts = []
-    steps = params["strides"] or (1,) * len(kept)
-    for axis, (keep, *cut) in enumerate(
-        zip(kept, params["start_indices"], params["limit_indices"], steps, strict=True)
-    ):
+    cuts = [*zip(params["start_indices"], params["limit_indices"], params["strides"] or (1,) * len(kept), strict=True)]
+    for axis, keep in enumerate(kept):
         if keep.all():
-            cuts.append(cut)
             continue
-        wanted = np.arange(*cut)
+        wanted = np.arange(*cuts[axis])
         places = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]  # in the smaller array
-        if len(places) and np.all(np.diff(places) == 1):
-            cuts.append((int(places[0]), int(places[-1]) + 1, 1))
-        else:
-            value = jnp.take(value, places, axis)
-            cuts.append((0, len(places), 1))
+        first = int(places[0]) if len(places) and np.all(np.diff(places) == 1) else None
+        if first is None:
+            value, first = jnp.take(value, places, axis), 0
+        cuts[axis] = (first, first + len(places), 1)
     starts, stops, steps = zip(*cuts, strict=True)
     return lax.slice(value, starts, stops, None if params["strides"] is None else steps)
 
@@ -109,46 +102,27 @@ def _left(sizes: Sequence[Any], kept: Kept) -> tuple[Any, ...]:
     )
 
 
-def _shape(word: str) -> Callable[..., dict[str, Any]]:
-    return lambda params, given, results: {word: _left(params[word], results[0])}
+def _resized(eqn: JaxprEqn, given: list[Kept], results: list[Kept]) -> dict[str, Any]:
+    """Those parameters of an operation that name sizes, for the smaller arrays."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in ("broadcast_in_dim", "reshape"):
+        word = "shape" if name == "broadcast_in_dim" else "new_sizes"
+        return {word: _left(params[word], results[0])}
+    if name == "conv_general_dilated" and (groups := params["feature_group_count"]) > 1:
+        channels = given[0][params["dimension_numbers"].lhs_spec[1]]
+        return {"feature_group_count": int(channels.sum()) // (len(channels) // groups)}
+    if name == "pad":
+        return {"padding_config": tuple(map(_padding, params["padding_config"], results[0]))}
+    if name == "split":
+        return {"sizes": _left(params["sizes"], tuple(kept[params["axis"]] for kept in results))}
+    if name in ("gather", "dynamic_slice"):  # axes that are taken whole stay whole
+        sizes = zip(params["slice_sizes"], given[0], strict=True)
+        return {"slice_sizes": tuple(int(keep.sum()) if size == len(keep) else size for size, keep in sizes)}
+    return {}
 
 
-def _groups(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
-    groups, channels = params["feature_group_count"], given[0][params["dimension_numbers"].lhs_spec[1]]
-    return {"feature_group_count": int(channels.sum()) // (len(channels) // groups) if groups > 1 else 1}
-
-
-def _padding(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
-    config = list(params["padding_config"])
-    for axis, (low, high, inside) in enumerate(config):
-        keep = results[0][axis]
-        if keep.all():
-            continue
-        if low > 0 or high > 0:
-            config[axis] = (int(keep[: max(low, 0)].sum()), int(keep[len(keep) - max(high, 0) :].sum()), inside)
-        if low < 0 or high < 0 or inside:
-            config[axis] = (low, high, inside)
-    return {"padding_config": tuple(config)}
-
-
-def _parts(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
-    axis = params["axis"]
-    return {"sizes": _left(params["sizes"], tuple(kept[axis] for kept in results))}
-
-
-def _gathered(params: dict[str, Any], given: list[Kept], results: list[Kept]) -> dict[str, Any]:
-    """Axes that are taken whole stay whole."""
-    sizes = zip(params["slice_sizes"], given[0], strict=True)
-    return {"slice_sizes": tuple(size if keep.all() or size != len(keep) else int(keep.sum()) for size, keep in sizes)}
-
-
-_RESIZED: Mapping[str, Callable[..., dict[str, Any]]] = {
-    "broadcast_in_dim": _shape("shape"),
-    "reshape": _shape("new_sizes"),
-    "conv_general_dilated": _groups,
-    "pad": _padding,
-    "split": _parts,
-    "gather": _gathered,
-    "dynamic_slice": _gathered,
-}
-"""Operations with sizes among their parameters -> those parameters for the smaller arrays."""
+def _padding(config: tuple[Any, Any, Any], keep: Any) -> tuple[Any, Any, Any]:
+    low, high, inside = config
+    if min(low, high) < 0 or inside:  # then all channels stay
+        return config
+    return int(keep[:low].sum()), int(keep[len(keep) - high :].sum()), 0

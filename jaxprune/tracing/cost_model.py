@@ -103,14 +103,9 @@ class Costs(tables.Table):
                     f"{name!r} has {leaves[name].weights:,} weights, {nnz:,} of them are said not to be zero. "
                     "Take the numbers of this model, or this size of it."
                 )
-
-        def left(leaf: Cost) -> Cost:
-            nnz = counts.get(leaf.name)
-            if nnz is None:
-                return leaf
-            return dataclasses.replace(leaf, nnz=nnz, macs_left=_share(leaf.macs, nnz, leaf.weights))
-
-        return Costs(tuple(map(left, self.leaves)))
+            macs_left = _share(leaves[name].macs, nnz, leaves[name].weights)
+            leaves[name] = dataclasses.replace(leaves[name], nnz=nnz, macs_left=macs_left)
+        return Costs(tuple(leaves.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: {"leaves": [{name, shape, weights, ...}, ...], "total": {...}}."""

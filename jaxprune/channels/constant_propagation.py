@@ -12,7 +12,8 @@ import numpy as np
 from jax.extend.core import Literal, Var
 
 from jaxprune.channels.constant_rules import CONSTANT_RULES, Known, all_of, elementwise, in_all, nothing
-from jaxprune.compat import ClosedJaxpr, scan_groups
+from jaxprune.compat import ClosedJaxpr
+from jaxprune.tracing.inlined import LOOPS, loop
 from jaxprune.tracing.operations import ELEMENTWISE, IDENTITIES
 
 
@@ -41,14 +42,8 @@ def _run(jaxpr: ClosedJaxpr, inputs: Sequence[Known], known: dict[Var, Known]) -
 
 def _step(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Known]:
     name = eqn.primitive.name
-    if name == "scan":
-        return _scan(eqn, given, known)
-    if name == "while":
-        tested, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = [nothing(var.aval) for var in eqn.outvars]
-        _run(eqn.params["cond_jaxpr"], [*given[:tested], *carry], known)
-        _run(eqn.params["body_jaxpr"], [*given[tested : tested + consts], *carry], known)
-        return carry
+    if name in LOOPS:
+        return _loop(eqn, given, known)
     if name == "cond":
         found = [_run(branch, given[1:], known) for branch in eqn.params["branches"]]
         return [in_all(results) for results in zip(*found, strict=True)]
@@ -63,14 +58,16 @@ def _step(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Kno
     return rule(eqn, given) or unknown
 
 
-def _scan(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Known]:
+def _loop(eqn: Any, given: list[Known], known: dict[Var, Known]) -> Sequence[Known]:
     """A carry is known where it is after every step what it was before; a layer, where all layers agree."""
-    consts, carry = scan_groups(eqn)
-    layers = [in_all([Known(v, k) for v, k in zip(*one, strict=True)]) for one in given[consts + carry :]]
-    carried = given[consts : consts + carry]
+    body, consts, carry, layers, test, tested = loop(eqn, given)
+    layers = [in_all([Known(*parts) for parts in zip(*one, strict=True)]) for one in layers]
     while True:
-        results = _run(eqn.params["jaxpr"], [*given[:consts], *carried, *layers], known)
-        kept = [in_all([before, after]) for before, after in zip(carried, results, strict=False)]
-        if all(np.array_equal(a.known, b.known) for a, b in zip(kept, carried, strict=True)):
-            return [*kept, *(Known(one.value[None], one.known[None]) for one in results[carry:])]
-        carried = kept
+        results = _run(body, [*consts, *carry, *layers], known)
+        kept = [in_all([before, after]) for before, after in zip(carry, results, strict=False)]
+        if all(np.array_equal(a.known, b.known) for a, b in zip(kept, carry, strict=True)):
+            break
+        carry = kept
+    if test:
+        _run(test, [*tested, *kept], known)
+    return [*kept, *(Known(*(part[None] for part in one)) for one in results[len(kept) :])]
