@@ -13,7 +13,7 @@ from jaxprune.lab.commands.main import OF_THE_LAB
 
 PACKAGE = Path(__file__).parents[1] / "jaxprune"
 ROOMS = {
-    0: ["compat", "types", "tree", "checks", "tables"],
+    0: ["compat", "types", "tree", "checks", "tables", "files"],
     1: ["exact", "layout", "schedules"],
     2: ["native", "masks", "granularity", "distributions", "tracing"],
     3: ["criteria", "report"],
@@ -22,6 +22,15 @@ ROOMS = {
     6: ["search"],
     8: ["lab"],  # above the door, 7, the package's own `__init__`
 }
+LAB = {
+    0: ["recipe"],
+    1: ["data", "models", "checkpoints"],
+    2: ["report"],
+    3: ["runs"],  # whose last act is to write its page
+    4: ["bench"],
+    5: ["commands"],
+}
+FLOOR_OF_LAB = {f"jaxprune.lab.{room}": floor for floor, rooms in LAB.items() for room in rooms}
 FLOOR = {f"jaxprune.{room}": floor for floor, rooms in ROOMS.items() for room in rooms}
 CORE = {"jax", "numpy", "optax", "jaxtyping", "quax", "ml_dtypes"}
 LAB_ONLY = {"flax", "orbax", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "pydantic"}
@@ -68,9 +77,9 @@ def theirs(module):
     return {name.split(".")[0] for name in imports_of(module)} - {"jaxprune"} - set(sys.stdlib_module_names)
 
 
-def room(module):
+def room(module, floors=FLOOR):
     """The entry of the table that a module belongs to, the longest that fits."""
-    fits = [name for name in FLOOR if module == name or module.startswith(name + ".")]
+    fits = [name for name in floors if module == name or module.startswith(name + ".")]
     assert fits, f"{module} stands on no floor: add it to ROOMS and to the design."
     return max(fits, key=len)
 
@@ -113,6 +122,18 @@ def imports_go_down(module):
             assert floor > 7, f"{module} imports the door, which imports {module}."
         elif room(other) != room(module):
             below = FLOOR[room(other)]
+            assert below < floor, f"{module} (floor {floor}) imports {other} (floor {below}), which is not below it."
+
+
+def test_imports_go_down_in_the_lab():
+    of_all(imports_go_down_in_the_lab, [name for name in ROOMS_OF_ALL if name.startswith("jaxprune.lab.")])
+
+
+def imports_go_down_in_the_lab(module):
+    here = room(module, FLOOR_OF_LAB)
+    for other in ours(module):
+        if other.startswith("jaxprune.lab.") and room(other, FLOOR_OF_LAB) != here:
+            floor, below = FLOOR_OF_LAB[here], FLOOR_OF_LAB[room(other, FLOOR_OF_LAB)]
             assert below < floor, f"{module} (floor {floor}) imports {other} (floor {below}), which is not below it."
 
 

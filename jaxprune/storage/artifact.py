@@ -26,17 +26,13 @@ from jax.core import Tracer
 from jaxprune import tree
 from jaxprune.quantize.codes import is_quantized
 from jaxprune.storage import container, memory, passes, paths, records, values
-from jaxprune.storage.container import FileError, Header
+from jaxprune.storage.container import FileError, Header, Problem
 from jaxprune.storage.encodings import pattern_of
-from jaxprune.storage.patterns import PatternError
-from jaxprune.storage.records import Record, RecordError
-from jaxprune.storage.streams import StreamError
+from jaxprune.storage.records import Record
 from jaxprune.storage.tensors import Pieces, Stored, encode
 from jaxprune.storage.threads import each
-from jaxprune.storage.values import ValuesError
 
 VERSION = 1
-PROBLEMS = (PatternError, RecordError, StreamError, ValuesError)
 MARK = "jaxprune"
 TENSORS, USER, CRC32 = f"{MARK}.tensors", f"{MARK}.user", f"{MARK}.crc32"
 
@@ -88,7 +84,7 @@ def save(
         try:
             paths.check(keys, name)
             return name, *encode(keys, host, mask, _encoding_of(encoding, name, host), deflate=deflate)
-        except PROBLEMS as error:
+        except Problem as error:
             raise ValueError(f"Leaf {name!r}: {error}.") from None
 
     blobs, described = {}, {}
@@ -194,7 +190,7 @@ class Artifact:
             got = self._file.readinto(blob)
         try:
             return Stored(record, blob[:got])
-        except PROBLEMS as error:
+        except Problem as error:
             raise self.problem(name, error) from None
 
     def check_memory(self, names: Iterable[str], most: int | None = None) -> None:
@@ -220,7 +216,7 @@ class Artifact:
         texts = header.metadata
         # Any of the names marks a file of ours, so that damage to one makes it no plain one.
         if not any(key.startswith(MARK) for key in texts):
-            return {name: self._plain_record(name, entry) for name, entry in header.entries.items()}, dict(texts)
+            return {name: self._record(None, name, entry) for name, entry in header.entries.items()}, dict(texts)
         if texts.get(MARK) != str(VERSION):
             raise FileError(
                 f"{self.path} has version {texts.get(MARK, '')[:20]!r}, this library reads {VERSION}. Update it."
@@ -239,28 +235,20 @@ class Artifact:
         return found, user
 
     def _record(self, plain: Any, name: str, entry: container.Entry) -> Record:
+        """What our description says of a tensor, held against the container; None is said of plain ones."""
+        size = entry.end - entry.start
         try:
-            record = records.from_json(plain, name)
-            records.check(record, entry.end - entry.start)
+            if plain is None:
+                of_all, whole = math.prod(entry.shape), records.Part("values", "raw", size, size)
+                record = Record((name,), entry.shape, entry.dtype.name, "dense", "raw", of_all, "nonzero", (whole,))
+            else:
+                record = records.from_json(plain, name)
+            records.check(record, size)
             paths.check(record.path, name)
             dtype, shape = _as_stored(record)
             if (entry.dtype, entry.shape) != (dtype, shape):
-                raise RecordError(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
-        except PROBLEMS as error:
-            raise self.problem(name, error) from None
-        return record
-
-    def _plain_record(self, name: str, entry: container.Entry) -> Record:
-        """That of a tensor in a safetensors file without our description, whose checksum is not known."""
-        size = entry.end - entry.start
-        record = Record(
-            path=(name,), shape=entry.shape, dtype=entry.dtype.name, encoding="dense", values="raw", scale_shape=(),
-            count=math.prod(entry.shape), alive="nonzero", crc32=None,
-            parts=(records.Part("values", "raw", size, size),),
-        )  # fmt: skip
-        try:
-            records.check(record, size)
-        except PROBLEMS as error:
+                raise Problem(f"it is stored as {entry.dtype} {entry.shape}, {dtype} {shape} was expected")
+        except Problem as error:
             raise self.problem(name, error) from None
         return record
 

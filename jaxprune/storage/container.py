@@ -8,18 +8,18 @@ left to that format's library, because reading must take no memory for what it r
 Reference: https://huggingface.co/docs/safetensors
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
+
+from jaxprune import files
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -37,6 +37,16 @@ _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 class FileError(ValueError):
     """A file that cannot be read as what it should be; says which, and what is wrong with it."""
+
+
+class Problem(ValueError):
+    """What is wrong with one tensor, or its record, as the end of a sentence; its name is known further up."""
+
+
+def require(holds: Any, otherwise: str) -> None:
+    """Raises the `Problem` unless it holds."""
+    if not holds:
+        raise Problem(otherwise)
 
 
 class Entry(NamedTuple):
@@ -144,7 +154,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Entry:
 
 
 def write(path: Path, tensors: Mapping[str, Blob], metadata: Mapping[str, str]) -> None:
-    """A file that is whole or not there: written beside its place, brought to disk, and renamed.
+    """A file that is whole or not there, see `jaxprune.files`.
 
     Args:
         path: where; its folder is made.
@@ -168,21 +178,4 @@ def write(path: Path, tensors: Mapping[str, Blob], metadata: Mapping[str, str]) 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     pieces = (piece for blob in tensors.values() for piece in blob.pieces)
-    write_whole(path, [len(text).to_bytes(8, "little"), text, *pieces])
-
-
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """A file of these parts, whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    files.write(path, [len(text).to_bytes(8, "little"), text, *pieces])

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxprune.storage.bits import packed_size
-from jaxprune.storage.patterns import RUN, Bitmask, Dense, Pattern, PatternError
+from jaxprune.storage.container import Problem
+from jaxprune.storage.patterns import RUN, Bitmask, Dense, Pattern
 from jaxprune.storage.positions import CSR, Gaps, gaps_of
 from jaxprune.storage.structured import NM, Block
 
@@ -22,7 +23,7 @@ def pattern_of(name: str) -> Pattern:
     """The pattern with this name: "dense", "bitmask", "csr16", "csr32", "gaps5", "nm2:4@0", "block4x8".
 
     Raises:
-        PatternError: there is none.
+        Problem: there is none.
     """
     if name in ("dense", "bitmask"):
         return Dense() if name == "dense" else Bitmask()
@@ -36,7 +37,7 @@ def pattern_of(name: str) -> Pattern:
         return NM(*numbers)
     if shape == "block0x0" and 0 < numbers[0] * numbers[1] <= RUN:
         return Block(*numbers)
-    raise PatternError(
+    raise Problem(
         f"There is no encoding {name!r}. There are: auto, dense, bitmask, csr16, csr32, gaps2 to gaps16, and, with "
         'numbers of your own, "nm2:4@0" (2 of every 4 along axis 0) and "block4x8" (at most 32,768 weights).'
     )
@@ -50,8 +51,7 @@ def stored_bytes(pattern: Pattern, alive: Bool[np.ndarray, "..."], bits: int) ->
         alive: the mask.
         bits: of a value.
     """
-    streams, slots = pattern.sizes(alive)
-    return streams + packed_size(slots, bits)
+    return pattern.bytes_of(alive) + packed_size(pattern.slots(alive), bits)
 
 
 def smallest(alive: Bool[np.ndarray, "..."], bits: int, *, exact: bool) -> Pattern:
@@ -68,7 +68,7 @@ def smallest(alive: Bool[np.ndarray, "..."], bits: int, *, exact: bool) -> Patte
 
 def stores_just(pattern: Pattern, alive: Bool[np.ndarray, "..."]) -> bool:
     """Whether the pattern stores the living weights and no others, so that it is the mask."""
-    return pattern.sizes(alive)[1] == int(np.count_nonzero(alive))
+    return pattern.slots(alive) == int(np.count_nonzero(alive))
 
 
 def candidates(alive: Bool[np.ndarray, "..."]) -> Iterator[Pattern]:

@@ -12,10 +12,9 @@ from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.compress import has_form
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_unsupported, out_in
 from jaxprune.storage import paths
-from jaxprune.storage.artifact import PROBLEMS, Artifact
-from jaxprune.storage.container import FileError
+from jaxprune.storage.artifact import Artifact
+from jaxprune.storage.container import FileError, Problem
 from jaxprune.storage.memory import on_device
-from jaxprune.storage.records import RecordError
 from jaxprune.storage.tensors import Stored
 from jaxprune.storage.threads import each
 
@@ -69,7 +68,7 @@ def load(
             _check_like(file, shapes, like)
         try:
             paths.nested({record.path: None for record in file.records.values()})
-        except RecordError as error:
+        except Problem as error:
             raise FileError(f"{file.path} is damaged: {error}.") from None
         sparse = _sparse_forms(shapes, to, select, layout, unsupported) if to in FORMATS else {}
         large = max((file.records[name].stored_bytes for name in shapes), default=0) > _LARGE
@@ -111,7 +110,7 @@ def _leaf(file: Artifact, name: str, to: str, outputs_last: bool | None, unsuppo
         if to == "masks":
             return on_device(file.read(name).mask())
         found = file.read(name).leaf() if to == "quantized" else file.read(name).array()
-    except PROBLEMS as error:
+    except Problem as error:
         raise file.problem(name, error) from None
     return on_device(found) if isinstance(found, np.ndarray) else found
 

@@ -13,7 +13,7 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 from jaxprune import tree
-from jaxprune.storage.records import RecordError
+from jaxprune.storage.container import require
 
 Keys = tuple[Any, ...]
 
@@ -63,40 +63,36 @@ def check(keys: Keys, name: str) -> None:
     """Refuse keys that mean nothing, or not this leaf.
 
     Raises:
-        RecordError: such keys.
+        Problem: such keys.
     """
-    if len(keys) > 100:
-        raise RecordError(f"its path has {len(keys)} keys, 100 are the most")
+    require(len(keys) <= 100, f"its path has {len(keys)} keys, 100 are the most")
     for key in keys:
         kind, index = key if type(key) is tuple and len(key) == 2 else ("list", key)
         counts = type(index) is int and (kind == "key" or (kind in ("list", "tuple") and 0 <= index < 2**31))
-        if type(key) is not str and not counts:
-            raise RecordError(f"its path has the key {str(key)[:50]}")
+        require(type(key) is str or counts, f"its path has the key {str(key)[:50]}")
     plain = [str(key[1] if type(key) is tuple else key) for key in keys]
     unwrapped = plain[:-1] if plain[-1:] == ["value"] else plain  # Flax NNX's Variables, see `jaxprune.tree`
-    if name not in ("/".join(plain), "/".join(unwrapped)):
-        raise RecordError(f"its path {'/'.join(plain)[:200]!r} is not its name")
+    named = name in ("/".join(plain), "/".join(unwrapped))
+    require(named, f"its path {'/'.join(plain)[:200]!r} is not its name")
 
 
 def nested(leaves: Mapping[Keys, Any]) -> Any:
     """The tree with these leaves.
 
     Raises:
-        RecordError: keys that cannot belong to one tree.
+        Problem: keys that cannot belong to one tree.
     """
     if list(leaves) == [()]:
         return leaves[()]
     children: dict[Any, dict[Keys, Any]] = {}
     for keys, leaf in leaves.items():
-        if not keys:
-            raise RecordError("a leaf stands where others have a branch")
+        require(keys, "a leaf stands where others have a branch")
         children.setdefault(keys[0], {})[keys[1:]] = leaf
     kinds = {
         "list" if type(key) is int else key[0] if type(key) is tuple and key[0] == "tuple" else "dict"
         for key in children
     }
-    if len(kinds) > 1:
-        raise RecordError(f"leaves of {' and a '.join(sorted(kinds))} stand in one place")
+    require(len(kinds) < 2, f"leaves of {' and a '.join(sorted(kinds))} stand in one place")
     made = {key[1] if type(key) is tuple else key: nested(child) for key, child in children.items()}
     # Lists with gaps come from trees some of whose entries hold no arrays: those stay dicts.
     if kinds <= {"dict"} or sorted(made) != list(range(len(made))):

@@ -1,6 +1,6 @@
 r"""Patterns: which weights of a tensor are stored, and how that is written down.
 
-    encode : alive -> streams of bytes          places : streams -> index of the stored weights in the flat tensor
+    encode : a bit a weight -> streams          places : streams -> index of the stored weights in the flat tensor
 
     pattern     bytes, for n weights of which k are alive, each of b bytes                 stores
     dense       n b                                                                        all
@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from jaxprune.storage.bits import packed_size, unpack
+from jaxprune.storage.container import require
 
 Shape: TypeAlias = tuple[int, ...]
 Streams: TypeAlias = dict[str, np.ndarray]
@@ -39,20 +40,18 @@ RUN = 2**15
 """Weights that are placed at a time: their positions are to take little memory beside the tensor."""
 
 
-class PatternError(ValueError):
-    """Streams that describe no pattern of this shape."""
-
-
 class Pattern(abc.ABC):
     """One way to write down which weights are stored."""
 
+    form: ClassVar[str]
+    """The name, with the attributes' names in place of their numbers."""
     in_order: ClassVar[bool] = True
     """Whether weights are stored in the order of the flat tensor."""
 
     @property
-    @abc.abstractmethod
     def name(self) -> str:
         """The one that `jaxprune.storage.encodings.pattern_of` reads."""
+        return self.form.format(**vars(self))
 
     def misfit(self, shape: Shape) -> str:
         """Why no tensor of this shape has such a pattern; "" if one may."""
@@ -62,21 +61,24 @@ class Pattern(abc.ABC):
         """Why these weights have no such pattern; "" if they have."""
         return self.misfit(alive.shape)
 
-    @abc.abstractmethod
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """(bytes of the streams, weights stored), without making them."""
+    def slots(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """Weights stored."""
+        return int(np.count_nonzero(alive))
+
+    def bytes_of(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """Bytes of the streams, without making them."""
+        return sum(self.stream_bytes(alive.shape, self.slots(alive)).values())
 
     @abc.abstractmethod
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
-        """The streams, each an array of bytes or of little-endian integers."""
-
-    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
-        """The same streams, from a bit for each weight."""
-        return self.encode(np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape))
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
+        """The streams, each an array of bytes or of little-endian integers, from a bit for each weight."""
 
     def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
         """Which of the flat weights are stored, in their order."""
-        return alive.reshape(-1)
+        if self.in_order:
+            return alive.reshape(-1)
+        places = self.places(self.encode(np.packbits(alive), alive.shape), alive.shape, self.slots(alive))
+        return np.concatenate([np.zeros(0, np.int64), *places])
 
     @abc.abstractmethod
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
@@ -87,7 +89,7 @@ class Pattern(abc.ABC):
             slots: weights stored.
 
         Raises:
-            PatternError: so many cannot be stored.
+            Problem: so many cannot be stored.
         """
 
     @abc.abstractmethod
@@ -100,7 +102,7 @@ class Pattern(abc.ABC):
             slots: weights stored; whether there are so many places is for the caller to see.
 
         Raises:
-            PatternError: positions doubled or outside the tensor.
+            Problem: positions doubled or outside the tensor.
         """
 
     def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
@@ -115,16 +117,13 @@ class Pattern(abc.ABC):
 class Dense(Pattern):
     """Every weight."""
 
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return "dense"
+    form: ClassVar[str] = "dense"
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        return 0, alive.size
+    def slots(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """See `Pattern.slots`."""
+        return alive.size
 
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode`."""
         return {}
 
@@ -134,7 +133,7 @@ class Dense(Pattern):
 
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
         """See `Pattern.stream_bytes`."""
-        check(slots == math.prod(shape), f"{slots} weights are stored of {math.prod(shape)}")
+        require(slots == math.prod(shape), f"{slots} weights are stored of {math.prod(shape)}")
         return {}
 
     def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
@@ -147,21 +146,10 @@ class Dense(Pattern):
 class Bitmask(Pattern):
     """A bit for every weight."""
 
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return "bitmask"
+    form: ClassVar[str] = "bitmask"
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        return packed_size(alive.size, 1), int(np.count_nonzero(alive))
-
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode`."""
-        return {"mask": np.packbits(alive)}
-
-    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
-        """See `Pattern.encode_bits`."""
         return {"mask": bits}
 
     def bits(self, streams: Streams, shape: Shape, slots: int) -> Bits:
@@ -178,12 +166,11 @@ class Bitmask(Pattern):
             yield first + np.flatnonzero(unpack(streams["mask"], 1, first, last))
 
 
+def unpacked(bits: Bits, shape: Shape) -> Bool[np.ndarray, "..."]:
+    """The mask of a bit for each weight."""
+    return np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
+
+
 def runs(count: int) -> Iterator[tuple[int, int]]:
     """First and last of so many items, `RUN` at a time."""
     return ((first, min(first + RUN, count)) for first in range(0, count, RUN))
-
-
-def check(holds: bool, otherwise: str) -> None:
-    """Raises PatternError unless it holds."""
-    if not holds:
-        raise PatternError(otherwise)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -9,7 +10,8 @@ from jaxtyping import Bool, Int
 from jaxprune import native
 from jaxprune.native import codecs
 from jaxprune.storage.bits import ones, pack, packed_size, unpack
-from jaxprune.storage.patterns import Bits, Pattern, Places, Shape, Streams, check, runs
+from jaxprune.storage.container import require
+from jaxprune.storage.patterns import Bits, Pattern, Places, Shape, Streams, runs, unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +22,9 @@ class CSR(Pattern):
         width: bits of an index, 16 or 32.
     """
 
-    width: int
+    form: ClassVar[str] = "csr{width}"
 
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return f"csr{self.width}"
+    width: int
 
     def misfit(self, shape: Shape) -> str:
         """See `Pattern.misfit`."""
@@ -34,24 +33,15 @@ class CSR(Pattern):
         too_long = shape[-1] > 2**self.width or math.prod(shape) >= 2**32
         return f"rows of {shape[-1]} and {math.prod(shape)} weights are too many for its numbers" if too_long else ""
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        alive_count = int(np.count_nonzero(alive))
-        return 4 * math.prod(alive.shape[:-1]) + self.width // 8 * alive_count, alive_count
-
-    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
-        """See `Pattern.encode_bits`."""
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
+        """See `Pattern.encode`."""
         if native.why_not_loaded():
-            return super().encode_bits(bits, shape)
+            rows = unpacked(bits, (math.prod(shape[:-1]), shape[-1]))
+            ends = np.cumsum(np.count_nonzero(rows, axis=1)).astype("<u4")
+            return {"ends": ends, "columns": np.nonzero(rows)[1].astype(f"<u{self.width // 8}")}
         ends, columns = np.empty(math.prod(shape[:-1]), "<u4"), np.empty(ones(bits), f"<u{self.width // 8}")
         codecs.csr(bits, ends, columns, shape[-1])
         return {"ends": ends, "columns": columns}
-
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
-        """See `Pattern.encode`."""
-        rows = alive.reshape(math.prod(alive.shape[:-1]), alive.shape[-1])
-        ends = np.cumsum(np.count_nonzero(rows, axis=1)).astype("<u4")
-        return {"ends": ends, "columns": np.nonzero(rows)[1].astype(f"<u{self.width // 8}")}
 
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
         """See `Pattern.stream_bytes`."""
@@ -61,13 +51,13 @@ class CSR(Pattern):
         """See `Pattern.places`."""
         ends, columns = streams["ends"].view("<u4"), streams["columns"].view(f"<u{self.width // 8}")
         climbing = bool((ends[1:] >= ends[:-1]).all()) and (int(ends[-1]) if len(ends) else 0) == slots
-        check(climbing, "the rows do not end where the weights do")
-        check(int(columns.max(initial=0)) < max(shape[-1], 1), f"an index is outside rows of {shape[-1]}")
+        require(climbing, "the rows do not end where the weights do")
+        require(int(columns.max(initial=0)) < max(shape[-1], 1), f"an index is outside rows of {shape[-1]}")
         before = -1
         for first, last in runs(slots):
             rows = np.searchsorted(ends, np.arange(first, last, dtype="<u4"), side="right")
             flat = rows * shape[-1] + columns[first:last]
-            check(before < flat[0] and bool((np.diff(flat) > 0).all()), "indices in a row do not ascend")
+            require(before < flat[0] and bool((np.diff(flat) > 0).all()), "indices in a row do not ascend")
             before = flat[-1]
             yield flat
 
@@ -90,32 +80,23 @@ class Gaps(Pattern):
 
     width: int
 
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return f"gaps{self.width}"
+    form: ClassVar[str] = "gaps{width}"
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        gaps = gaps_of(alive)
-        return self.size_of(gaps), len(gaps)
+    def bytes_of(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """See `Pattern.bytes_of`."""
+        return self.size_of(gaps_of(alive))
 
     def size_of(self, gaps: Int[np.ndarray, " alive"]) -> int:
         """Bytes for these gaps."""
         return packed_size(int((gaps // (2**self.width - 1)).sum()) + len(gaps), self.width)
 
-    def encode_bits(self, bits: Bits, shape: Shape) -> Streams:
-        """See `Pattern.encode_bits`."""
-        if native.why_not_loaded():
-            return super().encode_bits(bits, shape)
-        size = math.prod(shape)
-        room = np.empty(self.stream_bytes(shape, ones(bits))["gaps"] + 8, np.uint8)
-        return {"gaps": room[: codecs.gaps(bits, size, self.width, room)]}
-
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode`."""
+        if not native.why_not_loaded():
+            room = np.empty(self.stream_bytes(shape, ones(bits))["gaps"] + 8, np.uint8)
+            return {"gaps": room[: codecs.gaps(bits, math.prod(shape), self.width, room)]}
         skip = 2**self.width - 1
-        skips, rest = np.divmod(gaps_of(alive), skip)
+        skips, rest = np.divmod(gaps_of(unpacked(bits, shape)), skip)
         places = np.cumsum(skips + 1)
         codes = np.full(int(places[-1]) if len(places) else 0, skip, np.uint16)
         codes[places - 1] = rest
@@ -135,7 +116,7 @@ class Gaps(Pattern):
             ends = at + np.cumsum(codes + living)
             here = np.flatnonzero(living)[: slots - seen]  # the last byte is filled up with what looks like more
             flat = ends[here]
-            check(int(flat.max(initial=0)) < max(size, 1), f"a position is outside {size} weights")
+            require(int(flat.max(initial=0)) < max(size, 1), f"a position is outside {size} weights")
             at, seen, used = int(ends[-1]), seen + len(here), first + int(here[-1]) + 1 if len(here) else used
             yield flat
         self._check_used(used, data)
@@ -147,12 +128,12 @@ class Gaps(Pattern):
             return super().bits(streams, shape, slots)
         made = np.zeros(packed_size(size, 1), np.uint8)
         seen, used = codecs.bits_of_gaps(data, self.width, slots, made, size)
-        check(seen >= 0, f"a position is outside {size} weights")
+        require(seen >= 0, f"a position is outside {size} weights")
         self._check_used(used, data)
         return made
 
     def _check_used(self, used: int, data: np.ndarray) -> None:
-        check(packed_size(used, self.width) == len(data), "there are more codes than weights")
+        require(packed_size(used, self.width) == len(data), "there are more codes than weights")
 
 
 def gaps_of(alive: Bool[np.ndarray, "..."]) -> Int[np.ndarray, " alive"]:

@@ -9,13 +9,14 @@ do; the standard library has it, and every language has a reader.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from jaxprune.storage import memory
+from jaxprune.storage.container import Problem, require
 
 CODERS = {"raw": 1, "deflate": 1, "planes2": 2, "planes4": 4, "planes8": 8}
 """Coder -> bytes of an item."""
@@ -24,10 +25,6 @@ MOST = 1032
 """Bytes that a byte of deflate can become, at most."""
 _SEARCHED = 2**18  # bytes up to which repetitions are looked for: that takes up to three seconds for a million
 _PIECE = 2**16  # bytes that are inflated at a time
-
-
-class StreamError(ValueError):
-    """Bytes that are no such stream."""
 
 
 class Stream(NamedTuple):
@@ -48,6 +45,11 @@ def as_it_is(items: Shaped[np.ndarray, "..."]) -> Stream:
     """The bytes of an array."""
     data = np.ascontiguousarray(items).reshape(-1).view(np.uint8).data
     return Stream("raw", data, len(data))
+
+
+def coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
+    """Arrays by name, deflated, if they may be, where that makes them fewer bytes."""
+    return {name: shortest(items) if deflate else as_it_is(items) for name, items in made.items()}
 
 
 def shortest(items: Shaped[np.ndarray, "..."]) -> Stream:
@@ -84,15 +86,12 @@ def check_size(coder: str, stored: int, size: int) -> None:
     """Refuse a stream that cannot become what it says, before memory is taken for it.
 
     Raises:
-        StreamError: an unknown coder, or a size out of reach.
+        Problem: an unknown coder, or a size out of reach.
     """
-    if coder not in CODERS:
-        raise StreamError(f"there is no coder {coder!r}")
-    if size % CODERS[coder]:
-        raise StreamError(f"{size} bytes are no items of {CODERS[coder]}")
-    most = stored if coder == "raw" else MOST * stored
-    if size > most or (coder == "raw" and size != stored):
-        raise StreamError(f"{stored} bytes of {coder} cannot become {size}")
+    require(coder in CODERS, f"there is no coder {coder!r}")
+    require(size % CODERS[coder] == 0, f"{size} bytes are no items of {CODERS[coder]}")
+    fits = size == stored if coder == "raw" else size <= MOST * stored
+    require(fits, f"{stored} bytes of {coder} cannot become {size}")
 
 
 def decoded(stream: Stream) -> UInt8[np.ndarray, " size"]:
@@ -102,7 +101,7 @@ def decoded(stream: Stream) -> UInt8[np.ndarray, " size"]:
         stream: one that passed `check_size`.
 
     Raises:
-        StreamError: damaged, or longer or shorter than it says.
+        Problem: damaged, or longer or shorter than it says.
     """
     if stream.coder == "raw":
         return np.frombuffer(stream.data, np.uint8)
@@ -110,15 +109,13 @@ def decoded(stream: Stream) -> UInt8[np.ndarray, " size"]:
     planes = made.reshape(-1, CODERS[stream.coder]).T
     items, at = planes.shape[1], 0
     for piece in _inflated(stream.data):
-        if at + len(piece) > stream.size:
-            raise StreamError(f"its deflated bytes become more than {stream.size}")
+        require(at + len(piece) <= stream.size, f"its deflated bytes become more than {stream.size}")
         while len(piece):
             plane, place = divmod(at, items)
             part = piece[: items - place]
             planes[plane, place : place + len(part)] = part
             piece, at = piece[len(part) :], at + len(part)
-    if at != stream.size:
-        raise StreamError(f"its deflated bytes become {at}, not {stream.size}")
+    require(at == stream.size, f"its deflated bytes become {at}, not {stream.size}")
     return made
 
 
@@ -131,13 +128,12 @@ def _inflated(data: bytes | memoryview) -> Iterator[UInt8[np.ndarray, " piece"]]
             try:
                 piece = decoder.decompress(rest, _PIECE)
             except zlib.error as error:
-                raise StreamError(f"its deflated bytes are damaged ({error})") from None
+                raise Problem(f"its deflated bytes are damaged ({error})") from None
             yield np.frombuffer(piece, np.uint8)
             rest, full = decoder.unconsumed_tail, len(piece) == _PIECE
-        if decoder.eof and (decoder.unused_data or first + _PIECE < len(data)):
-            raise StreamError("something stands behind its deflated bytes")
-    if not decoder.eof:
-        raise StreamError("its deflated bytes are cut off")
+        ended = not decoder.unused_data and first + _PIECE >= len(data)
+        require(ended or not decoder.eof, "something stands behind its deflated bytes")
+    require(decoder.eof, "its deflated bytes are cut off")
 
 
 def entropy(items: Shaped[np.ndarray, "..."]) -> float:

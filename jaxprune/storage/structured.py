@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxprune.storage.bits import pack, packed_size, unpack
-from jaxprune.storage.patterns import RUN, Index, Pattern, Places, Shape, Streams, check, runs
+from jaxprune.storage.container import require
+from jaxprune.storage.patterns import RUN, Bits, Pattern, Places, Shape, Streams, runs, unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class NM(Pattern):
         axis: the one runs lie along.
     """
 
+    form: ClassVar[str] = "nm{n}:{m}@{axis}"
     in_order: ClassVar[bool] = False
 
     n: int
@@ -31,11 +33,6 @@ class NM(Pattern):
     def width(self) -> int:
         """Bits of a place."""
         return (self.m - 1).bit_length()
-
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return f"nm{self.n}:{self.m}@{self.axis}"
 
     def misfit(self, shape: Shape) -> str:
         """See `Pattern.misfit`."""
@@ -49,24 +46,19 @@ class NM(Pattern):
         most = int(np.count_nonzero(self._runs(alive), axis=1).max(initial=0))
         return f"{most} weights of a run of {self.m} are alive" if most > self.n else ""
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        slots = alive.size // self.m * self.n
-        return packed_size(slots, self.width), slots
+    def slots(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """See `Pattern.slots`."""
+        return alive.size // self.m * self.n
 
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode`."""
-        places = np.sort(np.argsort(~self._runs(alive), axis=1, kind="stable")[:, : self.n], axis=1)
+        places = np.sort(np.argsort(~self._runs(unpacked(bits, shape)), axis=1, kind="stable")[:, : self.n], axis=1)
         return {"places": pack(places.reshape(-1).astype(np.uint16), self.width)}
-
-    def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
-        """See `Pattern.stored`."""
-        return _all_places(self, alive)
 
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
         """See `Pattern.stream_bytes`."""
         expected = math.prod(shape) // self.m * self.n
-        check(slots == expected, f"{slots} weights are stored, {self.n} of every {self.m} are {expected}")
+        require(slots == expected, f"{slots} weights are stored, {self.n} of every {self.m} are {expected}")
         return {"places": packed_size(slots, self.width)}
 
     def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
@@ -77,8 +69,8 @@ class NM(Pattern):
             last = min(first + step, slots // self.n)
             found = unpack(streams["places"], self.width, first * self.n, last * self.n)
             places = found.reshape(-1, self.n).astype(np.int64)
-            check(bool((np.diff(places, axis=1) > 0).all()), "places in a run do not ascend")
-            check(int(places.max(initial=0)) < self.m, f"a place is outside its run of {self.m}")
+            require(bool((np.diff(places, axis=1) > 0).all()), "places in a run do not ascend")
+            require(int(places.max(initial=0)) < self.m, f"a place is outside its run of {self.m}")
             line, run = np.divmod(np.arange(first, last), size // self.m)  # lines lie along the axis
             before, behind = np.divmod(line, after)
             start = (before * size + run * self.m) * after + behind
@@ -97,6 +89,7 @@ class Block(Pattern):
         cols: of a tile, which has at most 32,768 weights.
     """
 
+    form: ClassVar[str] = "block{rows}x{cols}"
     in_order: ClassVar[bool] = False
 
     rows: int
@@ -107,32 +100,22 @@ class Block(Pattern):
         """Weights of a tile."""
         return self.rows * self.cols
 
-    @property
-    def name(self) -> str:
-        """See `Pattern.name`."""
-        return f"block{self.rows}x{self.cols}"
-
     def misfit(self, shape: Shape) -> str:
         """See `Pattern.misfit`."""
         fits = len(shape) > 1 and not math.prod(shape[:-1]) % self.rows and not shape[-1] % self.cols
         return "" if fits else f"tiles of {self.rows} x {self.cols} do not fit its matrix"
 
-    def sizes(self, alive: Bool[np.ndarray, "..."]) -> tuple[int, int]:
-        """See `Pattern.sizes`."""
-        live = self._live(alive)
-        return packed_size(live.size, 1), int(np.count_nonzero(live)) * self.size
+    def slots(self, alive: Bool[np.ndarray, "..."]) -> int:
+        """See `Pattern.slots`."""
+        return int(np.count_nonzero(self._live(alive))) * self.size
 
-    def encode(self, alive: Bool[np.ndarray, "..."]) -> Streams:
+    def encode(self, bits: Bits, shape: Shape) -> Streams:
         """See `Pattern.encode`."""
-        return {"tiles": np.packbits(self._live(alive))}
-
-    def stored(self, alive: Bool[np.ndarray, "..."]) -> Index:
-        """See `Pattern.stored`."""
-        return _all_places(self, alive)
+        return {"tiles": np.packbits(self._live(unpacked(bits, shape)))}
 
     def stream_bytes(self, shape: Shape, slots: int) -> dict[str, int]:
         """See `Pattern.stream_bytes`."""
-        check(slots % self.size == 0, f"{slots} weights are no whole tiles of {self.size}")
+        require(slots % self.size == 0, f"{slots} weights are no whole tiles of {self.size}")
         return {"tiles": packed_size(math.prod(shape) // self.size, 1)}
 
     def places(self, streams: Streams, shape: Shape, slots: int) -> Places:
@@ -148,8 +131,3 @@ class Block(Pattern):
     def _live(self, alive: Bool[np.ndarray, "..."]) -> Bool[np.ndarray, "down right"]:
         down, right = math.prod(alive.shape[:-1]) // self.rows, alive.shape[-1] // self.cols
         return np.asarray(alive.reshape(down, self.rows, right, self.cols).any((1, 3)))
-
-
-def _all_places(pattern: Pattern, alive: Bool[np.ndarray, "..."]) -> Index:
-    found = list(pattern.places(pattern.encode(alive), alive.shape, pattern.sizes(alive)[1]))
-    return np.concatenate([np.zeros(0, np.int64), *found])

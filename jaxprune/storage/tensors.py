@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,12 +16,13 @@ from jaxtyping import Bool, Int, Int8, Shaped, UInt8
 
 from jaxprune.quantize.codes import Affine, Codebook
 from jaxprune.storage import memory, passes, records, streams, values
-from jaxprune.storage.bits import ones
+from jaxprune.storage.bits import ones, unpack
+from jaxprune.storage.container import Problem, require
 from jaxprune.storage.encodings import pattern_of, smallest, stores_just
 from jaxprune.storage.passes import any_bit, has_negative_zeros, nonzero
-from jaxprune.storage.patterns import Bitmask, Dense, Pattern, PatternError
+from jaxprune.storage.patterns import Bitmask, Dense, Pattern
 from jaxprune.storage.positions import Gaps
-from jaxprune.storage.records import Part, Record, RecordError
+from jaxprune.storage.records import Part, Record
 from jaxprune.storage.streams import Stream
 from jaxprune.storage.values import Leaf
 
@@ -42,7 +43,7 @@ def encode(
         deflate: whether streams may be deflated.
 
     Raises:
-        PatternError: no such encoding, one that these weights do not have or that would lose the mask, a dead weight
+        Problem: no such encoding, one that these weights do not have or that would lose the mask, a dead weight
             that is not zero, or a dead -0.0 beside a living zero.
     """
     if encoding != "auto" and (made := _nonzeros_in(path, leaf, mask, pattern_of(encoding), deflate)):
@@ -51,13 +52,13 @@ def encode(
     living = leaf.alive if quantized else nonzero(leaf)
     alive = living if mask is None else mask
     if quantized and not np.array_equal(alive, living):
-        raise PatternError("it was quantized with another mask. Quantize with the masks that you save")
+        raise Problem("it was quantized with another mask. Quantize with the masks that you save")
     if (living & ~alive).any():
-        raise PatternError("a weight that the mask has dead is not zero, and would be lost. Call `apply_masks` first")
+        raise Problem("a weight that the mask has dead is not zero, and would be lost. Call `apply_masks` first")
     exact = quantized or not np.array_equal(alive, living)
     kept = alive if quantized or not has_negative_zeros(leaf) else np.asarray(alive | any_bit(leaf))
     if exact and not np.array_equal(kept, alive):
-        raise PatternError("a zero is alive and a -0.0 is dead, of which a file keeps one. Leave out `signed_zeros`")
+        raise Problem("a zero is alive and a -0.0 is dead, of which a file keeps one. Leave out `signed_zeros`")
     count = int(np.count_nonzero(alive))
     # What is kept, coded: the same in every pattern that stores just that, in order, so it is done once.
     kept_coded = functools.cache(lambda deflate: values.encode(leaf, kept.reshape(-1), deflate=deflate))
@@ -73,9 +74,9 @@ def encode(
 def _usable(encoding: str, kept: Bool[np.ndarray, "..."], exact: bool) -> Pattern:
     pattern = pattern_of(encoding)
     if why_not := pattern.why_not(kept):
-        raise PatternError(f"it cannot be encoded as {encoding!r}: {why_not}. Choose another, or 'auto'")
+        raise Problem(f"it cannot be encoded as {encoding!r}: {why_not}. Choose another, or 'auto'")
     if exact and not stores_just(pattern, kept):
-        raise PatternError(
+        raise Problem(
             f"{encoding!r} stores dead weights beside the living ones and would lose the mask, since a living weight "
             'is zero here, or weights are quantized. Choose "auto", "bitmask", "csr16" or "gaps5"'
         )
@@ -86,24 +87,16 @@ def _in_pattern(
     path: tuple[Any, ...], leaf: Leaf, kept: Bool[np.ndarray, "..."], alive: int, pattern: Pattern, deflate: bool,
     kept_coded: Callable[[bool], dict[str, Stream]],
 ) -> tuple[Record, Pieces]:  # fmt: skip
-    count = pattern.sizes(kept)[1]
-    what = Record(
-        path=path,
-        shape=kept.shape,
-        dtype=leaf.dtype.name,
-        encoding=pattern.name,
-        values=values.kind_of(leaf),
-        count=count,
-        alive="stored" if count == alive else "nonzero",
-        parts=(),
-        scale_shape=leaf.scale.shape if isinstance(leaf, Affine) else (),
-        crc32=None,
-    )
+    count = pattern.slots(kept)
+    told, scales = "stored" if count == alive else "nonzero", leaf.scale.shape if isinstance(leaf, Affine) else ()
+    kinds = (leaf.dtype.name, pattern.name, values.kind_of(leaf))
+    what = Record(path, kept.shape, *kinds, count, told, scale_shape=scales)
 
     def made(deflate: bool) -> dict[str, Stream]:
-        if not pattern.in_order or pattern == Dense():
-            return _coded(pattern.encode(kept), deflate) | values.encode(leaf, pattern.stored(kept), deflate=deflate)
-        return _coded(pattern.encode_bits(np.packbits(kept), kept.shape), deflate) | kept_coded(deflate)
+        made = streams.coded(pattern.encode(np.packbits(kept), kept.shape), deflate)
+        if pattern.in_order and pattern != Dense():
+            return made | kept_coded(deflate)
+        return made | values.encode(leaf, pattern.stored(kept), deflate=deflate)
 
     return _joined(what, made, deflate)
 
@@ -120,14 +113,9 @@ def _nonzeros_in(
     if mask is not None and (signed or not np.array_equal(np.packbits(mask), bits)):
         return None
     alive = "stored" if ones(bits) == len(found) and not signed else "nonzero"
-    what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive, (), (), None)
-    parts = pattern.encode_bits(bits, leaf.shape) | {"values": found}
-    return _joined(what, functools.partial(_coded, parts), deflate)
-
-
-def _coded(made: Mapping[str, np.ndarray], deflate: bool) -> dict[str, Stream]:
-    code = streams.shortest if deflate else streams.as_it_is
-    return {name: code(items) for name, items in made.items()}
+    what = Record(path, leaf.shape, leaf.dtype.name, pattern.name, "raw", len(found), alive)
+    parts = pattern.encode(bits, leaf.shape) | {"values": found}
+    return _joined(what, functools.partial(streams.coded, parts), deflate)
 
 
 def _joined(what: Record, made: Callable[[bool], dict[str, Stream]], deflate: bool) -> tuple[Record, Pieces]:
@@ -158,21 +146,21 @@ class Stored:
         record: one that passed `records.check`.
 
     Raises:
-        RecordError: other bytes than were written.
-        PatternError, StreamError, ValuesError: bytes that mean nothing; from any method.
+        Problem: other bytes than were written.
+        Problem: bytes that mean nothing; from any method.
     """
 
     def __init__(self, record: Record, blob: bytes | memoryview) -> None:
         if len(blob) != record.stored_bytes:
-            raise RecordError(f"{len(blob)} bytes were read of its {record.stored_bytes}")
+            raise Problem(f"{len(blob)} bytes were read of its {record.stored_bytes}")
         if record.crc32 not in (None, zlib.crc32(blob)):
-            raise RecordError("its bytes are not those that were written: the checksum differs")
+            raise Problem("its bytes are not those that were written: the checksum differs")
         self.record = record
         self._streams, at, whole = {}, 0, memoryview(blob)
         for part in record.parts:
             self._streams[part.name] = streams.decoded(Stream(part.coder, whole[at : at + part.stored], part.size))
             at += part.stored
-        values.check(record.values, record.dtype, self._streams, side_by_side=record.side_by_side)
+        self._check_values()
 
     def array(self) -> Shaped[np.ndarray, "..."]:
         """The dense weight, bit for bit; of a quantized one what its codes mean."""
@@ -228,14 +216,28 @@ class Stored:
             end = at + len(places)
             if end > record.count:
                 break
-            kind = (record.values, record.dtype)
-            yield places, values.some(*kind, self._streams, at, end, side_by_side=record.side_by_side)
+            yield places, self._stored(at, end)
             at = end
         if at != record.count:
             raise self._other_count()
 
-    def _other_count(self) -> PatternError:
-        return PatternError(f"it has not as many places as weights, which are {self.record.count}")
+    def _stored(self, first: int, last: int) -> Shaped[np.ndarray, " last_minus_first"]:
+        """Weights that are stored, as they are, or their codes as bytes."""
+        if self.record.values == "raw":
+            return self._streams["values"].view(self._dtype)[first:last]
+        codes, width = self._streams["codes"], int(self.record.values[-1])
+        return unpack(codes, width, first, last) if self.record.side_by_side else codes[first:last]
+
+    def _check_values(self) -> None:
+        if self.record.values != "raw" and not self.record.side_by_side:
+            values.check_codes(self._streams["codes"], int(self.record.values[-1]))
+        if "scale" in self._streams:
+            values.check_scale(self._streams["scale"].view("<f4"))
+        if self.record.dtype == "bool":
+            require(self._streams["values"].max(initial=0) <= 1, "a bool is neither 0 nor 1")
+
+    def _other_count(self) -> Problem:
+        return Problem(f"it has not as many places as weights, which are {self.record.count}")
 
     def _weights(self) -> Iterator[tuple[Int[np.ndarray, " some"], Shaped[np.ndarray, " some"]]]:
         """Like `_runs`, the meaning of codes in their stead."""

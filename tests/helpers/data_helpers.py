@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune.lab.data.sets import DataError
+from jaxprune.lab.data.files import DataError
 
 N_TRAIN, N_TEST = 40, 12
 IDX_NAMES = [f"{dot}idx{{}}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]

@@ -26,8 +26,7 @@ import atheris
 with atheris.instrument_imports(include=["jaxprune.storage"]):
     import jaxprune as jp
     from jaxprune.storage import Artifact, FileError, container, paths
-    from jaxprune.storage.artifact import PROBLEMS
-    from jaxprune.storage.records import RecordError
+    from jaxprune.storage.container import Problem
 
 import npreader
 import numpy as np
@@ -94,12 +93,12 @@ def read(data):
         file.check_memory(file.records, MOST)
         try:
             paths.nested({record.path: None for record in file.records.values()})
-        except RecordError as error:
+        except Problem as error:
             raise FileError(str(error)) from None
         file.declare(sum(record.dense_bytes for record in file.records.values()))
         try:
             arrays = {name: file.read(name).array() for name in file.records}
-        except PROBLEMS as error:
+        except Problem as error:
             raise FileError(f"tensor : {error}") from None
     with Measured(data) as file:
         file.declare(sum(record.dense_bytes for record in file.records.values()))
@@ -332,7 +331,7 @@ def seeds():
     trees += [({"a": [leaf, (leaf, {3: leaf})]}, {"*": "bitmask"}), ({}, {}), (leaf, {})]
     for tree, rule in trees:
         written = []
-        container.write_whole = lambda _, pieces, written=written: written.append(b"".join(pieces))
+        container.files.write = lambda _, pieces, written=written: written.append(b"".join(pieces))
         jp.save("file", tree, encoding=rule or "auto", metadata={"a": 1})
         yield written[0]
     arrays = {"x": leaf, "y": np.zeros((0, 2), np.int8)}

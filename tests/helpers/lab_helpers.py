@@ -14,7 +14,7 @@ from quick import QUICK
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.lab.checkpoints import checkpoint, flat
+from jaxprune.lab.checkpoints import flat, orbax_files
 from jaxprune.lab.recipe import config
 from jaxprune.lab.runs import stages
 
@@ -149,7 +149,7 @@ def arrays_of(path):
     """Leaf name -> array of one checkpoint."""
     leaves = [flat.Leaf(**leaf) for leaf in json.loads((path / "manifest.json").read_text())["leaves"]]
     keys = flat.keys(leaves)
-    arrays = checkpoint._read_arrays(path / "state", [key for key in keys if key])
+    arrays = orbax_files.read_arrays(path / "state", filter(None, keys))
     return {leaf.name: arrays[key] for leaf, key in zip(leaves, keys, strict=True) if key}
 
 

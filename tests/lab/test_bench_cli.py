@@ -119,7 +119,7 @@ def test_rows_of_one_folder_come_together_and_the_last_counts(tmp_path):
     common = {"kind": "layers", "model": "8x8", "batch": 1, "sparsity": 0.5, "refused": ""}
     rows.append(tmp_path / "a" / "bench.jsonl", [{**common, "contestant": "dense", "ratio": 1.0}])
     rows.append(tmp_path / "a" / "bench.jsonl", [{**common, "contestant": "bcsr", "ratio": r} for r in (0.5, 0.6)])
-    assert [(row["contestant"], row["ratio"]) for row in rows.read(tmp_path / "a" / "bench.jsonl")] == [
+    assert [(row["contestant"], row["ratio"]) for row in results.read_rows(tmp_path / "a" / "bench.jsonl")] == [
         ("dense", 1.0),
         ("bcsr", 0.6),
     ]

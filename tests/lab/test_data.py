@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune.lab.data import importing, sets
-from jaxprune.lab.data.sets import Dataset, import_folder, load, split_validation
+from jaxprune.lab.data.importing import import_folder
+from jaxprune.lab.data.sets import Dataset, load, split_validation
 
 
 def source_pairs(source) -> dict[bytes, int]:

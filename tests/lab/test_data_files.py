@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxprune.lab.data import importing
-from jaxprune.lab.data.sets import import_folder, load, read_idx
+from jaxprune.lab.data.files import read_idx
+from jaxprune.lab.data.importing import import_folder
+from jaxprune.lab.data.sets import load
 
 # --- idx files
 

@@ -16,7 +16,7 @@ from test_streams import root as imagenet_root  # noqa: F401  (a fixture)
 
 from jaxprune.lab import models
 from jaxprune.lab.bench import sparsify
-from jaxprune.lab.data import sets
+from jaxprune.lab.data import importing, sets
 from jaxprune.lab.recipe import build
 from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.runs import run
@@ -75,7 +75,7 @@ def test_what_was_not_run_yet_runs_small(name, tmp_path, request):
         folder = request.getfixturevalue("imagenet_root")
     else:
         write_sheets(tmp_path / "files")
-        sets.import_folder("cifar10", tmp_path / "files", folder := tmp_path / "data")
+        importing.import_folder("cifar10", tmp_path / "files", folder := tmp_path / "data")
     short += ["--finetune.batch_size", "2", "--data.data_dir", str(folder)]
     short += ["--prune.rounds", "2"] if "vgg" in name else []
     point = cfg.load_sweep(FOLDER / f"{name}.toml", short).points[-1]
@@ -88,7 +88,7 @@ def mnist(tmp_path_factory):
     """A data directory with MNIST in it."""
     if not MNIST.is_dir():
         pytest.skip("JAXPRUNE_DATA names no folder with mnist/ in it")
-    sets.import_folder("mnist", MNIST, folder := tmp_path_factory.mktemp("data"))
+    importing.import_folder("mnist", MNIST, folder := tmp_path_factory.mktemp("data"))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -28,12 +29,14 @@ from lab_helpers import (
 
 import jaxprune as jp
 from jaxprune.lab import models
-from jaxprune.lab.checkpoints import checkpoint
+from jaxprune.lab.checkpoints import checkpoint, orbax_files
 from jaxprune.lab.commands import main as cli
 from jaxprune.lab.data import sets
+from jaxprune.lab.data.samples import samples_of
+from jaxprune.lab.recipe import build, words
 from jaxprune.lab.recipe.config import ConfigError
 from jaxprune.lab.report import publish, wording
-from jaxprune.lab.runs import machine, run, stages, store
+from jaxprune.lab.runs import evidence, machine, run, stages, store
 from jaxprune.lab.runs.run import RunError
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")  # optax itself promotes
@@ -282,27 +285,29 @@ def test_a_run_of_damaged_checkpoints_alone_says_so(tmp_path):
 
 def test_a_full_disk_leaves_no_torn_file(tmp_path, monkeypatch, reference):
     """A file that is half written, by a full disk or a kill, would stop the run for good."""
-    real, config = type(tmp_path).write_text, tiny(tmp_path)
+    real, config = type(tmp_path).open, tiny(tmp_path)
 
-    def write_text(self, text, *args, **kwargs):
-        if self.name.endswith(name):
-            real(self, text[: len(text) // 2], *args, **kwargs)
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, text, *args, **kwargs)
+
+    def opened(self, mode="r", *args, **kwargs):
+        return Full(self, mode) if "x" in mode and name in self.name else real(self, mode, *args, **kwargs)
 
     for name in ("config.toml", "machine.json", "results.json"):  # in the order in which they are written
         with monkeypatch.context() as patch:
-            patch.setattr(type(tmp_path), "write_text", write_text)
+            patch.setattr(type(tmp_path), "open", opened)
             with pytest.raises(OSError, match="No space left"):
                 run.run(config, tmp_path / "run", "a command")
         assert not (tmp_path / "run" / name).exists()
     assert_same_run(go(tmp_path)[0], reference)
-    assert not list((tmp_path / "run").glob(".tmp-*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(tmp_path, monkeypatch, capsys, reference):
     command = ["run", str(write_config(tmp_path)), "--out", str(tmp_path / "run"), "--quiet"]
-    real, room = checkpoint._write_arrays, []
+    real, room = orbax_files.save, []
 
     def write(*args):
         if not room:
@@ -313,7 +318,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(tmp_path, monke
     for fits, last in ((0, []), (6, ["prune/00000009"])):  # training saves 9, 18, 27, 36 and 40
         room += range(fits)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_write_arrays", write)
+            patch.setattr(orbax_files, "save", write)
             assert cli.main(command) == 1
         [said] = capsys.readouterr().err.splitlines()
         assert re.search(r"jaxprune: .* could not be written: No space left on device", said)
@@ -368,3 +373,21 @@ def test_histograms_show_the_pruned_leaves():
     assert publish.histogram_weights({"dense": params}, masks)["dense"].tolist() == [1, 2]
     everything = jp.nonzero_masks(params)
     assert publish.histogram_weights({"dense": params}, everything)["dense"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_run_computes_all_evidence_that_it_says_it_has():
+    def looks_at_all(params, *, grads, hessian_grads, flow_grads, squared_grads, key):
+        """Not called."""
+
+    assert words.looks_at(looks_at_all) == {*build.EVIDENCE, "key"}
+    params, key = {"kernel": jnp.ones((4, 3))}, jax.random.key(0)
+
+    def apply(params, images, key=None):
+        return images.reshape(images.shape[0], -1) @ params["kernel"]
+
+    samples = samples_of(np.ones((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32) % 3, 1.0)
+    found = evidence.of(looks_at_all, apply, params, samples, key)
+    assert found.pop("key") is key
+    assert {name: jax.tree.map(jnp.shape, one) for name, one in found.items()} == {
+        name: {"kernel": (4, 3)} for name in build.EVIDENCE
+    }

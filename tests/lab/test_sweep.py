@@ -20,8 +20,9 @@ from jaxprune.lab.commands import main as cli
 from jaxprune.lab.data import sets
 from jaxprune.lab.data.samples import samples_of
 from jaxprune.lab.recipe import config
-from jaxprune.lab.report import html
-from jaxprune.lab.runs import files, run, stages, sweep
+from jaxprune.lab.report import html, sweeps
+from jaxprune.lab.report import results as on_disk
+from jaxprune.lab.runs import run, stages, sweep
 from jaxprune.training.loops import Round
 
 pytestmark = pytest.mark.usefixtures("relaxed", "quick")
@@ -135,7 +136,7 @@ def test_tables():
     )  # fmt: skip
     two = fake({"prune.preset": ["c"], "prune.sparsity": [0.9, 0.95]},
                [({"prune.preset": "c", "prune.sparsity": s}, 0.5) for s in (0.9, 0.95)])  # fmt: skip
-    assert sweep.table([one, two]).splitlines() == [
+    assert sweeps.table([one, two]).splitlines() == [
         "| preset | 90 % | 95 % |",
         "| --- | --- | --- |",
         "| a | 1.00 ± 0.10 | 2.00 ± 0.10 |",
@@ -144,9 +145,9 @@ def test_tables():
     ]
     rows = fake({"prune": [{"preset": "nm"}, {"preset": "x", "sparsity": 0.5}]},
                 [({"prune": {"preset": "nm"}}, 0.1), ({"prune": {"preset": "x", "sparsity": 0.5}}, 0.2)])  # fmt: skip
-    assert sweep.table([rows]).splitlines()[2:] == ["| nm | 10.00 ± 0.10 |", "| x, sparsity 50 % | 20.00 ± 0.10 |"]
+    assert sweeps.table([rows]).splitlines()[2:] == ["| nm | 10.00 ± 0.10 |", "| x, sparsity 50 % | 20.00 ± 0.10 |"]
     with pytest.raises(ValueError, match="need the same last axis"):
-        sweep.table([one, rows])
+        sweeps.table([one, rows])
 
 
 GRIDS = {
@@ -161,7 +162,7 @@ GRIDS = {
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_a_table_on_the_terminal_says_what_its_numbers_are(grid):
-    caption, empty, head, _, row, *_ = sweep.text([grid]).splitlines()
+    caption, empty, head, _, row, *_ = sweeps.text([grid]).splitlines()
     assert caption.startswith(f"{grid['name']}: test error after fine-tuning in per cent")
     assert not empty
     several = len(grid["points"][0]["seeds"]) > 1
@@ -173,7 +174,7 @@ def test_a_table_on_the_terminal_says_what_its_numbers_are(grid):
 
 def test_sweeps_of_other_axes_have_tables_of_their_own():
     """After hours of runs nothing may be lost because the last tables do not fit together."""
-    text = sweep.text(list(GRIDS.values()))
+    text = sweeps.text(list(GRIDS.values()))
     assert text.count("test error after fine-tuning") == 3
     assert "fake, fake: test error" in text  # the same axes
     assert text.count("25.00") == 6
@@ -196,7 +197,7 @@ def test_sweeps_and_runs_are_reported_side_by_side(tmp_path, capsys, older):
         (tmp_path / name / "results.json").write_text(json.dumps(results))
     assert cli.main(["report", str(tmp_path / "fake-sweep")]) == 0
     said = capsys.readouterr().out
-    assert said == f"{sweep.text([folders['fake-sweep']])}\n\nreport: {tmp_path}/fake-sweep/report.html\n"
+    assert said == f"{sweeps.text([folders['fake-sweep']])}\n\nreport: {tmp_path}/fake-sweep/report.html\n"
     assert "<html" in (tmp_path / "fake-sweep" / "report.html").read_text()
     whole, page = [str(tmp_path / name) for name in sorted(folders)], tmp_path / "page.html"
     both = ["fake: sparsity 50 %", "fake: sparsity 90 %"]
@@ -211,13 +212,13 @@ def test_sweeps_and_runs_are_reported_side_by_side(tmp_path, capsys, older):
 
 def test_a_key_that_is_missing_is_said_in_a_sentence(tmp_path, capsys, monkeypatch):
     """Whatever a results file lacks: the file is named, and no bare key is all that is said."""
-    whole = dict.fromkeys(files.OF_A_RUN, 0)
+    whole = dict.fromkeys(on_disk.OF_A_RUN, 0)
     for kind in (dict(GRIDS["one axis"]), whole):
         for key in kind:
-            if key in files.OF_A_RUN | files.OF_A_SWEEP and key != "points":
+            if key in on_disk.OF_A_RUN | on_disk.OF_A_SWEEP and key != "points":
                 torn = {one: value for one, value in kind.items() if one != key}
                 (tmp_path / "results.json").write_text(json.dumps(torn))
-                if {*torn} >= (files.OF_A_SWEEP if "points" in torn else files.OF_A_RUN):
+                if {*torn} >= (on_disk.OF_A_SWEEP if "points" in torn else on_disk.OF_A_RUN):
                     continue
                 assert cli.main(["report", str(tmp_path)]) == 2
                 said = capsys.readouterr().err

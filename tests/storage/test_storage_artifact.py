@@ -16,8 +16,9 @@ import pytest
 from storage_helpers import affine, bits_of, codebook, everything_file, pruned
 
 import jaxprune as jp
+from jaxprune import files
 from jaxprune.quantize.codes import dequantize
-from jaxprune.storage import Artifact, FileError, artifact, container
+from jaxprune.storage import Artifact, FileError, artifact
 from jaxprune.storage.values import DTYPES
 
 RNG = np.random.default_rng(0)
@@ -77,22 +78,22 @@ def test_a_failure_in_the_last_steps_leaves_the_old_file(saved, monkeypatch, ste
 KILLED = """
 import importlib.util, os, signal, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("container", sys.argv[1])
-container = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(container)
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
 def parts():
     for i in range(10):
         if i == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
         yield bytes(100_000)
-container.write_whole(Path(sys.argv[2]), parts())
+files.write(Path(sys.argv[2]), parts())
 """
 
 
 @pytest.mark.parametrize("part", [0, 5])
 def test_killed_in_the_middle_leaves_the_old_file(saved, part):
     before = saved.read_bytes()
-    done = subprocess.run([sys.executable, "-c", KILLED, container.__file__, saved, str(part)])
+    done = subprocess.run([sys.executable, "-c", KILLED, files.__file__, saved, str(part)])
     assert done.returncode == -signal.SIGKILL
     assert saved.read_bytes() == before
     assert bits_of(jp.load(saved)["first"]["kernel"]) == bits_of(WEIGHTS)

@@ -15,10 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from jaxprune.lab.bench.rows import Row, break_even
 from jaxprune.lab.bench.table import zeros
+from jaxprune.lab.report.figures import COLOURS, MARKERS
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes; the yellow is left out, it fades on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A6538A", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _INK, _EDGE, _RULE, _LOSS = "#3A3F44", "#9AA1A8", "#D5D9DD", "#F6F1EC"
 
 

@@ -14,7 +14,8 @@ from jaxprune.lab.data import sets
 from jaxprune.lab.models.zoo import Network, of_config
 from jaxprune.lab.recipe import build
 from jaxprune.lab.recipe import config as cfg
-from jaxprune.lab.runs import files, train
+from jaxprune.lab.report.results import read_run
+from jaxprune.lab.runs import train
 
 
 def of_run(folder: Path) -> Network:
@@ -27,7 +28,7 @@ def of_run(folder: Path) -> Network:
         ValueError: it is no run folder, or not finished.
         CheckpointError: its last checkpoint is damaged.
     """
-    files.read_run(folder)
+    read_run(folder)
     config = cfg.load(folder / "config.toml")
     key = jax.random.key(config.seeds[0])
     network = of_config(config.name, config.model, *sets.facts(config.data), key)
@@ -48,7 +49,7 @@ def rounds_of(folder: Path, like: Any) -> dict[float, Callable[[], Any]]:
         folder: of `jaxprune run`, finished.
         like: params of the network, for their structure.
     """
-    results = files.read_run(folder)
+    results = read_run(folder)
     rounds = folder / f"seed_{results['seeds'][0]}" / "rounds"
     return {
         round(one["removed"], 6): lambda number=number: jp.load(rounds / f"{number}.jaxprune", like=like)

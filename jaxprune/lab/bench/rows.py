@@ -20,13 +20,10 @@ import jax.numpy as jnp
 from jaxprune import sparse, tracing, tree
 from jaxprune.lab.bench.contest import Entry, Result, stored_slots
 from jaxprune.lab.bench.peak import Peak
+from jaxprune.lab.report.results import Row
 from jaxprune.sparse.tuning import timing
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Params
-
-Row = dict[str, Any]
-CASE = ("kind", "model", "batch", "sparsity")
-"""What makes two rows contestants of one case."""
 
 
 class Work(NamedTuple):
@@ -71,7 +68,7 @@ def measured(case: Row, name: str, entry: Entry, result: Result, work: Work, bas
     """The row of one contestant.
 
     Args:
-        case: at least the keys of `CASE`.
+        case: at least the keys of `jaxprune.lab.report.results.CASE`.
         name: the contestant.
         entry: the model as it stored it.
         result: what became of it.
@@ -171,18 +168,3 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file; of a contestant measured more than once in the same case, the last.
-
-    Raises:
-        ValueError: the file cannot be read, or holds something else.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return list({(*(row[key] for key in CASE), row["contestant"]): row for row in rows}.values())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} does not hold lines of `jaxprune bench`: {type(error).__name__}: {error}.") from None

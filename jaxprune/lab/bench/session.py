@@ -16,8 +16,9 @@ from jaxprune import sparse
 from jaxprune.lab.bench import layers, rivals, table, whole
 from jaxprune.lab.bench import peak as peaks
 from jaxprune.lab.bench.layers import Layers, Progress
-from jaxprune.lab.bench.rows import Row, append, read
+from jaxprune.lab.bench.rows import append
 from jaxprune.lab.bench.whole import Whole
+from jaxprune.lab.report.results import Row, read_rows
 from jaxprune.sparse.tuning import machine
 
 FILE = "bench.jsonl"
@@ -113,7 +114,7 @@ def draw(file: Path, out: Path) -> list[Path]:
     from jaxprune.lab.bench import figures as bench_figures
     from jaxprune.lab.report import figures
 
-    rows = [row for row in read(file) if not row["refused"]]
+    rows = [row for row in read_rows(file) if not row["refused"]]
     if not rows:
         raise ValueError(f"{file} holds no row that ran: there is nothing to draw.")
     made = bench_figures.all_figures(rows)

@@ -13,19 +13,18 @@ is found by their sums: `restore_latest` names the damage and goes one checkpoin
 """
 
 import contextlib
-import gc
 import json
 import os
 import re
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.lab.checkpoints import flat
+from jaxprune import files
+from jaxprune.lab.checkpoints import flat, orbax_files
 from jaxprune.lab.checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
@@ -36,7 +35,6 @@ from jaxprune.lab.checkpoints.manifest import (
     reason,
     write_manifest,
 )
-from jaxprune.lab.checkpoints.orbax_files import opened, quiet
 
 __all__ = ["Checkpoint", "CheckpointError", "is_checkpoint", "read_leaves", "restore_latest", "save"]
 
@@ -135,7 +133,7 @@ def read_leaves(folder: Path) -> dict[str, np.ndarray]:
     except Damaged as damage:
         raise CheckpointError(f"{path} cannot be used: {damage}.") from None
     leaves = [flat.Leaf(**leaf) for leaf in manifest["leaves"]]
-    return flat.by_name(_read_arrays(path / ARRAYS, [key for key in flat.keys(leaves) if key]), leaves)
+    return flat.by_name(_read_arrays(path, leaves), leaves)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -153,10 +151,11 @@ def _write(path: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
         _recover(path)
         _remove(new)
         new.mkdir()
-        _write_arrays(new / ARRAYS, arrays)
+        if arrays:  # Orbax refuses an empty dict
+            orbax_files.save(new / ARRAYS, arrays)
         write_manifest(new, step, meta, leaves)
         with ThreadPoolExecutor(8) as pool:  # at once: the file system then syncs its journal once, not 16 times
-            list(pool.map(_sync, [*new.rglob("*"), new]))
+            list(pool.map(files.sync, [*new.rglob("*"), new]))
         _put(new, path)
     except Exception as error:  # not OSError alone: Orbax and TensorStore have others
         with contextlib.suppress(OSError):
@@ -173,11 +172,15 @@ def _read(path: Path, like: Any) -> Checkpoint:
     check_leaves(path, manifest, leaves)
     check_files(path, manifest)
     try:
-        arrays = _read_arrays(path / ARRAYS, [key for key in flat.keys(leaves) if key])
-        state = flat.from_arrays(arrays, like)
+        state = flat.from_arrays(_read_arrays(path, leaves), like)
     except Exception as error:  # every byte is as it was written, so it is Orbax that cannot read its own files
         raise Damaged(f"folder {ARRAYS} cannot be read: {reason(error)}") from error
     return Checkpoint(manifest["step"], state, manifest["meta"])
+
+
+def _read_arrays(path: Path, leaves: list[flat.Leaf]) -> dict[str, np.ndarray]:
+    keys = [key for key in flat.keys(leaves) if key]
+    return orbax_files.read_arrays(path / ARRAYS, keys) if keys else {}
 
 
 def _check_plain(meta: dict[str, Any]) -> None:
@@ -195,7 +198,7 @@ def _put(new: Path, path: Path) -> None:
         _remove(old)
         os.replace(path, old)
     os.replace(new, path)
-    _sync(path.parent)
+    files.sync(path.parent)
     _remove(old)
 
 
@@ -239,43 +242,3 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not arrays:  # Orbax refuses an empty dict
-        return
-    failure = None
-    with quiet():
-        try:
-            with opened() as (ocp, checkpointer):
-                checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
-        except Exception as error:
-            failure = _as_oserror(error)
-        if failure:
-            # Writes still under way fail too, and complain to a closed event loop, or when they are collected.
-            time.sleep(0.1)
-            gc.collect()
-    if failure:
-        raise failure
-
-
-def _as_oserror(error: Exception) -> Exception:
-    """What the operating system said, where it did: TensorStore has its code at the end of a paragraph."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
-
-
-def _read_arrays(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    if not keys:
-        return {}
-    with quiet(), opened() as (ocp, checkpointer):
-        as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
-        return checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -1,9 +1,13 @@
 """Orbax, imported on first use and kept from printing; trees of arrays to and from its own folders."""
 
 import contextlib
+import gc
 import logging
+import os
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +40,52 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[tuple[Any, Any]]:
-    """Orbax, imported on first use (0.3 s), and a synchronous checkpointer."""
-    import orbax.checkpoint as ocp
+def _opened() -> Iterator[tuple[Any, Any]]:
+    """Orbax, imported on first use (0.3 s), and a synchronous checkpointer, both quiet."""
+    with quiet():
+        import orbax.checkpoint as ocp
 
-    # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        yield ocp, checkpointer
+        # One database for all arrays: a dozen files, where a folder for every array has two each to sync and to sum.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+            yield ocp, checkpointer
+
+
+def save(folder: Path, tree: Any, metadata: dict[str, Any] | None = None) -> None:
+    """A PyTree of arrays, at least one; `write_tree` refuses what Orbax cannot save.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    failure = None
+    with quiet():
+        try:
+            with _opened() as (ocp, checkpointer):
+                checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, custom_metadata=metadata))
+        except Exception as error:
+            failure = _as_oserror(error)
+        if failure:
+            # Writes still under way fail too, and complain to a closed event loop, or when they are collected.
+            time.sleep(0.1)
+            gc.collect()
+    if failure:
+        raise failure
+
+
+def _as_oserror(error: Exception) -> Exception:
+    """What the operating system said, where it did: TensorStore has its code at the end of a paragraph."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+
+
+def _as_numpy(ocp: Any, tree: Any) -> Any:
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return ocp.args.PyTreeRestore(restore_args=args)
+
+
+def read_arrays(folder: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays of a flat dict with these keys; at least one."""
+    with _opened() as (ocp, checkpointer):
+        return checkpointer.restore(folder.absolute(), args=_as_numpy(ocp, dict.fromkeys(keys, 0)))
 
 
 def read_tree(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -57,12 +100,11 @@ def read_tree(folder: Path) -> tuple[Any, dict[str, Any]]:
             f"{folder} has its arrays further down. Name one: {', '.join(str(one.parent) for one in inside)}."
         )
     try:
-        with quiet(), opened() as (ocp, checkpointer):
+        with _opened() as (ocp, checkpointer):
             described = checkpointer.metadata(folder.absolute()).item_metadata
             if described is None:
                 raise ValueError("it has no PyTree")
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described.tree)
-            arrays = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            arrays = checkpointer.restore(folder.absolute(), args=_as_numpy(ocp, described.tree))
             return arrays, dict(described.custom_metadata or {})
     except Exception as error:  # Orbax and TensorStore have many of their own
         raise ValueError(f"{folder} is no checkpoint that Orbax can read: {type(error).__name__}: {error}") from error
@@ -91,5 +133,4 @@ def write_tree(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
         names[name] = where
     if not names:
         raise ValueError("Orbax saves no tree without elements.")
-    with quiet(), opened() as (ocp, checkpointer):
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, custom_metadata=metadata))
+    save(folder, tree, metadata)

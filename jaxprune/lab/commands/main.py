@@ -187,6 +187,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from jaxprune.lab.commands import terminal
     from jaxprune.lab.recipe import config as cfg
     from jaxprune.lab.report import html
+    from jaxprune.lab.report import sweeps as of_sweeps
     from jaxprune.lab.runs import run as lab_run
     from jaxprune.lab.runs import sweep as lab_sweep
 
@@ -207,7 +208,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(html.summary_text(results))
             print(f"report: {folder / 'report.html'}")
     if tables:
-        print(f"{lab_sweep.text(tables)}\n")
+        print(f"{of_sweeps.text(tables)}\n")
     for one in tables:
         print(f"report: {lab_sweep.folder_of(one['name'], runs) / 'report.html'}")
     return 0
@@ -221,25 +222,25 @@ def _keys(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab.report import comparison, figures, html, publish
-    from jaxprune.lab.runs import files
-    from jaxprune.lab.runs import sweep as lab_sweep
+    from jaxprune import files
+    from jaxprune.lab.report import comparison, figures, html, publish, sweeps
+    from jaxprune.lab.report.results import read_results
 
     if arguments.table:
         print(f"{arguments.table}: {comparison.fill(arguments.table)} tables written")
     if not arguments.runs:
         return 0 if arguments.table else arguments.refuse("the following arguments are required: RUN, or --table FILE")
-    results = [files.read_results(folder) for folder in arguments.runs]
-    rows = lab_sweep.side_by_side(results)
+    results = [read_results(folder) for folder in arguments.runs]
+    rows = sweeps.side_by_side(results)
     if arguments.out:
         page = html.comparison_page(rows, {"comparison": figures.png(figures.comparison(rows))})
-        arguments.out.write_text(page)
+        files.write(arguments.out, page)
     if arguments.json:
         print(json.dumps(results, indent=1))
     elif all("points" in one for one in results):
-        print(f"{lab_sweep.text(results)}\n")
+        print(f"{sweeps.text(results)}\n")
         for folder, one in zip(arguments.runs, results, strict=True):
-            print(f"report: {lab_sweep.write_page(folder, one)}")
+            print(f"report: {sweeps.write_page(folder, one)}")
     elif len(results) == 1:
         print(html.summary_text(results[0]))
         print(f"report: {publish.rewrite_page(arguments.runs[0])}")
@@ -250,10 +251,10 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def _import(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab.commands import terminal
-    from jaxprune.lab.data import sets
+    from jaxprune.lab.data.importing import import_folder
 
     with terminal.progress(f"importing {arguments.name}") as advance:
-        folder = sets.import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
+        folder = import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
     print(f"{arguments.name} is ready in {folder}")
     return 0
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import files
 from jaxprune.lab.data.files import DataError
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import reason
-from jaxprune.lab.runs import files
 
 EXPECTED = "(train inputs, train labels), (test inputs, test labels)"
 REMEMBERED = "data.txt"
@@ -46,28 +46,30 @@ def load(section: Data) -> tuple[list[np.ndarray], float, int]:
     raise _refusal(section, f"expected it to return {EXPECTED}, arrived {_described(found)}.")
 
 
-def remember(dataset: Sequence[Any], name: str, path: Path) -> None:
+def remember(dataset: Sequence[Any], name: str, folder: Path) -> None:
     """Write down what the arrays of a data set of the user's own are, or see that they are what they were.
 
     Args:
         dataset: of `jaxprune.lab.data.sets`.
-        name: of the function.
-        path: of the file.
+        name: of the data set in a config; of those that are not the user's own there is nothing to see.
+        folder: what they belong to.
 
     Raises:
         DataError: they are not.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    if not is_own(name):
+        return
+    path, digest = folder / REMEMBERED, hashlib.blake2b(digest_size=16)
     for array in dataset[1:5]:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     now = digest.hexdigest()
     if not path.exists():
-        files.write_text(path, now)
+        files.write(path, now)
     elif path.read_text() != now:
         raise DataError(
-            f"data.name: {name} returns other data than when {path.parent} was begun. Give every shuffle and split in "
-            f"it a fixed seed; if the data themselves are new, delete {path.parent}."
+            f"data.name: {name} returns other data than when {folder} was begun. Give every shuffle and split in "
+            f"it a fixed seed; if the data themselves are new, delete {folder}."
         )
 
 

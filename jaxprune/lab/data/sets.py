@@ -9,16 +9,16 @@ in memory as bytes: at these sizes an array is the fastest loader. ImageNet is n
 
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune.lab.data import own_data, streams
-from jaxprune.lab.data.files import CLASSES, SHAPES, SPLITS, DataError, read_idx
+from jaxprune.lab.data.files import CLASSES, SPLITS, DataError
 from jaxprune.lab.data.importing import (
-    import_folder,
+    CIFAR10_CLASSES,
     one_line,
     open_builder,
     open_source,
@@ -26,32 +26,18 @@ from jaxprune.lab.data.importing import (
     read_records,
     refuse_unknown,
 )
+from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import ConfigError
 
-__all__ = [
-    "CLASSES",
-    "IMAGES",
-    "NAMES",
-    "DataError",
-    "Dataset",
-    "classes",
-    "facts",
-    "import_folder",
-    "load",
-    "of_config",
-    "read_idx",
-    "split_validation",
-]
-
-IMAGES = {"digits": (8, 8, 1), **SHAPES, "imagenet2012": (224, 224, 3)}
+IMAGES = words.DATA_SETS
 """Every name `load` knows, and height, width and channels of its images."""
 NAMES = tuple(IMAGES)
 
 LABELS = {
     "fashion_mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
                       "Ankle boot"),
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar10": tuple(CIFAR10_CLASSES),
 }  # fmt: skip
 """Names of classes that are not digits."""
 
@@ -143,40 +129,28 @@ def _load_digits() -> Dataset:
     return Dataset("digits", images[:n], labels[:n], images[n:], labels[n:], scale=DIGITS_SCALE, classes=10)
 
 
-class _Source(NamedTuple):
-    """How a set prepared by TFDS is read, train and test splits, and how else than by a download it gets there."""
-
-    splits: tuple[str, str]
-    read: Callable[..., tuple[Any, Any]]
-    way_out: str
-
-
-def _source(name: str) -> _Source:
-    if name == "imagenet2012":
-        way_out = "Prepare it with TFDS as array_record, as its catalog says, from the archives of image-net.org."
-        return _Source(("train", "validation"), _stream_split, way_out)
-    way_out = f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
-    return _Source(SPLITS, _read_split, way_out)
-
-
 def _load_tfds(name: str, data_dir: str | Path | None) -> Dataset:
-    source = _source(name)
+    splits, read = SPLITS, _read_split
+    way_out = f"Run `jaxprune data import {name} FOLDER` on the folder of its files, for the same data directory."
+    if name == "imagenet2012":
+        splits, read = ("train", "validation"), _stream_split
+        way_out = "Prepare it with TFDS as array_record, as its catalog says, from the archives of image-net.org."
     with quiet_tfds() as tfds:
         builder = open_builder(tfds, name, data_dir)
         if not builder.is_prepared():
-            _download(name, builder, source.way_out)
+            _download(name, builder, way_out)
             builder = open_builder(tfds, name, data_dir)
         try:
-            arrays = [array for split in source.splits for array in source.read(tfds, builder, split)]
+            arrays = [array for split in splits for array in read(tfds, builder, split)]
         except NotImplementedError as error:
             raise DataError(
                 f"{builder.data_path} holds {name} as {builder.info.file_format.value}, but random access needs "
-                f"array_record. Choose another data directory. {source.way_out}"
+                f"array_record. Choose another data directory. {way_out}"
             ) from error
         except Exception as error:  # TFDS, array_record, protobuf and Pillow each have their own
             raise DataError(
                 f"{builder.data_path} should hold a prepared {name}, but it is damaged or incomplete "
-                f"({one_line(error)}). Delete this folder. {source.way_out}"
+                f"({one_line(error)}). Delete this folder. {way_out}"
             ) from error
         classes = builder.info.features["label"].num_classes
     return Dataset(name, *arrays, scale=255.0, classes=classes)

@@ -14,10 +14,12 @@ from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.answers import STAND_INS
 from jaxprune.lab.recipe.prune_section import THRESHOLDS
-from jaxprune.lab.runs import evidence
 from jaxprune.methods import init_statistics
 from jaxprune.types import Params
 
+EVIDENCE = ("grads", "hessian_grads", "flow_grads", "squared_grads")
+"""What a run computes of its training samples for criteria that look at it, see `jaxprune.lab.runs.evidence`."""
+AT_EVERY_STEP = {"grads", "key", "statistics"}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -71,11 +73,11 @@ def check(prune: cfg.Prune, params: Params, found: Mapping[str, Any] = NOTHING) 
         ValueError: a pattern that matches no leaf, an N:M that does not divide the inputs, ...: see `compute_masks`.
     """
     made = method(prune, {**STAND_INS, **found})
-    evidence.check(prune.criterion, made.criterion, prune.how)
+    _check_evidence(prune, made.criterion)
 
     def masks(params: Params, key: Any) -> Any:
         statistics = init_statistics(made, params)
-        known: dict[str, Any] = dict.fromkeys(("grads", "hessian_grads", "flow_grads", "squared_grads"), params)
+        known: dict[str, Any] = dict.fromkeys(EVIDENCE, params)
         known |= {"key": key} | ({"statistics": statistics} if statistics else {})
         sparsity = prune.levels[-1] if prune.levels else prune.sparsity
         return jp.compute_masks(made, params, sparsity, **known)
@@ -83,6 +85,17 @@ def check(prune: cfg.Prune, params: Params, found: Mapping[str, Any] = NOTHING) 
     jax.eval_shape(masks, params, jax.random.key(0))
     for patterns in prune.groups:
         of_group(made, patterns, params)
+
+
+def _check_evidence(prune: cfg.Prune, criterion: Any) -> None:
+    at_once = {*EVIDENCE, "key"}
+    there = at_once if prune.how in ("one-shot", "iterative") else AT_EVERY_STEP
+    there = there & at_once if "curves" in prune.distribution.left_to_the_run else there
+    if missing := sorted(words.looks_at(criterion) - there):
+        raise cfg.ConfigError(
+            f"prune.criterion: {prune.criterion!r} looks at {', '.join(missing)}, which a run that prunes "
+            f"{prune.how!r} does not have. It has {', '.join(sorted(there))}."
+        )
 
 
 def optimizer(phase: cfg.Phase, steps: int) -> optax.GradientTransformation:
@@ -181,7 +194,7 @@ def levels(prune: cfg.Prune) -> list[Any]:
 def in_rounds(prune: cfg.Prune, made: jp.Method) -> bool:
     """Whether the rounds of an iterative config are trainings of their own, not one with a schedule of masks."""
     apart = prune.rewind != "none" or prune.tolerance is not None or prune.levels or prune.groups or prune.growth != 1
-    return prune.how == "iterative" and bool(apart or not words.looks_at(made.criterion) <= evidence.AT_EVERY_STEP)
+    return prune.how == "iterative" and bool(apart or not words.looks_at(made.criterion) <= AT_EVERY_STEP)
 
 
 def of_group(made: jp.Method, patterns: Sequence[str], params: Params) -> jp.Method:

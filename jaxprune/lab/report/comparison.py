@@ -5,8 +5,8 @@
     <!-- end -->
 
 `overview` has a row for every experiment, `levels` one for every round of one experiment, `grid` the test errors of
-sweeps (`jaxprune.lab.runs.sweep.table`), `latency` the times that `jaxprune bench` wrote, `presets` every preset with
-one measured row, `rows` the cells that a script of `experiments/benchmarks` wrote. Paths are relative to the file.
+sweeps (`sweeps.table`), `latency` the times that `jaxprune bench` wrote, `presets` every preset with one measured row,
+`rows` the cells that a script of `experiments/benchmarks` wrote. Paths are relative to the file.
 """
 
 import json
@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 import jaxprune as jp
-from jaxprune import tables
-from jaxprune.lab.bench import rows
+from jaxprune import files, tables
 from jaxprune.lab.recipe import words
-from jaxprune.lab.report import curves, wording
-from jaxprune.lab.runs import files, sweep
+from jaxprune.lab.report import curves, sweeps, wording
+from jaxprune.lab.report.results import read_rows
 
 Record = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table: (\w+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,7 +38,7 @@ def fill(path: Path) -> int:
     text, count = _MARKED.subn(lambda found: _filled(path.parent, *found.groups()), path.read_text("utf-8"))
     if not count:
         raise ValueError(f"{path} marks no table: expected <!-- table: overview results/NAME.json --> ... <!-- end -->")
-    files.write_text(path, text)
+    files.write(path, text)
     return count
 
 
@@ -47,7 +46,7 @@ def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
     kinds: dict[str, Callable[[Sequence[Record]], str]] = {
         "overview": overview,
         "levels": levels,
-        "grid": sweep.table,
+        "grid": sweeps.table,
         "latency": latency,
         "presets": presets,
         "rows": as_written,
@@ -55,7 +54,7 @@ def _filled(folder: Path, begin: str, kind: str, names: str, end: str) -> str:
     if kind not in kinds:
         raise ValueError(f"A table is one of {', '.join(kinds)}; {kind!r} arrived.")
     paths = [folder / name for name in names.split()]
-    found = [row for path in paths for row in rows.read(path)] if kind == "latency" else [read(path) for path in paths]
+    found = [row for path in paths for row in read_rows(path)] if kind == "latency" else [read(path) for path in paths]
     try:
         return f"{begin}{kinds[kind](found)}\n{end}"
     except LookupError as error:

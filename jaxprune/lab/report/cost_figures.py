@@ -10,8 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jaxprune.lab.bench.figures import COLOURS, MARKERS
-from jaxprune.lab.report.figures import _EDGE, _INK, _MOST_LEAVES, STAGE_COLOURS, _percent_axis, _shorten, _tidy
+from jaxprune.lab.report.figures import (
+    _EDGE,
+    _INK,
+    _MOST_LEAVES,
+    COLOURS,
+    MARKERS,
+    STAGE_COLOURS,
+    _percent_axis,
+    _shorten,
+    _tidy,
+)
 from jaxprune.search.sensitivity import Sensitivity
 from jaxprune.tracing.costs import Cost, Costs
 

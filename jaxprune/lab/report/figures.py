@@ -22,6 +22,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 # Okabe and Ito's colours stay apart for colour-blind eyes; the last one is theirs darkened, to be read on white.
 STAGE_COLOURS = {"dense": "#0072B2", "pruned": "#D55E00", "finetuned": "#009E73", "sparse": "#A6538A"}
 STAGE_NAMES = {"dense": "dense", "pruned": "pruned", "finetuned": "fine-tuned", "sparse": "sparse"}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A6538A", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+"""Of lines in one figure; the yellow is left out, it fades on white."""
 _MARKERS = {"dense": "o", "pruned": "v", "finetuned": "s", "sparse": "D"}
 _PANELS = {
     "dense": ("Before pruning", STAGE_COLOURS["dense"]),

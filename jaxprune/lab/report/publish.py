@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import files, tree
 from jaxprune.lab.data import sets
 from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.report import curves, figures, html, wording
+from jaxprune.lab.report.results import read_json, read_run
 from jaxprune.lab.report.storage_figure import storage
-from jaxprune.lab.runs import files
 from jaxprune.types import Masks, Params
 
 MODELS = ("dense", "pruned", "finetuned", "sparse")
@@ -108,17 +108,16 @@ def make_figures(
 
 def write(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> None:
     """Figures, report.html and, last, results.json, whose presence says that the run is finished."""
-    (folder / "figures").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        (folder / "figures" / f"{name}.png").write_bytes(picture)
-    (folder / "report.html").write_text(page(folder, summary, pictures))
-    files.write_text(folder / "results.json", json.dumps(summary, indent=1))
+        files.write(folder / "figures" / f"{name}.png", picture)
+    files.write(folder / "report.html", page(folder, summary, pictures))
+    files.write(folder / "results.json", json.dumps(summary, indent=1))
 
 
 def page(folder: Path, summary: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """The run's page, from what lies in its folder."""
     metrics = _metrics(folder / "metrics.jsonl")
-    machine = files.read_json(folder / "machine.json", "Delete it, and results.json, and run again.")
+    machine = read_json(folder / "machine.json", "Delete it, and results.json, and run again.")
     return html.report_page(summary, (folder / "config.toml").read_text(), machine, metrics, pictures)
 
 
@@ -135,5 +134,5 @@ def rewrite_page(folder: Path) -> Path:
         path.stem: path.read_bytes() for name in FIGURES if (path := folder / "figures" / f"{name}.png").exists()
     }
     path = folder / "report.html"
-    path.write_text(page(folder, files.read_run(folder), pictures))
+    files.write(path, page(folder, read_run(folder), pictures))
     return path

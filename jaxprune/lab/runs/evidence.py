@@ -10,32 +10,10 @@ from jaxtyping import Array, Key
 import jaxprune as jp
 from jaxprune.lab.data.samples import Samples
 from jaxprune.lab.recipe import words
-from jaxprune.lab.recipe.config import ConfigError
 from jaxprune.lab.runs import train
 from jaxprune.types import Params
 
 SAMPLES = 2048  # of the training data
-AT_EVERY_STEP = {"grads", "key", "statistics"}
-
-
-def check(name: str, found: Any, how: str) -> None:
-    """Refuse a criterion that looks at what a run cannot give it.
-
-    Args:
-        name: of the criterion, for the message.
-        found: the criterion.
-        how: of the [prune] section.
-
-    Raises:
-        ConfigError: names the criterion and the evidence.
-    """
-    there = set(_MAKERS) | {"key"} if how in ("one-shot", "iterative") else AT_EVERY_STEP
-    missing = sorted(words.looks_at(found) - there)
-    if missing:
-        raise ConfigError(
-            f"prune.criterion: {name!r} looks at {', '.join(missing)}, which a run that prunes {how!r} does not have. "
-            f"It has {', '.join(sorted(there))}."
-        )
 
 
 def of(
@@ -55,20 +33,12 @@ def of(
     def loss(params: Params, rows: Any = rows) -> Array:
         return train.mean_loss(apply, params, samples, rows, None)[0]
 
-    makers = {**_MAKERS, "key": lambda *_: key}
-    return {name: makers[name](loss, apply, params, samples, rows) for name in words.looks_at(found)}
-
-
-def _flow(loss: Any, apply: Any, params: Params, samples: Samples, rows: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, *samples.images.shape[1:]), "float32")
-    return jp.evidence.flow_grads(apply, params, image)
-
-
-_MAKERS: dict[str, Callable[..., Any]] = {
-    "grads": lambda loss, apply, params, samples, rows: jax.grad(loss)(params),
-    "hessian_grads": lambda loss, apply, params, samples, rows: jp.evidence.hessian_grads(loss, params),
-    "flow_grads": _flow,
-    "squared_grads": lambda loss, apply, params, samples, rows: jp.evidence.squared_grads(
-        lambda p, row: loss(p, row[None]), params, rows
-    ),
-}
+    makers: dict[str, Callable[[], Any]] = {  # those of `jaxprune.lab.recipe.build.EVIDENCE`, and the key
+        "grads": lambda: jax.grad(loss)(params),
+        "hessian_grads": lambda: jp.evidence.hessian_grads(loss, params),
+        "flow_grads": lambda: jp.evidence.flow_grads(apply, params, image),
+        "squared_grads": lambda: jp.evidence.squared_grads(lambda p, row: loss(p, row[None]), params, rows),
+        "key": lambda: key,
+    }
+    return {name: makers[name]() for name in words.looks_at(found)}

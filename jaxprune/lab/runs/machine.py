@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from jaxprune.lab.runs import files
+from jaxprune import files
 from jaxprune.sparse.tuning import machine
 
 PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "quax")
@@ -44,7 +44,7 @@ def record(path: Path, note: Callable[[str], None]) -> None:
     """
     now = describe()
     if not path.exists():
-        files.write_text(path, json.dumps(now, indent=1))
+        files.write(path, json.dumps(now, indent=1))
         return
     then = json.loads(path.read_text())
     changed = [f"{name} {then[name]} -> {text}" for name, text in now.items() if then.get(name, text) != text]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxprune.lab.runs import files
+from jaxprune import files
 
 
 class MetricsLog:
@@ -17,7 +17,7 @@ class MetricsLog:
     def __init__(self, path: Path, before: list[dict[str, Any]], seed: int):
         self.path, self.seed, self.earlier_steps = path, seed, 0
         self.records: list[dict[str, Any]] = []
-        files.write_text(path, "".join(json.dumps(record) + "\n" for record in before))
+        files.write(path, "".join(json.dumps(record) + "\n" for record in before))
 
     def add(self, record: dict[str, Any]) -> None:
         """A record of this stage, with the step counted through all stages."""

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from jaxprune import files
 from jaxprune.lab.data import own_data, sets
 from jaxprune.lab.data.samples import samples_of
 from jaxprune.lab.recipe import config as cfg
-from jaxprune.lab.runs import files, machine, store, train
+from jaxprune.lab.report.results import read_results
+from jaxprune.lab.runs import machine, store, train
 from jaxprune.lab.runs.stages import SeedRun, Shared, Watcher, run_seed
 from jaxprune.quantize.codes import dequantize
+
+_BEFORE_THE_CONFIG = r"\.lock|metrics\.jsonl|\..*\.tmp|\.tmp-.*"
+"""What a run that was killed before it wrote its config may have left."""
 
 
 class RunError(ValueError):
@@ -62,8 +68,8 @@ def run(
     with _only_process(folder):
         if (folder / "results.json").exists():
             watcher.note(f"{folder} is finished; delete the folder to run it again.")
-            return files.read_results(folder)
-        files.write_text(folder / "config.toml", cfg.dump(config))
+            return read_results(folder)
+        files.write(folder / "config.toml", cfg.dump(config))
         machine.record(folder / "machine.json", watcher.note)
         return _run_seeds(config, folder, command, watcher, shared or Shared())
 
@@ -73,8 +79,7 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher,
 
     started = _now()
     dataset = shared.dataset(config.data)
-    if own_data.is_own(config.data.name):
-        own_data.remember(dataset, config.data.name, folder / own_data.REMEMBERED)
+    own_data.remember(dataset, config.data.name, folder)
     results, records, first = [], [], None
     for seed in config.seeds:
         done = run_seed(config, seed, dataset, folder, watcher, records, shared)
@@ -107,7 +112,8 @@ def _seed_result(config: cfg.Config, seed: int, dataset: sets.Dataset, done: See
     accuracy = train.accuracy(train.predict(apply_stored, values, test), test)
     about = store.identity(config, seed, test.images.shape[1:], dataset.classes)
     about |= {"sparsity": round(done.sparsity, 6), "accuracy": round(accuracy, 6)}
-    store.write(path, config.store, done.stored.params, done.stored.masks, about)
+    how = {"encoding": config.store.encoding, "deflate": config.store.deflate}
+    jp.save(path, done.stored.params, masks=done.stored.masks, **how, metadata=about)
     table = jp.summarize(done.finetuned, done.masks).to_dict()
     image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), "float32")
     costs = jp.costs(jp.trace(done.network.apply, done.finetuned, image), done.masks).total
@@ -125,7 +131,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: sets.Dataset, done: See
         "dense_bytes": table["total"]["bytes"],
         "artifact": store.measure(path, apply_stored, values, done.finetuned, test),
     }
-    files.write_text(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
+    files.write(folder / f"seed_{seed}" / "result.json", json.dumps(result, indent=1))
     return result
 
 
@@ -144,7 +150,7 @@ def _claim(folder: Path, config: cfg.Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / "config.toml"
     if not written.exists():
-        if any(p.name not in (".lock", "metrics.jsonl") and not p.name.startswith(".tmp") for p in folder.iterdir()):
+        if not all(re.fullmatch(_BEFORE_THE_CONFIG, path.name) for path in folder.iterdir()):
             raise RunError(f"{folder} is there and is no run folder. Choose another with --out.")
         return
     theirs, ours = cfg.config_hash(cfg.load(written)), cfg.config_hash(config)

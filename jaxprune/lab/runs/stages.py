@@ -59,8 +59,7 @@ class Shared:
         if self.folder is None:
             return own / "train"
         folder = self.folder / cfg.training_hash(config)
-        if own_data.is_own(config.data.name):
-            own_data.remember(self.dataset(config.data), config.data.name, folder / own_data.REMEMBERED)
+        own_data.remember(self.dataset(config.data), config.data.name, folder)
         return folder / own.name
 
 
@@ -242,7 +241,7 @@ class _SeedStages:
             "accuracy": train.accuracy(train.predict(self.apply, params, self.test), self.test),
             "removed": train.sparsity(masks, self.selected),
             "bytes": path.stat().st_size,
-            "sparse_bytes": store.sparse_bytes(params, self.config.sparse.format),
+            "sparse_bytes": sum(store.leaf_bytes(params, self.config.sparse.format)[1].values()),
         }
 
     def _early(self) -> Params | None:

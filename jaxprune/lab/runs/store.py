@@ -2,7 +2,6 @@
 
 stored = prepared(store, network, params, masks, samples)     # without dead units, if [store] says so
 quantized = quantize(store, params, masks)      # as [store] says; shared values may then be trained further
-write(path, quantized, masks, metadata)
 measure(path, apply, params, test)              # bytes, and the accuracy of what was read back
 """
 
@@ -63,11 +62,6 @@ def _without(mask: Any, removed: Sequence[Sequence[int]]) -> Any:
     return jnp.asarray(mask)
 
 
-def sparse_bytes(params: Params, form: str) -> int:
-    """Bytes of all leaves in memory, weights compressed to a format."""
-    return sum(leaf_bytes(params, form)[1].values())
-
-
 def leaf_bytes(params: Params, form: str) -> tuple[Any, dict[str, int]]:
     """Params compressed to a format where they can be, and leaf name -> bytes in memory."""
     stored = jp.sparse.compress(params, format=form, unsupported="dense")
@@ -113,16 +107,6 @@ def identity(config: cfg.Config, seed: int, image: Sequence[int], classes: int) 
         "classes": classes,
         "jaxprune": importlib.metadata.version("jaxprune"),
     }
-
-
-def write(path: Path, store: cfg.Store, quantized: Any, masks: Any, metadata: dict[str, Any]) -> None:
-    """The file of a model.
-
-    Raises:
-        ValueError: an encoding that these weights do not have.
-        OSError: it cannot be written.
-    """
-    jp.save(path, quantized, masks=masks, encoding=store.encoding, deflate=store.deflate, metadata=metadata)
 
 
 def measure(path: Path, apply: Callable[..., Any], like: Params, dense: Params, test: Samples) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
     file = sha256(everything that could change the timing) + ".json"
 
-A file is written beside and renamed, so it is whole or not there; one that cannot be read is as good as none. Reading
-one makes it young again, and where all together are too large the oldest go, so several processes may share a folder.
-Values of weights are in no key and no file: of a leaf's zeros a key holds how many there are and, coarsely, how they
-lie.
+A file is whole or not there; one that cannot be read is as good as none. Reading one makes it young again, and where
+all together are too large the oldest go, so several processes may share a folder. Values of weights are in no key and
+no file: of a leaf's zeros a key holds how many there are and, coarsely, how they lie.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxprune import native
+from jaxprune import files, native
 from jaxprune.compat import ClosedJaxpr
 
 MOST_BYTES = 32 << 20
@@ -71,14 +69,7 @@ def write(folder: Path | None, name: str, text: str) -> None:
     """
     if folder is None:
         return
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name[:16]}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, folder / f"{name}.json")
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write(folder / f"{name}.json", text)
 
 
 def trim(folder: Path | None) -> None:

@@ -1,23 +1,12 @@
-"""Small files that are whole or not there, and the results of a run or a sweep."""
+"""Results on disk: of runs and sweeps, and the rows that `jaxprune bench` wrote."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one. Makes its folder.
-
-    Raises:
-        OSError: disk full, no permission; the old file is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
+Row = dict[str, Any]
+CASE = ("kind", "model", "batch", "sparsity")
+"""What makes two rows of a benchmark contestants of one case."""
 OF_A_RUN = frozenset({
     *("name", "hash", "command", "finished", "seeds", "dataset", "accuracy", "sparsity", "overall_sparsity", "sparse"),
     *("leaves", "seconds"),
@@ -68,3 +57,18 @@ def read_json(path: Path, way_out: str) -> Any:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. {way_out}") from None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a benchmark's file; of a contestant measured more than once in the same case, the last.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return list({(*(row[key] for key in CASE), row["contestant"]): row for row in rows}.values())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} does not hold lines of `jaxprune bench`: {type(error).__name__}: {error}.") from None
