@@ -214,11 +214,11 @@ def _one_of(hints: Sequence[Any]) -> Any:
     by_kind = {_kind(one): one for one in made}
     last = list(by_kind)[-1]
     # The <> tell the branches of the union from keys in the locations of errors.
-    union = Annotated[
+    union: Any = Annotated[
         Union[tuple(Annotated[one, Tag(f"<{kind}>")] for kind, one in by_kind.items())],  # noqa: UP007
         Discriminator(lambda value: f"<{kind if (kind := _KINDS.get(type(value), last)) in by_kind else last}>"),
     ]
-    chosen = union if len(made) > 1 else made[0]
+    chosen: Any = union if len(made) > 1 else made[0]
     return chosen | None if types.NoneType in hints else chosen
 
 

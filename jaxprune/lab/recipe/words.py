@@ -104,7 +104,8 @@ def criterion(name: str, granularity: Any) -> Any:
     found = known("criterion", name)
     if found not in criteria.FACTORIES and not inspect.isclass(found):
         return found
-    return found(granularity) if "granularity" in inspect.signature(found).parameters else found()
+    given = {"granularity": granularity} if "granularity" in inspect.signature(found).parameters else {}
+    return found(**given)
 
 
 def looks_at(found: Any) -> set[str]:
