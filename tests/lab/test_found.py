@@ -90,7 +90,7 @@ def test_a_format_of_the_library_can_be_named(tmp_path):
         assert tiny(tmp_path, "--sparse.format", name).sparse.format == name
     with pytest.raises(cfg.ConfigError, match='arrived "native_mn", did you mean "native_nm"'):
         tiny(tmp_path, "--sparse.format", "native_mn")
-    weight = jax.random.normal(jax.random.key(0), (16, 16))
-    params = {"kernel": jnp.where(jnp.arange(16)[:, None] % 4 < 2, weight, 0)}
+    weight = jax.random.normal(jax.random.key(0), (32, 16))
+    params = {"kernel": jnp.where(jnp.arange(32)[:, None] % 4 < 2, weight, 0)}
     small = jp.sparse.compress(params, format=tiny(tmp_path, "--sparse.format", "native_nm").sparse.format)
     np.testing.assert_array_equal(jp.sparse.decompress(small)["kernel"], params["kernel"])

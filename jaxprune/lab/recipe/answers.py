@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from jaxprune import distributions, granularity
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.fields import ARRAY, BY_NAME, Fraction, Table
-from jaxprune.lab.recipe.problems import show
+from jaxprune.lab.recipe.problems import nearest, show
 
 FOUND = {
     "couplings": "Traced by the run.",
@@ -129,7 +129,7 @@ def _made(found: Any, options: Mapping[str, Any], known: Mapping[str, Any]) -> A
     if not inspect.isclass(found):
         return found
     given = {key: _inner(value, known) for key, value in options.items() if value is not None or key not in FOUND}
-    return found(**{key: known[key] for key in _asked(found) if key in FOUND and key in known}, **given)
+    return found(**{key: known[key] for key in _asked(found) if key in FOUND and key in known} | given)
 
 
 def _asked(found: Any) -> Mapping[str, inspect.Parameter]:
@@ -146,12 +146,14 @@ def _inner(value: Any, known: Mapping[str, Any]) -> Any:
 
 def _said(kind: str, name: str, error: ErrorDetails) -> InitErrorDetails:
     """An error of the arguments as one of the table: what is missing or belongs to other names says so."""
-    text, key = "", error["loc"][0]
-    others = [word for word, found in words.REGISTRY[kind].items() if key in arguments(found).model_fields]
+    text, key = "", str(error["loc"][0])
     if error["type"] == "missing":
         text = f"missing, name = {show(name)} needs it"
-    elif error["type"] == "extra_forbidden" and others:
+    elif error["type"] == "extra_forbidden":
+        others = [word for word, found in words.REGISTRY[kind].items() if key in arguments(found).model_fields]
         text = f"only for name = {' or '.join(map(show, others))}, here name = {show(name)}"
+        if not others:
+            text = f"unknown key, {nearest(key, ('name', *arguments(words.known(kind, name)).model_fields))}"
     said = {"type": "value_error", "ctx": {"error": text}} if text else {"type": error["type"]}
     return InitErrorDetails(**{"ctx": error.get("ctx", {}), "loc": error["loc"], "input": error["input"], **said})
 

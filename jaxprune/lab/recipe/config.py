@@ -262,7 +262,7 @@ def dump(config: Config) -> str:
     """The resolved experiment as TOML: defaults written out, keys without effect left out."""
     tree = config.model_dump(mode="json")
     # In one line, because tomli_w writes numbers before tables, which would change the order of rules.
-    inline = re.findall(r"\{.*\}", tomli_w.dumps({"": [0, tree["prune"].pop("distribution")]}))[0]
+    inline = re.findall(r"(?s)\{.*\}", tomli_w.dumps({"": [0, tree["prune"].pop("distribution")]}))[0]
     return tomli_w.dumps(tree).replace("[prune]\n", f"[prune]\ndistribution = {inline}\n", 1)
 
 
