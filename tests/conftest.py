@@ -37,7 +37,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxprune"
 MODULES = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
 PACKAGES = {"jaxprune", "jaxprune.lab", "jaxprune.lab.recipe"}  # of which not all modules are
 NAMES = {".".join(path.parts).removesuffix(".__init__") for path in MODULES} - PACKAGES
-SECTIONS = ("config", "data_section", "fields", "prune_section")
+SECTIONS = ("answers", "config", "data_section", "fields", "prune_section")
 PYDANTIC = {f"jaxprune.lab.recipe.{name}" for name in SECTIONS}
 jaxtyping.install_import_hook(sorted(NAMES - PYDANTIC), "checker.checked")
 

@@ -1,9 +1,12 @@
-"""The battery: every preset, and every criterion that none has, through everything that masks must survive.
+"""The battery: every preset, and every answer that none has, through everything that masks must survive.
 
-A preset that is added to `jaxprune.training.presets` is in here by that.
+A preset that is added to `jaxprune.training.presets` is in here by that, and so is a criterion, a granularity or a
+distribution that its room shows: the words of a config are read.
 """
 
 import dataclasses
+import inspect
+from typing import get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from quick import quick_jit
 
 import jaxprune as jp
-from jaxprune import criteria
+from jaxprune.granularity import granularities
 from jaxprune.lab.checkpoints import checkpoint
+from jaxprune.lab.recipe import words
 
 SHAPES = {"conv": (2, 2, 8, 4), "dense": (24, 16), "stack": (2, 8, 4), "bias": (16,)}
 LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
@@ -49,15 +53,33 @@ PRESETS = {
     name: dataclasses.replace(preset, method=dataclasses.replace(preset.method, layout=LAYOUT))
     for name, preset in jp.presets().items()
 }
-USED = [preset.method.criterion for preset in PRESETS.values()]
-ALONE = {
-    name: jp.Method(getattr(criteria, name), layout=LAYOUT)
-    for name in criteria.__all__
-    if name not in ("Running", "joint_taylor", "momentum") and getattr(criteria, name) not in USED
-} | {
-    "momentum": jp.Method(jp.momentum(), layout=LAYOUT),
-    "activation_mean": jp.Method(jp.activation_mean, jp.Output(), layout=LAYOUT),
+RULES = {
+    jp.GranularityByRule: (("conv", jp.Kernel()), ("*", jp.Block(2, 2))),
+    jp.ByRule: (("conv", jp.Uniform()), ("*", jp.PerOutput())),
+    jp.BySensitivity: (("conv", ((0.5, 0.0), (0.99, 0.2))), ("*", ((0.95, 0.1),))),
 }
+
+
+def example(kind, name):
+    """One of what a word stands for; what it must be given is 2, or a half."""
+    found = words.known(kind, name)
+    if kind == "criterion":
+        return words.criterion(name, jp.Output())
+    needed = [one.name for one in inspect.signature(found).parameters.values() if one.default is one.empty]
+    hints = get_type_hints(found)
+    return found(**{key: RULES.get(found, 0.5 if hints[key] is float else 2) for key in needed})
+
+
+USED = [answer for preset in PRESETS.values() for answer in vars(preset.method).values()]
+KINDS = [type(answer) for answer in USED]
+ALONE = {}
+for kind in ("criterion", "granularity", "distribution"):
+    for word, one in words.REGISTRY[kind].items():
+        if one not in (*USED, *KINDS, jp.Channels, jp.joint_taylor):  # channels are of a model, and have tests there
+            groups = {"granularity": jp.Output()} if one is jp.activation_mean else {}
+            label = word if word not in ALONE else f"{word}_{kind}"
+            ALONE[label] = jp.Method(**{kind: example(kind, word)} | groups, layout=LAYOUT)
+
 METHODS = {}
 for label, found in {**{name: preset.method for name, preset in PRESETS.items()}, **ALONE}.items():
     if found not in METHODS.values():  # several presets differ in what goes on around them alone
@@ -69,10 +91,14 @@ each = pytest.mark.parametrize("name", METHODS)
 def kept_groups(masks, method):
     """Of every leaf: which groups are alive."""
     kept = {name: np.asarray(masks[name]) for name in LEAVES}
+    if isinstance(method.granularity, jp.Element):
+        return kept
     if isinstance(method.granularity, jp.Output):
         axes = {"conv": (0, 1, 2), "dense": (0,), "stack": (1,)}
-        kept = {name: mask.any(axes[name]) for name, mask in kept.items()}
-    return kept
+        return {name: mask.any(axes[name]) for name, mask in kept.items()}
+    views = {"conv": kept["conv"].reshape(4, 8, 4), "dense": kept["dense"][None], "stack": kept["stack"][:, None]}
+    pools = granularities(method.granularity, views)
+    return {name: np.asarray(pools[name].pool(jnp.float32(mask))) > 0 for name, mask in views.items()}
 
 
 def contests(method, shape, name):
@@ -97,7 +123,9 @@ def assert_count(masks, method, sparsity):
         assert abs(sum(gone.values()) - total * sparsity) <= len(LEAVES) * 2
     elif isinstance(distribution, jp.OWL):
         assert abs(sum(gone.values()) - total * sparsity) <= sum(np.prod(one) for one in OUTPUTS.values())
-    elif not isinstance(distribution, jp.SigmaThreshold):
+    elif isinstance(distribution, jp.Budget):
+        assert sum(gone.values()) == total - int(total * (1 - sparsity) + 1e-3)
+    elif isinstance(distribution, jp.Uniform | jp.PerOutput | jp.NM):
         for name, one in kept.items():
             most = 1 - distribution.n / distribution.m if isinstance(distribution, jp.NM) else 1
             want = sum(round(n * min(sparsity, most)) for n in contests(method, one.shape, name))
@@ -106,7 +134,8 @@ def assert_count(masks, method, sparsity):
 
 def shares(method):
     """Sparsities to try: those that the distribution can be asked for."""
-    return {jp.SigmaThreshold: (None,), jp.NM: (0.25, 0.5)}.get(type(method.distribution), (0.0, 0.3, 0.9))
+    only = {jp.SigmaThreshold: (None,), jp.Threshold: (None,), jp.NM: (0.25, 0.5)}
+    return only.get(type(method.distribution), (0.0, 0.3, 0.9))
 
 
 @each

@@ -16,12 +16,9 @@ from jaxprune.exact.ranking import kth_largest, top_k_mask
 
 SPECS = (PartitionSpec("x", "y"), PartitionSpec(None, "x"), PartitionSpec("x", None), PartitionSpec(("x", "y"), None))
 OTHERS = {
-    "block": jp.Method(granularity=jp.Block(4, 3), layout=LAYOUT),
-    "input": jp.Method(granularity=jp.Input(), layout=LAYOUT),
-    "kernel": jp.Method(granularity=jp.Kernel(), distribution=jp.NM(1, 2, along="outputs"), layout=LAYOUT),
-    "head": jp.Method(granularity=jp.Head(2), layout=LAYOUT),
+    "uneven_block": jp.Method(granularity=jp.Block(4, 3), layout=LAYOUT),
+    "along": jp.Method(granularity=jp.Kernel(), distribution=jp.NM(1, 2, along="outputs"), layout=LAYOUT),
     "normalized": jp.Method(distribution=jp.Global(normalized=True, floor=0.05), layout=LAYOUT),
-    "budget": jp.Method(distribution=jp.Budget(), layout=LAYOUT),
 }
 ALL = METHODS | OTHERS
 WITH_SPECS = list(zip(ALL, itertools.cycle(SPECS)))

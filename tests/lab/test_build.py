@@ -102,10 +102,12 @@ def test_every_public_answer_has_a_word():
         for name, found in table.items():
             assert words.known(kind, name) is found
     classes = {one for one in vars(jp).values() if inspect.isclass(one)}
-    granularities = {one for one in classes if hasattr(one, "pool")} | {jp.GranularityByRule}
+    granularities = {one for one in classes if hasattr(one, "pool") or hasattr(one, "pool_leaves")}
+    granularities |= {jp.GranularityByRule}
     assert set(words.REGISTRY["granularity"].values()) == granularities
     distributions = {one for one in classes if list(inspect.signature(one.__call__).parameters)[-1:] == ["dims"]}
-    assert set(words.REGISTRY["distribution"].values()) == distributions - {jp.BySensitivity}  # made from a scan
+    assert set(words.REGISTRY["distribution"].values()) == distributions
+    assert set(words.REGISTRY["format"]) == {*jp.sparse.FORMATS, "dense"}
 
 
 @pytest.mark.parametrize("name", jp.presets())

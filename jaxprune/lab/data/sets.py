@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.lab.data import own_data, streams
-from jaxprune.lab.data.files import CLASSES, SHAPES, SPLITS, DataError
+from jaxprune.lab.data.files import CLASSES, SPLITS, DataError
 from jaxprune.lab.data.importing import (
     CIFAR10_CLASSES,
     one_line,
@@ -26,10 +26,11 @@ from jaxprune.lab.data.importing import (
     read_records,
     refuse_unknown,
 )
+from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.data_section import Data
 from jaxprune.lab.recipe.problems import ConfigError
 
-IMAGES = {"digits": (8, 8, 1), **SHAPES, "imagenet2012": (224, 224, 3)}
+IMAGES = words.DATA_SETS
 """Every name `load` knows, and height, width and channels of its images."""
 NAMES = tuple(IMAGES)
 

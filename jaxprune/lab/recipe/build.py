@@ -1,8 +1,8 @@
 """From the words of a config to the objects they stand for: method, schedule, optimizer."""
 
 import dataclasses
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,53 +12,67 @@ import jaxprune as jp
 from jaxprune import tree
 from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.recipe import words
+from jaxprune.lab.recipe.answers import STAND_INS
+from jaxprune.lab.recipe.prune_section import THRESHOLDS
 from jaxprune.methods import init_statistics
 from jaxprune.types import Params
 
 EVIDENCE = ("grads", "hessian_grads", "flow_grads", "squared_grads")
 """What a run computes of its training samples for criteria that look at it, see `jaxprune.lab.runs.evidence`."""
 AT_EVERY_STEP = {"grads", "key", "statistics"}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def preset(prune: cfg.Prune) -> jp.Preset:
+def preset(prune: cfg.Prune, found: Mapping[str, Any] = NOTHING) -> jp.Preset:
     """The method that [prune] describes, and when and how it runs."""
+    made = method(prune, found)
     return jp.Preset(
-        method(prune),
+        made,
         how=prune.how,
         schedule=words.known("schedule", prune.schedule),
-        grow=words.criterion(prune.grow, None),
+        grow=words.criterion(prune.grow, made.granularity),
         iterations=prune.iterations,
         margin=prune.margin,
         decay=prune.decay,
     )
 
 
-def method(prune: cfg.Prune) -> jp.Method:
-    """The method that [prune] describes."""
-    groups = granularity(prune.granularity)
+def method(prune: cfg.Prune, found: Mapping[str, Any] = NOTHING) -> jp.Method:
+    """The method that [prune] describes.
+
+    Args:
+        prune: the [prune] section.
+        found: what the run found out for it, see `jaxprune.lab.recipe.answers.FOUND`.
+    """
+    groups = prune.granularity.made(found)
     return jp.Method(
         criterion=words.criterion(prune.criterion, groups),
         granularity=groups,
-        distribution=distribution(prune.distribution),
+        distribution=prune.distribution.made(found),
         select=prune.select or jp.weights,
     )
 
 
 def selected(prune: cfg.Prune, params: Params) -> set[str]:
     """Names of the leaves that [prune] selects, in all of its groups."""
-    made = method(prune)
-    chosen = [of_group(made, patterns, params).select for patterns in prune.groups] or [made.select]
+    whole = jp.Method(select=prune.select or jp.weights)
+    chosen = [of_group(whole, patterns, params).select for patterns in prune.groups] or [whole.select]
     return {name for select in chosen for name in tree.selected_leaves(select, params)}
 
 
-def check(prune: cfg.Prune, params: Params) -> None:
+def check(prune: cfg.Prune, params: Params, found: Mapping[str, Any] = NOTHING) -> None:
     """Refuse a method that does not fit the params, before anything is trained.
+
+    Args:
+        prune: the [prune] section.
+        params: of the network.
+        found: what the run found out before, see `method`; for what it measures later something stands in.
 
     Raises:
         ConfigError: the criterion looks at what a run does not have.
         ValueError: a pattern that matches no leaf, an N:M that does not divide the inputs, ...: see `compute_masks`.
     """
-    made = method(prune)
+    made = method(prune, {**STAND_INS, **found})
     _check_evidence(prune, made.criterion)
 
     def masks(params: Params, key: Any) -> Any:
@@ -74,32 +88,14 @@ def check(prune: cfg.Prune, params: Params) -> None:
 
 
 def _check_evidence(prune: cfg.Prune, criterion: Any) -> None:
-    there = {*EVIDENCE, "key"} if prune.how in ("one-shot", "iterative") else AT_EVERY_STEP
+    at_once = {*EVIDENCE, "key"}
+    there = at_once if prune.how in ("one-shot", "iterative") else AT_EVERY_STEP
+    there = there & at_once if "curves" in prune.distribution.left_to_the_run else there
     if missing := sorted(words.looks_at(criterion) - there):
         raise cfg.ConfigError(
             f"prune.criterion: {prune.criterion!r} looks at {', '.join(missing)}, which a run that prunes "
             f"{prune.how!r} does not have. It has {', '.join(sorted(there))}."
         )
-
-
-def granularity(given: cfg.Granularity) -> Any:
-    """The granularity that a table describes, with those of its rules."""
-    if given.name != "by_rule":
-        return _built("granularity", given)
-    return jp.GranularityByRule(tuple((p, granularity(r)) for p, r in (given.rules or {}).items()))
-
-
-def distribution(given: cfg.Distribution) -> Any:
-    """The distribution that a table describes, with those of its rules."""
-    if given.name != "by_rule":
-        return _built("distribution", given)
-    rules = (given.rules or {}).items()
-    return jp.ByRule(tuple((p, distribution(r) if isinstance(r, cfg.Distribution) else r) for p, r in rules))
-
-
-def _built(kind: str, table: Any) -> Any:
-    found = words.known(kind, table.name)
-    return found(**table.model_dump(exclude={"name"})) if inspect.isclass(found) else found
 
 
 def optimizer(phase: cfg.Phase, steps: int) -> optax.GradientTransformation:
@@ -135,10 +131,14 @@ def pruning_phase(config: cfg.Config) -> cfg.Phase:
 
 
 def pruning_optimizer(
-    inner: optax.GradientTransformation, prune: cfg.Prune, steps_per_epoch: int, key: Any
+    inner: optax.GradientTransformation,
+    prune: cfg.Prune,
+    steps_per_epoch: int,
+    key: Any,
+    found: Mapping[str, Any] = NOTHING,
 ) -> optax.GradientTransformation:
     """The optimizer of the prune stage, in all ways but one shot; the last masks fall within its steps."""
-    return preset(prune).optimizer(
+    return preset(prune, found).optimizer(
         inner,
         sparsity=prune.sparsity,
         steps=prune_steps(prune, steps_per_epoch),
@@ -182,18 +182,13 @@ def levels(prune: cfg.Prune) -> list[Any]:
     if prune.levels:
         return list(prune.levels)
     if prune.sparsity is None:
-        made = distribution(prune.distribution)
-        return [_grown(made, prune.growth**number) for number in range(prune.rounds)]
+        made, grows = prune.distribution.made(), THRESHOLDS.get(prune.distribution.name)
+        if grows is None:
+            return [made] * prune.rounds
+        first = prune.distribution.options[grows]
+        return [dataclasses.replace(made, **{grows: first * prune.growth**number}) for number in range(prune.rounds)]
     kept = 1 - prune.sparsity
     return [1 - kept ** (number / prune.rounds) for number in range(1, prune.rounds)] + [prune.sparsity]
-
-
-def _grown(made: Any, factor: float) -> Any:
-    """A threshold times a factor."""
-    if factor == 1:
-        return made
-    key = "k" if isinstance(made, jp.SigmaThreshold) else "t"
-    return dataclasses.replace(made, **{key: getattr(made, key) * factor})
 
 
 def in_rounds(prune: cfg.Prune, made: jp.Method) -> bool:

@@ -23,6 +23,8 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
+from jaxprune.lab.recipe import words
+from jaxprune.lab.recipe.answers import Distribution, Granularity
 from jaxprune.lab.recipe.data_section import Data, Model
 from jaxprune.lab.recipe.fields import (
     ARRAY,
@@ -40,7 +42,7 @@ from jaxprune.lab.recipe.fields import (
 )
 from jaxprune.lab.recipe.overrides import at, flags_of, override, put
 from jaxprune.lab.recipe.problems import ConfigError, line, show
-from jaxprune.lab.recipe.prune_section import Distribution, Granularity, Prune
+from jaxprune.lab.recipe.prune_section import Prune
 from jaxprune.storage.encodings import pattern_of
 
 __all__ = [
@@ -95,7 +97,7 @@ class Distill(Table):
 class Sparse(Table):
     """How the pruned weights are stored when deployed."""
 
-    format: Literal["bcoo", "bcsr", "block", "native", "native_row", "native_block", "native_int8", "dense"] = "bcoo"
+    format: Annotated[str, words.word("format")] = "bcoo"
 
 
 QUANTIZED = ("codebook", "int8", "int4", "bfloat16", "float16")
@@ -260,14 +262,14 @@ def dump(config: Config) -> str:
     """The resolved experiment as TOML: defaults written out, keys without effect left out."""
     tree = config.model_dump(mode="json")
     # In one line, because tomli_w writes numbers before tables, which would change the order of rules.
-    inline = re.findall(r"\{.*\}", tomli_w.dumps({"": [0, tree["prune"].pop("distribution")]}))[0]
+    inline = re.findall(r"(?s)\{.*\}", tomli_w.dumps({"": [0, tree["prune"].pop("distribution")]}))[0]
     return tomli_w.dumps(tree).replace("[prune]\n", f"[prune]\ndistribution = {inline}\n", 1)
 
 
 # What was so before the key had a place in the file: experiments from then keep their hash.
 _BEFORE = {"schedule": "cubic", "iterations": 1, "rewind": "none", "normalized": False, "along": "inputs", "shift": 0}
 _BEFORE |= {"levels": [], "growth": 1.0, "groups": [], "in_turn": False, "freeze": True, "pooled": False, "patience": 1}
-_BEFORE |= {"adjust_dropout": False, "compact": False, "flip": False}
+_BEFORE |= {"adjust_dropout": False, "compact": False, "flip": False, "m": 5.0}
 _PERIODIC = ("gradual", "alternating", "regrow", "splice")
 
 
@@ -298,5 +300,7 @@ def _as_before(table: Any, patterns: bool = False) -> Any:
     """A table without the keys that say what was so before; names of leaves in `rules` are no keys."""
     if not isinstance(table, dict):
         return table
-    kept = {key: value for key, value in table.items() if patterns or key not in _BEFORE or value != _BEFORE[key]}
-    return {key: value if key == "options" else _as_before(value, key == "rules") for key, value in kept.items()}
+    # By their text, since the m of 5 in NM(2, 5) is not the m of 5.0 in OWL.
+    kept = {key: one for key, one in table.items() if patterns or repr(one) != repr(_BEFORE.get(key, Ellipsis))}
+    of_names = ("rules", "costs", "curves")
+    return {key: one if key == "options" else _as_before(one, key in of_names) for key, one in kept.items()}

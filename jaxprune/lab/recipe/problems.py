@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pydantic
 from pydantic_core import ErrorDetails
@@ -54,5 +54,11 @@ def _nearest_key(root: type[pydantic.BaseModel], path: tuple[int | str, ...]) ->
         table = inner if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel) else table
     sections = {name: getattr(field.annotation, "model_fields", ()) for name, field in root.model_fields.items()}
     near = [f"{name}.{path[-1]}" for name, keys in sections.items() if path[-1] in keys and path[-1] != "name"]
-    near += difflib.get_close_matches(str(path[-1]), table.model_fields, 1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(table.model_fields)}"
+    return f"did you mean {near[0]}?" if near else nearest(str(path[-1]), table.model_fields)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The one of the known keys that was probably meant, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, 1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"

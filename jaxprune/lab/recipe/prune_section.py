@@ -3,9 +3,10 @@
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Field
 
 from jaxprune.lab.recipe import words
+from jaxprune.lab.recipe.answers import Distribution, Granularity
 from jaxprune.lab.recipe.fields import (
     ARRAY,
     BY_NAME,
@@ -29,65 +30,12 @@ def _rewind(text: str) -> str:
     return text if text in ("none", "rate", "initialisation") else str(Duration.parse(text))
 
 
-THRESHOLDS = ("threshold", "sigma_threshold")
+THRESHOLDS = {"threshold": "t", "sigma_threshold": "k"}
+"""Distributions that grow from round to round, and what of them does."""
 Group = Annotated[tuple[str, ...], ARRAY, must(len, "patterns of leaf names")]
 RISING = must(lambda levels: list(levels) == sorted(levels), "sparsities that rise from round to round")
 FACTOR = must(lambda factor: factor >= 1, "a factor of at least 1")
 CriterionName = Annotated[str, _word("criterion")]
-
-
-class Granularity(Table):
-    """Which weights live or die together; `rows` x `cols` weights make a block, an equal share of an axis a head.
-
-    `rules`: pattern of leaf names -> granularity; the first match wins.
-    """
-
-    name: Annotated[str, _word("granularity")] = "element"
-    rows: Annotated[Count | None, Only(("name", "block"))] = NEEDED
-    cols: Annotated[Count | None, Only(("name", "block"))] = NEEDED
-    heads: Annotated[Count | None, Only(("name", "head"))] = NEEDED
-    along: Annotated[Literal["outputs", "inputs"], Only(("name", "head"))] = "outputs"
-    rules: Annotated[dict[str, Annotated["Granularity", BY_NAME]] | None, Only(("name", "by_rule"))] = NEEDED
-
-
-class Distribution(Table):
-    """Who competes with whom, and how many win.
-
-    `floor`: density in [0, 1) that no leaf falls below. `normalized`: scores over the norm of their leaf's. `n` of
-    every `m` groups `along` an axis survive. A weight dies below `k` standard deviations of its leaf (`pooled`: of all
-    leaves together), or below the score `t`. `lam`: most that a leaf's sparsity differs by. `rules`: pattern of leaf
-    names -> sparsity or distribution; the first match wins, so the order of the file is kept.
-    """
-
-    name: Annotated[str, _word("distribution")] = "global"
-    floor: Annotated[Fraction, Only(("name", "global"))] = 0.0
-    normalized: Annotated[bool, Only(("name", "global"))] = False
-    n: Annotated[Count | None, Only(("name", "nm"))] = NEEDED
-    m: Annotated[Count | None, Only(("name", "nm"))] = NEEDED
-    along: Annotated[Literal["inputs", "outputs", "window"], Only(("name", "nm"))] = "inputs"
-    k: Annotated[NotNegative | None, Only(("name", "sigma_threshold"))] = NEEDED
-    pooled: Annotated[bool, Only(("name", "sigma_threshold"))] = False
-    t: Annotated[NotNegative | None, Only(("name", "threshold"))] = NEEDED
-    lam: Annotated[Fraction, Only(("name", "owl"))] = 0.08
-    per_output: Annotated[bool, Only(("name", "owl"))] = False
-    costs: Annotated[dict[str, NotNegative] | None, Only(("name", "budget"))] = None
-    limit: Annotated[NotNegative | None, Only(("name", "budget"))] = None
-    per_cost: Annotated[bool, Only(("name", "budget"))] = False
-    rules: Annotated[dict[str, "Rule"] | None, Only(("name", "by_rule"))] = NEEDED
-
-    @pydantic.field_validator("m")
-    @classmethod
-    def _not_below_n(cls, value: int | None, info: pydantic.ValidationInfo) -> int | None:
-        if value is not None and value < (info.data.get("n") or 0):
-            raise ValueError(f"expected at least n = {info.data['n']}, arrived {value}")
-        return value
-
-
-# The <> tell the branches of the union from keys in the locations of errors.
-Rule = Annotated[
-    Annotated[Fraction, Tag("<number>")] | Annotated[Distribution, BY_NAME, Tag("<table>")],
-    Discriminator(lambda value: "<number>" if isinstance(value, int | float) else "<table>"),
-]
 
 
 class Prune(Table):
@@ -147,12 +95,9 @@ class Prune(Table):
         preset = words.REGISTRY["preset"].get(str(given.get("preset"))) if isinstance(given, dict) else None
         if preset is None:
             return given
-        table = words.words_of(preset)
+        table, conditions = words.words_of(preset), cls.conditions()
         how = given.get("how", table["how"])
-        for part in (Granularity, Distribution):  # options that this name does not have
-            name = part.__name__.lower()
-            table[name] = _meant(part, {"name": table[name]["name"]}, table[name])
-        return _meant(cls, {"how": how}, table) | given
+        return {key: value for key, value in table.items() if how in conditions.get(key, (how,))} | given
 
     @pydantic.field_validator("sparsity")
     @classmethod
@@ -163,12 +108,11 @@ class Prune(Table):
             if value is not None:
                 raise ValueError("has no effect beside prune.levels")
             return value
-        names = [getattr(one, "name", "") for one in (given, *(given.rules or {}).values())]
-        asking = [name for name in names if name in ("uniform", "global", "erk", "owl", "per_output")]
-        asking += ["budget"] if given.name == "budget" and given.limit is None else []
-        if value is None and asking:
-            raise ValueError(f"missing, distribution {show(asking[0])} needs it")
-        if value is not None and given.name in THRESHOLDS:
+        if value is None:
+            asking = [one.name for one in given.tables if one.takes_sparsity() and one.name != "by_rule"]
+            if asking:
+                raise ValueError(f"missing, distribution {show(asking[0])} needs it")
+        elif given.takes_sparsity() is False:
             raise ValueError(f"has no effect with distribution {show(given.name)}, which decides by itself")
         return value
 
@@ -187,13 +131,3 @@ class Prune(Table):
         if info.field_name == "growth" and value != 1 and name not in THRESHOLDS:
             raise ValueError(f"only for distribution {' or '.join(map(show, THRESHOLDS))}")
         return value
-
-
-def _meant(table: type[Table], known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that have an effect beside what is known."""
-    conditions = table.conditions()
-    return {
-        key: value
-        for key, value in options.items()
-        if key in table.model_fields and (key not in conditions or known.get(conditions[key][0]) in conditions[key][1:])
-    }

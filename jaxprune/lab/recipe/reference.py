@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -11,6 +11,8 @@ from pydantic_core import PydanticUndefined
 
 from jaxprune import tables
 from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.recipe import words
+from jaxprune.lab.recipe.answers import Answer, arguments
 from jaxprune.lab.recipe.data_section import Options
 from jaxprune.lab.recipe.fields import Duration, Must, Table
 from jaxprune.lab.recipe.problems import show
@@ -32,9 +34,28 @@ def markdown() -> str:
     parts = [OPENING]
     for name, section in _sections(cfg.Config, ""):
         rows = [_row(section, key, field) for key, field in section.model_fields.items() if not _is_section(field)]
-        table = tables.markdown(("key", "value", "default", "only with"), rows, words=4)
-        parts += [_title(name), inspect.getdoc(section) or "", table]
+        parts += [_title(name), inspect.getdoc(section) or ""]
+        header = ("key", "value", "default", "only with")
+        if issubclass(section, Answer):
+            known = words.REGISTRY[section.kind]
+            said = {name: (inspect.getdoc(found) or "").partition("\n")[0] for name, found in known.items()}
+            parts.append("\n".join(f"- `{show(name)}`: {text}" for name, text in said.items()))
+            rows, header = [(*row, "") for row in rows] + _rows_of_arguments(known), (*header, "what it is")
+        parts.append(tables.markdown(header, rows, words=len(header)))
     return "\n\n".join(parts)
+
+
+def _rows_of_arguments(known: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"`{key}`", _value(field), _default(field), f"`name` = `{show(name)}`", _meaning(field))
+        for name, found in known.items()
+        for key, field in arguments(found).model_fields.items()
+    ]
+
+
+def _meaning(field: FieldInfo) -> str:
+    """What a docstring says of an argument, with the signs of this file."""
+    return _cell(field.description or "").replace(">=", "≥").replace("<=", "≤")
 
 
 def _title(name: str) -> str:
@@ -64,7 +85,11 @@ def _is_section(field: FieldInfo) -> bool:
 def _row(section: type[Table], key: str, field: FieldInfo) -> tuple[str, ...]:
     on, *values = section.conditions().get(key, ("",))
     condition = f"`{on}` = {_listed(values)}" if on else ""
-    return f"`{key}`", _cell(_words(field.annotation, field.metadata)), _default(field), _cell(condition)
+    return f"`{key}`", _value(field), _default(field), _cell(condition)
+
+
+def _value(field: FieldInfo) -> str:
+    return _cell(_words(field.annotation, field.metadata))
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,7 @@
 """Words of a config, and the objects they stand for.
 
 known("criterion", "wanda")           jp.wanda
+known("distribution", "per_output")   jp.PerOutput: what a room of the library shows is a word by that
 known("schedule", "mine:slowly")      `slowly` of the module `mine`, a user's own
 words_of(jp.presets()["rigl"])        a preset as the [prune] table that describes it
 """
@@ -14,40 +15,55 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxprune as jp
-from jaxprune import criteria
+from jaxprune import criteria, distributions, granularity, schedules
 from jaxprune.lab.recipe.fields import Must
 from jaxprune.lab.recipe.problems import reason, show
 
-FACTORIES = ("joint_taylor", "momentum")
 DROPPING = ("mlp", "lenet_300_100", "lenet_5", "tf_tutorial_cnn")
 """Models with dropout."""
+DATA_SETS = {
+    "digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3),
+    "imagenet2012": (224, 224, 3),
+}  # fmt: skip
+"""Height, width and channels of their images."""
+
+
+def _shown(room: Any, fits: Any) -> dict[str, Any]:
+    """Word -> object, of all that a room shows and that fits: `PerOutput` is per_output."""
+    apart = "(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    found = {re.sub(apart, "_", name).lower(): one for name, one in vars(room).items() if name[0] != "_" and fits(one)}
+    return {word: found[word] for word in sorted(found)}
+
+
+def _class_with(attribute: str) -> Any:
+    return lambda one: inspect.isclass(one) and dataclasses.is_dataclass(one) and hasattr(one, attribute)
+
+
+def _is_ramp(one: Any) -> bool:
+    """Whether it is called with the sparsity that it ends at, and the steps where it begins and ends."""
+    return inspect.isfunction(one) and list(inspect.signature(one).parameters)[:3] == ["final", "begin", "end"]
+
+
 REGISTRY: dict[str, dict[str, Any]] = {
-    "criterion": {name: getattr(criteria, name) for name in criteria.__all__ if name != "Running"},
+    "criterion": _shown(criteria, lambda one: callable(one) and not inspect.isclass(one)),
     "granularity": {
-        **{one.__name__.lower(): one for one in (jp.Element, jp.Block, jp.Input, jp.Output, jp.Kernel, jp.Head)},
-        "by_rule": jp.GranularityByRule,
+        **_shown(granularity, _class_with("pool")),
+        **_shown(jp, _class_with("pool_leaves")),
+        "by_rule": granularity.GranularityByRule,
     },
-    "distribution": {
-        "uniform": jp.Uniform,
-        "global": jp.Global,
-        "erk": jp.ERK,
-        "owl": jp.OWL,
-        "per_output": jp.PerOutput,
-        "nm": jp.NM,
-        "sigma_threshold": jp.SigmaThreshold,
-        "threshold": jp.Threshold,
-        "budget": jp.Budget,
-        "by_rule": jp.ByRule,
-    },
-    "schedule": {one.__name__: one for one in (jp.cubic, jp.linear, jp.cosine, jp.exponential)},
+    "distribution": _shown(distributions, _class_with("__call__")),
+    "schedule": _shown(schedules, _is_ramp),
+    "format": {**jp.sparse.FORMATS, "dense": None},
     "preset": dict(jp.presets()),
     "model": dict.fromkeys((
         *DROPPING, "resnet20", "resnet32", "resnet56", "resnet50", "cifar_vgg16", "cifar_vgg19", "vgg16", "vgg19",
         "mobilenet_v1",
     )),
-    "data set": dict.fromkeys(("digits", "mnist", "fashion_mnist", "cifar10", "imagenet2012")),
+    "data set": DATA_SETS,
 }  # fmt: skip
-"""Of models and data sets the names alone: `jaxprune.lab.models` and `jaxprune.lab.data` know what they stand for."""
+"""Of models the names alone: `jaxprune.lab.models` knows what they stand for."""
+OWN = ("criterion", "granularity", "distribution", "schedule", "model", "data set")
+"""Kinds of which a user may have one of his own, MODULE:NAME."""
 
 
 def known(kind: str, name: str) -> Any:
@@ -59,7 +75,7 @@ def known(kind: str, name: str) -> Any:
     table = REGISTRY[kind]
     if name in table:
         return table[name]
-    if re.fullmatch(r"[\w.]+:\w+", name) and kind != "preset":
+    if re.fullmatch(r"[\w.]+:\w+", name) and kind in OWN:
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -67,7 +83,7 @@ def known(kind: str, name: str) -> Any:
             why = str(error) if isinstance(error, ImportError | AttributeError) else reason(error)
             raise ValueError(f"{show(name)} cannot be imported: {why}") from error
     near = difflib.get_close_matches(name, table, 1)
-    own = "" if kind == "preset" else " or MODULE:NAME"
+    own = " or MODULE:NAME" if kind in OWN else ""
     hint = f", did you mean {show(near[0])}?" if near else f"; there are {', '.join(table)}"
     raise ValueError(f"expected a {kind} by its name{own}, arrived {show(name)}{hint}")
 
@@ -79,16 +95,17 @@ def word(kind: str) -> Must:
         known(kind, name)
         return name
 
-    names = [f'`"{name}"`' for name in REGISTRY[kind]] + ([] if kind == "preset" else ["MODULE:NAME"])
+    names = [f'`"{name}"`' for name in REGISTRY[kind]] + (["MODULE:NAME"] if kind in OWN else [])
     return Must(check, ", ".join(names))
 
 
 def criterion(name: str, granularity: Any) -> Any:
     """A criterion by its name; those that are made for a granularity are made for this one."""
     found = known("criterion", name)
-    if name == "joint_taylor":
-        return found(granularity)
-    return found() if name in FACTORIES or inspect.isclass(found) else found
+    if found not in criteria.FACTORIES and not inspect.isclass(found):
+        return found
+    given = {"granularity": granularity} if "granularity" in inspect.signature(found).parameters else {}
+    return found(**given)
 
 
 def looks_at(found: Any) -> set[str]:
@@ -160,5 +177,4 @@ def _criterion_word(found: Any) -> str:
 
 def _table(kind: str, found: Any) -> dict[str, Any]:
     name = next(name for name, one in REGISTRY[kind].items() if one is type(found))
-    fields = {one.name: getattr(found, one.name) for one in dataclasses.fields(found)}
-    return {"name": name, **fields}
+    return {"name": name, **vars(found)}

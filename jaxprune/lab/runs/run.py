@@ -91,7 +91,8 @@ def _run_seeds(config: cfg.Config, folder: Path, command: str, watcher: Watcher,
     summary = publish.results(config, dataset, results, command, (started, _now()), made_on)
     models = {"dense": first.dense, "pruned": first.pruned, "fine-tuned": first.finetuned}
     weights = publish.histogram_weights(models, first.masks)
-    publish.write(folder, summary, publish.make_figures(summary, records, weights, config.prune.distribution.t))
+    threshold = config.prune.distribution.options.get("t")
+    publish.write(folder, summary, publish.make_figures(summary, records, weights, threshold))
     return summary
 
 

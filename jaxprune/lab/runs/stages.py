@@ -16,7 +16,7 @@ from jaxprune.lab.data import own_data, sets, streams
 from jaxprune.lab.data.samples import samples_of
 from jaxprune.lab.recipe import build
 from jaxprune.lab.recipe import config as cfg
-from jaxprune.lab.runs import evidence, metrics, store, train
+from jaxprune.lab.runs import evidence, found, metrics, store, train
 from jaxprune.quantize.codes import dequantize
 from jaxprune.quantize.sharing import reshare, share_weights
 from jaxprune.types import Masks, Params
@@ -106,13 +106,15 @@ def run_seed(
     """
     held_in, validation = sets.split_validation(dataset, config.data.validation, seed)
     network, keys = _network(config, seed, dataset)
-    build.check(config.prune, network.params)
+    known = found.of_model(config.prune, network, dataset.train_images.shape[1:])
+    build.check(config.prune, network.params, known)
+    found.check(config.prune, len(validation[0]))
     if config.prune.tolerance is not None and not len(validation[0]):
         raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
     log = metrics.MetricsLog(folder / "metrics.jsonl", before, seed)
     own = folder / f"seed_{seed}"
     training = shared.training(config, own)
-    stages = _SeedStages(config, seed, network, dataset, held_in, validation, own, training, keys, watcher, log)
+    stages = _SeedStages(config, seed, network, dataset, held_in, validation, own, training, keys, watcher, log, known)
     dense = stages.trained()
     pruned, masks = stages.pruned(dense)
     finetuned = stages.finetuned(pruned, masks)
@@ -133,10 +135,10 @@ class _SeedStages:
     def __init__(
         self, config: cfg.Config, seed: int, network: models.Network, dataset: sets.Dataset, held_in: sets.Dataset,
         validation: tuple[Any, Any], folder: Path, training: Path, keys: dict[str, Any],
-        watcher: Watcher, log: metrics.MetricsLog,
+        watcher: Watcher, log: metrics.MetricsLog, found: dict[str, Any],
     ):  # fmt: skip
         self.config, self.seed, self.network, self.folder, self.training = config, seed, network, folder, training
-        self.keys, self.watcher, self.log, self.classes = keys, watcher, log, dataset.classes
+        self.keys, self.watcher, self.log, self.classes, self.found = keys, watcher, log, dataset.classes, found
         self.samples = samples_of(held_in.train_images, held_in.train_labels, held_in.scale)
         self.validation = samples_of(*validation, held_in.scale)
         self.test = samples_of(dataset.test_images, dataset.test_labels, dataset.scale)
@@ -158,7 +160,8 @@ class _SeedStages:
     def pruned(self, dense: Params) -> tuple[Params, Masks]:
         """Pruned params, and the masks that did it."""
         phase, prune = build.pruning_phase(self.config), self.config.prune
-        steps, method = self.prune_steps, build.method(prune)
+        known = found.of_dense(prune, self.found, dense, self._validate, self._evidence)
+        steps, method = self.prune_steps, build.method(prune, known)
         if build.in_rounds(prune, method):
             return self._in_rounds(dense, method)
         if prune.how == "one-shot":
@@ -168,7 +171,7 @@ class _SeedStages:
             if text := build.too_few_updates(prune, self._per_epoch(phase)):
                 self.watcher.note(text)
             inner = build.optimizer(phase, steps)
-            tx = build.pruning_optimizer(inner, prune, self._per_epoch(phase), self.keys["prune"])
+            tx = build.pruning_optimizer(inner, prune, self._per_epoch(phase), self.keys["prune"], known)
         state = self._run("prune", phase, tx, steps, dense)
         return state.params, train.masks_of(state)
 
