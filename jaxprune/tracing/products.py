@@ -6,12 +6,14 @@
 Loops and branches are run as such, the state carried through them.
 """
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
@@ -34,6 +36,7 @@ class Product(NamedTuple):
         number: which product with this leaf it is, from 0.
         weight: the operand that is made of the leaf.
         x: the other one.
+        layer: of a leaf of stacked layers, the step of every scan that took it apart, the outermost first.
         plain: does it as it was.
     """
 
@@ -41,6 +44,7 @@ class Product(NamedTuple):
     number: int
     weight: Shaped[Array, "..."]
     x: Shaped[Array, "..."]
+    layer: tuple[Shaped[Array, ""], ...]
     plain: Callable[[], Shaped[Array, "..."]]
 
 
@@ -71,6 +75,7 @@ class Products:
         self._inputs = paths + [True] * (len(self.jaxpr.in_avals) - len(paths))
         self._numbers: dict[int, int] = {}  # id of an equation, which may be traced more than once -> number
         self._counts: Counter[str] = Counter()
+        self._steps: list[Any] = []  # of the scans whose bodies are being run
 
     def run(self, values: Sequence[Any], state: Any) -> tuple[Any, list[Any]]:
         """The state after all products, and the results.
@@ -98,8 +103,9 @@ class Products:
         return state, list(map(_known, results))
 
     def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
-        if eqn.primitive.name in _LOOPS:
-            return _LOOPS[eqn.primitive.name](self, eqn, arrays, known, state)
+        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+        if eqn.primitive.name in loops:
+            return loops[eqn.primitive.name](eqn, arrays, known, state)
         found = use(eqn, known, 1) if any(isinstance(what, Path) for what in known) else end(eqn, known)
         self._check(eqn, [lost.path for lost in found.lost])
         sites = [site for site in found.sites if site.kind in PRODUCTS and site.name in self.names]
@@ -107,7 +113,9 @@ class Products:
             return state, _pairs(bind(eqn, arrays, eqn.params), found.results)
         weight, x = arrays if sites[0].weight_first else reversed(arrays)
         number = self._number(eqn, sites[0].name)
-        state, result = self.do(Product(sites[0], number, weight, x, lambda: bind(eqn, arrays, eqn.params)[0]), state)
+        layer = tuple(self._steps[loop] for word, loop in sites[0].weight_transforms if word == "layer")
+        product = Product(sites[0], number, weight, x, layer, lambda: bind(eqn, arrays, eqn.params)[0])
+        state, result = self.do(product, state)
         return state, _pairs([result], found.results)
 
     def _number(self, eqn: JaxprEqn, name: str) -> int:
@@ -130,18 +138,30 @@ class Products:
     def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
         (consts, carry), body = scan_groups(eqn), eqn.params["jaxpr"]
         stop = consts + carry
-        layers = [what.layer() if isinstance(what, Path) else what for what in known[stop:]]
-        inside = self._settled(eqn, body, [*known[:stop], *layers], slice(consts, stop), state)
+        layers = [what.layer(len(self._steps)) if isinstance(what, Path) else what for what in known[stop:]]
+        with self._at_step(jnp.int32(0)):
+            inside = self._settled(eqn, body, [*known[:stop], *layers], slice(consts, stop), state)
 
         def step(carry: Any, xs: Any) -> Any:
-            state, results = self._run(body, [*arrays[:consts], *carry[0], *xs], inside, carry[1])
+            with self._at_step(xs[0]):
+                state, results = self._run(body, [*arrays[:consts], *carry[0], *xs[1:]], inside, carry[1])
             made = [one.array for one in results]
             return (made[: stop - consts], state), made[stop - consts :]
 
         loop = {word: eqn.params[word] for word in ("length", "reverse", "unroll")}
+        steps = jnp.arange(loop["length"], dtype=jnp.int32)
         with present_forms():
-            (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), arrays[stop:], **loop)
+            (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), [steps, *arrays[stop:]], **loop)
         return state, [*_pairs(values, inside[consts:stop]), *_pairs(stacked, [True] * len(stacked))]
+
+    @contextlib.contextmanager
+    def _at_step(self, number: Any) -> Iterator[None]:
+        """What is run in here is the body of a scan, at this of its steps."""
+        self._steps.append(number)
+        try:
+            yield
+        finally:
+            self._steps.pop()
 
     def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
         tested, condition, body = eqn.params["cond_nconsts"], eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
@@ -203,10 +223,6 @@ class Products:
         pairs = list(zip(some, others, strict=True))
         self._check(eqn, [one for pair in pairs if pair[0] != pair[1] for one in pair])
         return [a if a == b else True for a, b in pairs]
-
-
-_LOOPS = {"scan": Products._scan, "while": Products._while, "cond": Products._cond}
-"""Operations that hold jaxprs and are more than a call."""
 
 
 def _known(value: Any) -> _Known:
