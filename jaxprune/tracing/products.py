@@ -51,7 +51,7 @@ class Product(NamedTuple):
 Do: TypeAlias = Callable[[Product, Any], tuple[Any, Any]]
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """An array, and what is known of it."""
 
     array: Any
@@ -92,17 +92,17 @@ class Products:
 
     def _run(
         self, jaxpr: ClosedJaxpr, values: Sequence[Any], known: Sequence[Value], state: Any
-    ) -> tuple[Any, list[_Known]]:
-        def step(eqn: JaxprEqn, given: list[Any]) -> list[_Known]:
+    ) -> tuple[Any, list[Known]]:
+        def step(eqn: JaxprEqn, given: list[Any]) -> list[Known]:
             nonlocal state
             pairs = list(map(_known, given))
             state, results = self._step(eqn, [pair.array for pair in pairs], [pair.what for pair in pairs], state)
             return results
 
-        results = evaluate(jaxpr, _pairs(values, known), step)
+        results = evaluate(jaxpr, pairs(values, known), step)
         return state, list(map(_known, results))
 
-    def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
         if eqn.primitive.name in loops:
             return loops[eqn.primitive.name](eqn, arrays, known, state)
@@ -110,13 +110,13 @@ class Products:
         self._check(eqn, [lost.path for lost in found.lost])
         sites = [site for site in found.sites if site.kind in PRODUCTS and site.name in self.names]
         if not sites:
-            return state, _pairs(bind(eqn, arrays, eqn.params), found.results)
+            return state, pairs(bind(eqn, arrays, eqn.params), found.results)
         weight, x = arrays if sites[0].weight_first else reversed(arrays)
         number = self._number(eqn, sites[0].name)
         layer = tuple(self._steps[loop] for word, loop in sites[0].weight_transforms if word == "layer")
         product = Product(sites[0], number, weight, x, layer, lambda: bind(eqn, arrays, eqn.params)[0])
         state, result = self.do(product, state)
-        return state, _pairs([result], found.results)
+        return state, pairs([result], found.results)
 
     def _number(self, eqn: JaxprEqn, name: str) -> int:
         if id(eqn) not in self._numbers:
@@ -135,7 +135,7 @@ class Products:
                     "out with `select`, or write this in other operations."
                 )
 
-    def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         (consts, carry), body = scan_groups(eqn), eqn.params["jaxpr"]
         stop = consts + carry
         layers = [what.layer(len(self._steps)) if isinstance(what, Path) else what for what in known[stop:]]
@@ -152,7 +152,7 @@ class Products:
         steps = jnp.arange(loop["length"], dtype=jnp.int32)
         with present_forms():
             (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), [steps, *arrays[stop:]], **loop)
-        return state, [*_pairs(values, inside[consts:stop]), *_pairs(stacked, [True] * len(stacked))]
+        return state, [*pairs(values, inside[consts:stop]), *pairs(stacked, [True] * len(stacked))]
 
     @contextlib.contextmanager
     def _at_step(self, number: Any) -> Iterator[None]:
@@ -163,7 +163,7 @@ class Products:
         finally:
             self._steps.pop()
 
-    def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         tested, condition, body = eqn.params["cond_nconsts"], eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
         consts = eqn.params["body_nconsts"]
         self._check(eqn, known[:tested])  # the condition hands no state on
@@ -178,9 +178,9 @@ class Products:
             return [one.array for one in results], state
 
         values, state = lax.while_loop(test, step, (arrays[tested + consts :], state))
-        return state, _pairs(values, inside[consts:])
+        return state, pairs(values, inside[consts:])
 
-    def _cond(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _cond(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         after = [self._after(branch, known[1:], state) for branch in eqn.params["branches"]]
         results = functools.reduce(functools.partial(self._both, eqn), after)
 
@@ -192,7 +192,7 @@ class Products:
             return run
 
         state, values = lax.switch(arrays[0], [of(branch) for branch in eqn.params["branches"]], state, arrays[1:])
-        return state, _pairs(values, results)
+        return state, pairs(values, results)
 
     def _settled(
         self, eqn: JaxprEqn, body: ClosedJaxpr, known: Sequence[Value], carried: slice, state: Any
@@ -225,9 +225,10 @@ class Products:
         return [a if a == b else True for a, b in pairs]
 
 
-def _known(value: Any) -> _Known:
-    return value if isinstance(value, _Known) else _Known(value, False)
+def _known(value: Any) -> Known:
+    return value if isinstance(value, Known) else Known(value, False)
 
 
-def _pairs(arrays: Iterable[Any], known: Iterable[Value]) -> list[_Known]:
-    return [_Known(*pair) for pair in zip(arrays, known, strict=True)]
+def pairs(arrays: Iterable[Any], known: Iterable[Value]) -> list[Known]:
+    """Arrays, each with what is known of it."""
+    return [Known(*pair) for pair in zip(arrays, known, strict=True)]
