@@ -1,0 +1,90 @@
+r"""The layer-wise problem that every solver here is about, and what their answers share.
+
+    minimise  tr (W - T)^T H (W - T)  over W with at most so many non-zeros in each contest
+
+T, (in, out), is the weight that the product would have without zeros; H = X^T X, (in, in), the second moments of its
+inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but H of all the data is needed.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.distributions import Distribution
+from jaxprune.types import Sparsity
+
+Weight = Float[Array, "inputs outputs"]
+Moments = Float[Array, "inputs inputs"]
+Mask = Bool[Array, "inputs outputs"]
+
+
+class Solved(NamedTuple):
+    """A sparse weight.
+
+    Attributes:
+        weight: exactly zero where it is dead.
+        mask: True = alive.
+    """
+
+    weight: Weight
+    mask: Mask
+
+
+class Solver(Protocol):
+    """Chooses which weights stay, and what they are then.
+
+    Attributes:
+        damping: what is added to the diagonal of the moments, as a fraction of its mean.
+    """
+
+    damping: float
+
+    def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
+        """The sparse weight; pure, under jit.
+
+        Args:
+            target: T, float32.
+            moments: H, float32, symmetric, not damped.
+            sparsity: fraction removed; None for patterns that decide themselves.
+            pattern: who competes with whom: `Uniform()`, all weights of the matrix; `PerOutput()`; `NM(2, 4)`.
+        """
+        ...
+
+
+def damped(moments: Moments, damping: float) -> Moments:
+    r"""$H + \lambda I$ with $\lambda$ = `damping` times the mean of the diagonal; the identity if all inputs are dead.
+
+    A dead input, whose row of H is zero, is left with $\lambda$ alone: its weights are worth least and change nothing.
+    """
+    mean = jnp.mean(jnp.diagonal(moments))
+    return moments + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(moments.shape[0], dtype=moments.dtype)
+
+
+def error(weight: Weight, target: Weight, moments: Moments) -> Float[Array, ""]:
+    """tr (W - T)^T H (W - T)."""
+    difference = weight - target
+    return jnp.sum(difference * (moments @ difference))
+
+
+def best(scores: Weight, sparsity: Sparsity | None, pattern: Distribution) -> Mask:
+    """The mask of a pattern's contests over one matrix."""
+    return pattern({"": scores[None]}, sparsity, dims={"": scores.shape})[""][0]
+
+
+def fitted(outputs: Float[Array, "inputs outputs"], weight: Weight, moments: Moments, damping: float) -> Weight:
+    r"""The target for outputs other than the product's own: $T = (H + \lambda I)^{-1} (C + \lambda W)$.
+
+    The least-squares weight for outputs Y, held to W where the data say nothing; without the damping on the right-hand
+    side it would be held to zero.
+
+    Args:
+        outputs: C = X^T Y, of the inputs X that H is made of and the outputs Y that are wanted.
+        weight: W.
+        moments: H, not damped.
+        damping: see `damped`.
+    """
+    full = damped(moments, damping)
+    factor = jnp.linalg.cholesky(full)
+    return cho_solve((factor, True), outputs + (full - moments) @ weight)
