@@ -12,7 +12,7 @@ import glob
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jaxprune.tracing.products import Product, Products
 from jaxprune.tracing.sites import Site
 from jaxprune.types import Leaves, Params
 
-Sums = dict[str, tuple[Array, Array]]
+Sums: TypeAlias = dict[str, tuple[Any, Any]]
 """What is summed -> (sum, what rounding took from it), each (layers, ...)."""
 
 

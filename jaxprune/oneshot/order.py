@@ -108,7 +108,7 @@ class _Work:
 
     def __init__(self, solver: Solver, sparsity: Any, pattern: Distribution, progress: Progress | None) -> None:
         self.leaves: dict[str, Any] = {}
-        self.masks: dict[str, Array] = {}
+        self.masks: dict[str, Any] = {}
         self.pattern, self.progress = pattern, progress
         self.done = self.total = 0
         self._solve = _solving(solver, sparsity, pattern)
@@ -142,7 +142,7 @@ class _Work:
         self.leaves, runner = dict(leaves), Runner(program.fixed)
         first = [program.inputs.index(var) for var in parts[0].before]
         ours = [to_host([batch[i] for i in first]) for batch in arrays]
-        dense = ours if fit == "dense" else [None] * len(ours)
+        dense: list[Any] = list(ours) if fit == "dense" else [None] * len(ours)
         for part in parts:
             found = runner.moments(part, leaves, list(zip(ours, dense, strict=True)))
             for name, unit in units(part).items():
@@ -150,7 +150,7 @@ class _Work:
                 self.solve(name, axes, unit.layers, found[name])
             if part is not parts[-1]:
                 ours = runner.advanced(part, self.leaves, ours)
-                dense = dense if None in dense else runner.advanced(part, leaves, dense)
+                dense = runner.advanced(part, leaves, dense) if fit == "dense" else dense
 
     def solve(self, name: str, axes: Axes, layers: Iterable[int], sums: Mapping[str, Array]) -> None:
         """Some layers of a leaf, each by its own moments."""

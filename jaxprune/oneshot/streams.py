@@ -181,10 +181,15 @@ def _run(
     weights = iter(operands)
     products = []
     for step in segment.steps:
-        given = [atom.val if isinstance(atom, Literal) else known.get(atom) for atom in step.eqn.invars]
+        given: list[Any] = [atom.val if isinstance(atom, Literal) else known.get(atom) for atom in step.eqn.invars]
         if step.site is not None:
-            place = 1 - step.site.weight_first
-            given[place] = next(weights)
-            products.append(Product(step.site, 0, given[place], given[1 - place], (), lambda: None))
+            given[1 - step.site.weight_first] = next(weights)
+            products.append(_product(step, given))
         known |= zip(step.eqn.outvars, bind(step.eqn, given, step.eqn.params), strict=True)
     return known, products
+
+
+def _product(step: Step, given: list[Any]) -> Product:
+    place = 1 - _site(step).weight_first
+    plain = lambda: bind(step.eqn, given, step.eqn.params)[0]  # noqa: E731
+    return Product(_site(step), 0, given[place], given[1 - place], (), plain)

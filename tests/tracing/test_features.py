@@ -60,7 +60,8 @@ CASES = {
         lambda w, x: conv(x, w, window_strides=(2, 1), padding=[(0, 1), (2, 0)]), (3, 2, 2, 4), (2, 5, 6, 2)),
     "convolution, holes": (lambda w, x: conv(x, w, rhs_dilation=(2, 1)), (3, 3, 2, 4), (2, 7, 6, 2)),
     "convolution, cut": (lambda w, x: conv(x, w, padding=[(-1, 0), (0, -1)]), (2, 2, 2, 4), (2, 5, 6, 2)),
-    "convolution, transposed": (lambda w, x: conv(x, w, lhs_dilation=(2, 2), padding=[(1, 2), (2, 0)]), (3, 3, 2, 4), (2, 3, 4, 2)),
+    "convolution, transposed": (
+        lambda w, x: conv(x, w, lhs_dilation=(2, 2), padding=[(1, 2), (2, 0)]), (3, 3, 2, 4), (2, 3, 4, 2)),
     "convolution, flipped": (lambda w, x: lax.conv_transpose(x, w, (2, 2), "SAME"), (3, 3, 2, 4), (2, 3, 4, 2)),
     "convolution, OIHW": (lambda w, x: conv(x, w, ("NCHW", "OIHW", "NCHW")), (4, 2, 3, 3), (2, 2, 5, 6)),
     "convolution, one axis": (
