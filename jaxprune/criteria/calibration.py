@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxprune import tree
+from jaxprune.checks import is_concrete
 from jaxprune.exact.numerics import ordered_sum
 from jaxprune.layout import BY_NAME, Axes, Layout
 from jaxprune.tracing.features import inputs_of, layers_of, places, share_of
@@ -138,7 +139,7 @@ def of_activations(
     Any function of JAX will do: products are found in its jaxpr, also under `jit`, `vmap`, `remat`, in `scan`, `while`
     and `cond`. Stacked layers have a statistic each. A leaf that is used more than once has the sum over its uses, one
     that is split between products along its outputs that of the average output. Each batch is one call under jit, data
-    may be sharded.
+    may be sharded; under a jit of yours it is pure, and what is not finite stays so.
 
     Args:
         apply_fn: the model, (params, batch) -> anything.
@@ -170,7 +171,8 @@ def of_activations(
     leaves = {}
     for name, sums in totals.items():
         found = {word: high + low for word, (high, low) in sums.items()}
-        if not jnp.isfinite(found["squares"]).all():
+        fine = jnp.isfinite(found["squares"]).all()
+        if is_concrete(fine) and not fine:
             raise ValueError(f"Inputs of {name!r} are not finite in float32. Mend the model, or the batch.")
         site = sites[name]
         leaves[name] = Inputs(site.leaf_shape, places(site).axes, **{"moments": None, **found})

@@ -150,6 +150,13 @@ def test_data_on_eight_devices_give_the_same():
         np.testing.assert_allclose(eight.moments[name], one.moments[name], rtol=1e-5, atol=1e-5)
 
 
+def test_under_jit_it_is_the_same():
+    apply, params, _, _ = plain_mlp()
+    norms = lambda params, x: evidence.of_activations(apply, params, [x]).input_norms  # noqa: E731
+    x = batches(1)[0]
+    jax.tree.map(np.testing.assert_allclose, jax.jit(norms)(params, x), norms(params, x))
+
+
 def test_small_terms_are_not_lost():
     """2**24 and sixty times 0.81, of which float32 keeps none one by one."""
     rows = [jnp.full((1, 2), 4096.0), *[jnp.full((1, 2), 0.9)] * 60]
