@@ -52,12 +52,11 @@ def prune(
 ) -> tuple[Params, Masks]:
     r"""Prunes a trained model on some calibration data, moving the weights that stay.
 
-    Products are found in the function's jaxpr. In order "products" and "blocks" the batches wait before the next
-    segment of the model, in the host's memory, and go through it twice: for the moments of its products, and, when
-    these are solved, with the pruned weights; with `fit="dense"` a second stream has the dense model's arrays. Stages
-    of products follow from what depends on what: q, k and v of an attention are solved on the same inputs, then the
-    product after it. Blocks end where the fewest bytes are alive. Scans over selected leaves are written out; layers
-    that are alike are compiled once.
+    In order "products" and "blocks" the batches wait in the host's memory before the next segment of the model, and go
+    through it twice: for the moments of its products, and, these solved, with the pruned weights; with `fit="dense"`
+    the dense model's arrays go beside them. Products of which none reaches another, as q, k and v, are solved on the
+    same inputs. Blocks end where the fewest bytes are alive. Scans over selected leaves are written out; segments that
+    are alike are compiled once.
 
     Args:
         apply_fn: the model, (params, batch) -> anything.
@@ -82,7 +81,7 @@ def prune(
             of different shapes, none at all, and words that are none of the above.
 
     References:
-        Frantar and Alistarh 2023, arXiv:2301.00774 (blocks, own). Stages and dense outputs as in GPTQ's descendants.
+        Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
     _check_words(order, fit, sparsity, pattern)
     leaves = tree.selected_leaves(select, params)
