@@ -13,8 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxprune.compat import present_forms
+from jaxprune.criteria.calibration import Inputs, Seen, bytes_of_moments, of_activations
 from jaxprune.tracing.exponents import known_power, scaled, times_power
 from jaxprune.types import Params
+
+__all__ = [
+    "Activations",
+    "Inputs",
+    "Seen",
+    "activations",
+    "bytes_of_moments",
+    "flow_grads",
+    "hessian_grads",
+    "of_activations",
+    "squared_grads",
+]
 
 
 def hessian_grads(loss: Callable[[Params], Float[Array, ""]], params: Params) -> Params:

@@ -6,7 +6,7 @@ T, (in, out), is the weight that the product would have without zeros; H = X^T X
 inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but H of all the data is needed.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
@@ -32,6 +32,7 @@ class Solved(NamedTuple):
     mask: Mask
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Chooses which weights stay, and what they are then.
 

@@ -88,9 +88,13 @@ class Path:
             return self.reshape(shape)
         return None
 
-    def layer(self) -> "Path":
-        """The path into the body of a scan over the first axis: one layer of the stack."""
-        path = self._then(("layer", 0), self.shape[1:], self.axes[1:])
+    def layer(self, loop: int = 0) -> "Path":
+        """The path into the body of a scan over the first axis: one layer of the stack.
+
+        Args:
+            loop: how many other scans are around this one, for who wants to know whose step it is.
+        """
+        path = self._then(("layer", loop), self.shape[1:], self.axes[1:])
         return dataclasses.replace(path, layers=(*self.layers, *sorted(self.axes[0])))
 
     def part(self, cuts: Sequence[tuple[int, int, int]], *, in_turn: bool = False) -> "Path":
@@ -173,7 +177,7 @@ _STEPS: Mapping[str, Callable[[Any, Any], Any]] = {
     "rev": lax.rev,
     "tile": jnp.tile,
     "convert_element_type": lambda leaf, argument: lax.convert_element_type(leaf, jnp.dtype(argument)),
-    "layer": lambda leaf, argument: leaf[argument],
+    "layer": lambda leaf, loop: leaf[0],
 }
 
 

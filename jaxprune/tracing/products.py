@@ -6,12 +6,14 @@
 Loops and branches are run as such, the state carried through them.
 """
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
@@ -34,6 +36,7 @@ class Product(NamedTuple):
         number: which product with this leaf it is, from 0.
         weight: the operand that is made of the leaf.
         x: the other one.
+        layer: of a leaf of stacked layers, the step of every scan that took it apart, the outermost first.
         plain: does it as it was.
     """
 
@@ -41,13 +44,14 @@ class Product(NamedTuple):
     number: int
     weight: Shaped[Array, "..."]
     x: Shaped[Array, "..."]
+    layer: tuple[Shaped[Array, ""], ...]
     plain: Callable[[], Shaped[Array, "..."]]
 
 
 Do: TypeAlias = Callable[[Product, Any], tuple[Any, Any]]
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """An array, and what is known of it."""
 
     array: Any
@@ -71,6 +75,7 @@ class Products:
         self._inputs = paths + [True] * (len(self.jaxpr.in_avals) - len(paths))
         self._numbers: dict[int, int] = {}  # id of an equation, which may be traced more than once -> number
         self._counts: Counter[str] = Counter()
+        self._steps: list[Any] = []  # of the scans whose bodies are being run
 
     def run(self, values: Sequence[Any], state: Any) -> tuple[Any, list[Any]]:
         """The state after all products, and the results.
@@ -87,28 +92,31 @@ class Products:
 
     def _run(
         self, jaxpr: ClosedJaxpr, values: Sequence[Any], known: Sequence[Value], state: Any
-    ) -> tuple[Any, list[_Known]]:
-        def step(eqn: JaxprEqn, given: list[Any]) -> list[_Known]:
+    ) -> tuple[Any, list[Known]]:
+        def step(eqn: JaxprEqn, given: list[Any]) -> list[Known]:
             nonlocal state
             pairs = list(map(_known, given))
             state, results = self._step(eqn, [pair.array for pair in pairs], [pair.what for pair in pairs], state)
             return results
 
-        results = evaluate(jaxpr, _pairs(values, known), step)
+        results = evaluate(jaxpr, pairs(values, known), step)
         return state, list(map(_known, results))
 
-    def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
-        if eqn.primitive.name in _LOOPS:
-            return _LOOPS[eqn.primitive.name](self, eqn, arrays, known, state)
+    def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
+        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+        if eqn.primitive.name in loops:
+            return loops[eqn.primitive.name](eqn, arrays, known, state)
         found = use(eqn, known, 1) if any(isinstance(what, Path) for what in known) else end(eqn, known)
         self._check(eqn, [lost.path for lost in found.lost])
         sites = [site for site in found.sites if site.kind in PRODUCTS and site.name in self.names]
         if not sites:
-            return state, _pairs(bind(eqn, arrays, eqn.params), found.results)
+            return state, pairs(bind(eqn, arrays, eqn.params), found.results)
         weight, x = arrays if sites[0].weight_first else reversed(arrays)
         number = self._number(eqn, sites[0].name)
-        state, result = self.do(Product(sites[0], number, weight, x, lambda: bind(eqn, arrays, eqn.params)[0]), state)
-        return state, _pairs([result], found.results)
+        layer = tuple(self._steps[loop] for word, loop in sites[0].weight_transforms if word == "layer")
+        product = Product(sites[0], number, weight, x, layer, lambda: bind(eqn, arrays, eqn.params)[0])
+        state, result = self.do(product, state)
+        return state, pairs([result], found.results)
 
     def _number(self, eqn: JaxprEqn, name: str) -> int:
         if id(eqn) not in self._numbers:
@@ -127,23 +135,35 @@ class Products:
                     "out with `select`, or write this in other operations."
                 )
 
-    def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _scan(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         (consts, carry), body = scan_groups(eqn), eqn.params["jaxpr"]
         stop = consts + carry
-        layers = [what.layer() if isinstance(what, Path) else what for what in known[stop:]]
-        inside = self._settled(eqn, body, [*known[:stop], *layers], slice(consts, stop), state)
+        layers = [what.layer(len(self._steps)) if isinstance(what, Path) else what for what in known[stop:]]
+        with self._at_step(jnp.int32(0)):
+            inside = self._settled(eqn, body, [*known[:stop], *layers], slice(consts, stop), state)
 
         def step(carry: Any, xs: Any) -> Any:
-            state, results = self._run(body, [*arrays[:consts], *carry[0], *xs], inside, carry[1])
+            with self._at_step(xs[0]):
+                state, results = self._run(body, [*arrays[:consts], *carry[0], *xs[1:]], inside, carry[1])
             made = [one.array for one in results]
             return (made[: stop - consts], state), made[stop - consts :]
 
         loop = {word: eqn.params[word] for word in ("length", "reverse", "unroll")}
+        steps = jnp.arange(loop["length"], dtype=jnp.int32)
         with present_forms():
-            (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), arrays[stop:], **loop)
-        return state, [*_pairs(values, inside[consts:stop]), *_pairs(stacked, [True] * len(stacked))]
+            (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), [steps, *arrays[stop:]], **loop)
+        return state, [*pairs(values, inside[consts:stop]), *pairs(stacked, [True] * len(stacked))]
 
-    def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    @contextlib.contextmanager
+    def _at_step(self, number: Any) -> Iterator[None]:
+        """What is run in here is the body of a scan, at this of its steps."""
+        self._steps.append(number)
+        try:
+            yield
+        finally:
+            self._steps.pop()
+
+    def _while(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         tested, condition, body = eqn.params["cond_nconsts"], eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
         consts = eqn.params["body_nconsts"]
         self._check(eqn, known[:tested])  # the condition hands no state on
@@ -158,9 +178,9 @@ class Products:
             return [one.array for one in results], state
 
         values, state = lax.while_loop(test, step, (arrays[tested + consts :], state))
-        return state, _pairs(values, inside[consts:])
+        return state, pairs(values, inside[consts:])
 
-    def _cond(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[_Known]]:
+    def _cond(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
         after = [self._after(branch, known[1:], state) for branch in eqn.params["branches"]]
         results = functools.reduce(functools.partial(self._both, eqn), after)
 
@@ -172,7 +192,7 @@ class Products:
             return run
 
         state, values = lax.switch(arrays[0], [of(branch) for branch in eqn.params["branches"]], state, arrays[1:])
-        return state, _pairs(values, results)
+        return state, pairs(values, results)
 
     def _settled(
         self, eqn: JaxprEqn, body: ClosedJaxpr, known: Sequence[Value], carried: slice, state: Any
@@ -205,13 +225,10 @@ class Products:
         return [a if a == b else True for a, b in pairs]
 
 
-_LOOPS = {"scan": Products._scan, "while": Products._while, "cond": Products._cond}
-"""Operations that hold jaxprs and are more than a call."""
+def _known(value: Any) -> Known:
+    return value if isinstance(value, Known) else Known(value, False)
 
 
-def _known(value: Any) -> _Known:
-    return value if isinstance(value, _Known) else _Known(value, False)
-
-
-def _pairs(arrays: Iterable[Any], known: Iterable[Value]) -> list[_Known]:
-    return [_Known(*pair) for pair in zip(arrays, known, strict=True)]
+def pairs(arrays: Iterable[Any], known: Iterable[Value]) -> list[Known]:
+    """Arrays, each with what is known of it."""
+    return [Known(*pair) for pair in zip(arrays, known, strict=True)]
