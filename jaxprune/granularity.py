@@ -24,7 +24,7 @@ from jaxprune.exact.numerics import ordered_sum
 from jaxprune.layout import Axes, from_view, view_shape
 from jaxprune.tree import Rules, each_by_rule, pairs
 
-__all__ = ["Block", "Element", "GranularityByRule", "Head", "Input", "Kernel", "Output"]
+__all__ = ["Block", "ByRule", "Element", "Head", "Input", "Kernel", "Output"]
 
 View = Float[Array, "*layers spatial n_in n_out"]
 Groups = Float[Array, "*layers g_spatial g_in g_out"]
@@ -199,7 +199,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class GranularityByRule:
+class ByRule:
     """A granularity of its own for every leaf, by name: kernels here, tiles there, heads elsewhere.
 
     With `ByRule` every leaf has its sparsity, with `Global` or `Budget` all groups compete as one. `Global` counts
@@ -213,7 +213,7 @@ class GranularityByRule:
         ValueError: a rule that is no granularity of one leaf (`Channels` reach across leaves).
 
     Example:
-        >>> GranularityByRule({"conv*": Kernel(), "*/attention/*": Head(8), "*": Block(4, 4)})
+        >>> ByRule({"conv*": Kernel(), "*/attention/*": Head(8), "*": Block(4, 4)})
     """
 
     rules: Rules[Granularity]
@@ -223,7 +223,7 @@ class GranularityByRule:
         for pattern, granularity in pairs(self.rules):
             if not isinstance(granularity, Granularity) or isinstance(granularity, type):
                 raise ValueError(
-                    f"`GranularityByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
+                    f"`granularity.ByRule` has {granularity!r} for {pattern!r}; what is expected pools and expands one "
                     "leaf, such as Block(4, 4) or Output()."
                 )
 
@@ -287,11 +287,11 @@ def granularities(granularity: Any, names: Iterable[str]) -> dict[str, Any]:
     """Leaf name -> its granularity: by its rule, or the same for all.
 
     Args:
-        granularity: a `Granularity` or `GranularityByRule`.
+        granularity: a `Granularity` or `granularity.ByRule`.
         names: all leaves that are pruned.
 
     Raises:
         ValueError: a leaf without a rule; a rule that matches none.
     """
-    rules = granularity.rules if isinstance(granularity, GranularityByRule) else (("*", granularity),)
-    return each_by_rule("GranularityByRule", rules, names)
+    rules = granularity.rules if isinstance(granularity, ByRule) else (("*", granularity),)
+    return each_by_rule("granularity.ByRule", rules, names)

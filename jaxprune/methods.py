@@ -21,10 +21,10 @@ from jaxprune.exact.meshes import lying_like, placed
 from jaxprune.exact.numerics import settled
 from jaxprune.granularity import (
     AcrossLeaves,
+    ByRule,
     Element,
     Geometry,
     Granularity,
-    GranularityByRule,
     expand_leaves,
     granularities,
     pool_leaves,
@@ -38,7 +38,7 @@ class Method:
 
     Attributes:
         criterion: how much does each weight matter (`jaxprune.criteria`, or a function of your own).
-        granularity: which weights live or die together; by leaf with `GranularityByRule`.
+        granularity: which weights live or die together; by leaf with `granularity.ByRule`.
         distribution: who competes with whom, and how many win.
         select: which leaves are pruned: a function (name, leaf) -> bool, patterns of names, or rules pattern -> bool;
             a list or mapping is kept as a tuple, so that a method can be hashed.
@@ -50,7 +50,7 @@ class Method:
     """
 
     criterion: Callable[..., Scores] = magnitude
-    granularity: Granularity | GranularityByRule | AcrossLeaves = Element()
+    granularity: Granularity | ByRule | AcrossLeaves = Element()
     distribution: Distribution = Global()
     select: tree.Select = tree.weights
     layout: layouts.Layout = layouts.BY_NAME
@@ -62,7 +62,7 @@ class Method:
                 raise TypeError(f"`{makes.__name__}` makes criteria and is none: call it, as in `{call}`.")
         _check_answer("criterion", self.criterion, callable(self.criterion), "magnitude")
         pools = hasattr(self.granularity, "pool") and hasattr(self.granularity, "expand")
-        known = pools or isinstance(self.granularity, GranularityByRule | AcrossLeaves)
+        known = pools or isinstance(self.granularity, ByRule | AcrossLeaves)
         _check_answer("granularity", self.granularity, known, "Element()")
         _check_answer("distribution", self.distribution, callable(self.distribution), "Global()")
         for _, rule in getattr(self.distribution, "rules", ()):

@@ -58,7 +58,11 @@ def test_objects_say_themselves_what_they_look_at():
         looks_at_axes = spans_axes = False
 
     stacked, unnamed = {"layers/kernel": jnp.ones((3, 4, 6))}, {"layers/x": jnp.ones((4, 6))}
-    wide = ({"distribution": Outputs()}, {"distribution": jp.ByRule({"*": Outputs()})}, {"granularity": jp.Output()})
+    wide = (
+        {"distribution": Outputs()},
+        {"distribution": jp.distributions.ByRule({"*": Outputs()})},
+        {"granularity": jp.Output()},
+    )
     for answers in wide:
         with pytest.raises(ValueError, match="may be stacked layers"):
             jp.compute_masks(jp.Method(**answers), stacked, 0.5)

@@ -88,7 +88,7 @@ def test_the_weakest_head_goes_and_experts_are_outputs():
     masks = jp.compute_masks(jp.Method(granularity=Head(3), distribution=jp.Uniform()), {"wq": query}, 0.33)
     assert masks["wq"].all(0).tolist() == [True, True, False, False, True, True]
     experts = jnp.ones((3, 4, 5)) * jnp.asarray([2.0, 1.0, 3.0])[:, None, None]
-    layout = jp.FLAX.with_rules({"experts": jp.Axes(inputs=(1, 2), outputs=(0,))})
+    layout = jp.FLAX.with_rules({"experts": jp.layout.Axes(inputs=(1, 2), outputs=(0,))})
     method = jp.Method(granularity=Output(), distribution=jp.Uniform(), layout=layout)
     masks = jp.compute_masks(method, {"experts": experts}, 0.33)
     assert masks["experts"].all((1, 2)).tolist() == [True, False, True]

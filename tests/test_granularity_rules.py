@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune import Block, Budget, ByRule, Element, Global, GranularityByRule, Head, Kernel, Output
+from jaxprune import Block, Element, Global, Head, Kernel, Output, granularity
+from jaxprune.distributions import Budget, ByRule
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -20,8 +21,8 @@ PARAMS = {
     name: jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)
     for i, (name, shape) in enumerate(SHAPES.items())
 } | {"bias": jnp.zeros(24)}
-LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
-RULES = GranularityByRule({"conv*": Kernel(), "attention": Head(4), "*": Block(4, 4)})
+LAYOUT = jp.FLAX.with_rules({"stack": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+RULES = granularity.ByRule({"conv*": Kernel(), "attention": Head(4), "*": Block(4, 4)})
 ALONE = {"conv": Kernel(), "attention": Head(4), "dense": Block(4, 4), "stack": Block(4, 4)}
 TWO = ("attention", "conv")
 VIEWS = {"attention": (1, 8, 16), "conv": (9, 4, 8), "dense": (1, 16, 24), "stack": (2, 1, 8, 8)}
@@ -99,13 +100,13 @@ def test_a_sparsity_of_its_own_for_every_leaf():
 
 def test_each_leaf_is_pruned_as_if_alone():
     masks = jp.compute_masks(method(jp.Uniform()), PARAMS, 0.5)
-    for name, granularity in ALONE.items():
-        alone = jp.compute_masks(method(jp.Uniform(), granularity), {name: PARAMS[name]}, 0.5)
+    for name, one in ALONE.items():
+        alone = jp.compute_masks(method(jp.Uniform(), one), {name: PARAMS[name]}, 0.5)
         np.testing.assert_array_equal(masks[name], alone[name])
 
 
 def test_the_first_match_wins_and_pairs_are_rules_too():
-    first = GranularityByRule((("dense", Element()), ("*", Output())))
+    first = granularity.ByRule((("dense", Element()), ("*", Output())))
     masks = jp.compute_masks(method(jp.Uniform(), first), {"dense": PARAMS["dense"], "x": PARAMS["dense"]}, 0.5)
     assert set(np.asarray(masks["x"]).sum(0).tolist()) == {0, 16}
     assert len(set(np.asarray(masks["dense"]).sum(0).tolist())) > 2
@@ -138,10 +139,12 @@ def test_eight_devices_make_the_masks_of_one():
 
 
 def test_groups_move_whole():
-    both = dataclasses.replace(method(jp.Uniform(), GranularityByRule({"conv": Kernel(), "*": Head(4)})), select=TWO)
+    both = dataclasses.replace(method(jp.Uniform(), granularity.ByRule({"conv": Kernel(), "*": Head(4)})), select=TWO)
     masks = jp.compute_masks(both, PARAMS, 0.5)
     grads = {name: jnp.cos(leaf) for name, leaf in PARAMS.items()}
-    found = jax.jit(lambda masks: jp.regrow_masks(both, jp.gradient, PARAMS, masks, 0.5, grads=grads))(masks)
+    found = jax.jit(
+        lambda masks: jp.training.regrow_masks(both, jp.criteria.gradient, PARAMS, masks, 0.5, grads=grads)
+    )(masks)
     for name in TWO:
         shares = ALONE[name].pool(found[name].reshape(VIEWS[name]).astype(jnp.float32))
         assert set(np.unique(shares)) == {0.0, 1.0}
@@ -152,9 +155,9 @@ def test_groups_move_whole():
 def test_scores_of_groups_are_pooled_by_the_same_rules():
     views = {name: PARAMS[name].reshape(VIEWS[name]) for name in TWO}
     grads = {name: jnp.cos(view) for name, view in views.items()}
-    scores = jp.joint_taylor(GranularityByRule({"conv": Kernel(), "*": Head(4)}))(views, grads=grads)
+    scores = jp.criteria.joint_taylor(granularity.ByRule({"conv": Kernel(), "*": Head(4)}))(views, grads=grads)
     for name in TWO:
-        np.testing.assert_array_equal(scores[name], jp.joint_taylor(ALONE[name])(views, grads=grads)[name])
+        np.testing.assert_array_equal(scores[name], jp.criteria.joint_taylor(ALONE[name])(views, grads=grads)[name])
 
 
 def test_sensitivity_prunes_each_leaf_by_its_rule():
@@ -174,22 +177,22 @@ def test_sensitivity_prunes_each_leaf_by_its_rule():
     [
         (
             {"conv": Kernel(), "*": Block(4, 4), "head*": Head(2)},
-            r"The rule 'head\*' of `GranularityByRule` matches no",
+            r"The rule 'head\*' of `granularity.ByRule` matches no",
         ),
-        ({"conv": Kernel()}, r"No rule of `GranularityByRule` matches 'attention'. There are: \['conv'\]. Add one"),
+        ({"conv": Kernel()}, r"No rule of `granularity.ByRule` matches 'attention'. There are: \['conv'\]. Add one"),
         (
             {"attention": Head(3), "*": Element()},
             "Leaf 'attention': 16 outputs do not divide into 3 heads. Leave it",
         ),
-        ({"*": Element(), "bias": Output()}, "The rule 'bias' of `GranularityByRule` matches no pruned leaf"),
+        ({"*": Element(), "bias": Output()}, "The rule 'bias' of `granularity.ByRule` matches no pruned leaf"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(rules, message):
     with pytest.raises(ValueError, match=message):
-        jp.compute_masks(method(Global(), GranularityByRule(rules)), PARAMS, 0.5)
+        jp.compute_masks(method(Global(), granularity.ByRule(rules)), PARAMS, 0.5)
 
 
-@pytest.mark.parametrize("rule", [0.5, "block", Block, GranularityByRule({"*": Element()})], ids=str)
+@pytest.mark.parametrize("rule", [0.5, "block", Block, granularity.ByRule({"*": Element()})], ids=str)
 def test_what_is_no_granularity_is_refused(unchecked, rule):
     with pytest.raises(ValueError, match=r"`GranularityByRule` has .* for 'a\*'; what is expected pools and expands"):
-        GranularityByRule({"a*": rule})
+        granularity.ByRule({"a*": rule})

@@ -117,12 +117,12 @@ def test_names_tell_the_layout(layout, name):
 BY_AXES = {
     "Output": jp.Method(granularity=jp.Output(), select="*"),
     "Block": jp.Method(granularity=jp.Block(2, 2), select="*"),
-    "by rule": jp.Method(granularity=jp.GranularityByRule({"*": jp.Input()}), select="*"),
+    "by rule": jp.Method(granularity=jp.granularity.ByRule({"*": jp.Input()}), select="*"),
     "NM": jp.Method(distribution=jp.NM(2, 4), select="*"),
     "PerOutput": jp.Method(distribution=jp.PerOutput(), select="*"),
     "OWL": jp.Method(distribution=jp.OWL(per_output=True), select="*"),
-    "a rule of a distribution": jp.Method(distribution=jp.ByRule({"*": jp.NM(1, 2)}), select="*"),
-    "geometric_median": jp.Method(criterion=jp.geometric_median, select="*"),
+    "a rule of a distribution": jp.Method(distribution=jp.distributions.ByRule({"*": jp.NM(1, 2)}), select="*"),
+    "geometric_median": jp.Method(criterion=jp.criteria.geometric_median, select="*"),
 }
 
 

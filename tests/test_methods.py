@@ -15,10 +15,10 @@ import jaxprune as jp
 LAYER = (-3, -2, -1)
 
 # One model in two layouts; both have the same views, so that one compiled contest serves both.
-STACK = jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))
-KCATS = jp.Axes(layers=(2,), inputs=(0,), outputs=(1,))  # stacked last, for once
+STACK = jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))
+KCATS = jp.layout.Axes(layers=(2,), inputs=(0,), outputs=(1,))  # stacked last, for once
 LAYOUTS = {"flax": jp.FLAX.with_rules({"stack/*": STACK}), "torch": jp.TORCH.with_rules({"stack/*": KCATS})}
-CONV = {"flax": jp.Axes((), (0, 1), (2,), (3,)), "torch": jp.Axes((), (2, 3), (1,), (0,))}
+CONV = {"flax": jp.layout.Axes((), (0, 1), (2,), (3,)), "torch": jp.layout.Axes((), (2, 3), (1,), (0,))}
 AXES = {
     layout: {"conv/kernel": CONV[layout], "stack/kernel": stack}
     for layout, stack in (("flax", STACK), ("torch", KCATS))
@@ -88,9 +88,9 @@ TAKES = {
     "erk": (lambda s: jp.ERK(), erk, True),
     "per_output": (lambda s: jp.PerOutput(), lambda g, s: {n: _share(x, (-3, -2), s) for n, x in g.items()}, True),
     "nm": (lambda s: jp.NM(1, 2), nm, False),
-    "sigma": (lambda s: jp.SigmaThreshold(SIGMA), sigma, False),
-    "threshold": (lambda s: jp.Threshold(CUT), lambda g, s: {n: x >= CUT for n, x in g.items()}, False),
-    "by_rule": (lambda s: jp.ByRule({"conv/*": s, "*": jp.Global()}), by_rule, True),
+    "sigma": (lambda s: jp.distributions.SigmaThreshold(SIGMA), sigma, False),
+    "threshold": (lambda s: jp.distributions.Threshold(CUT), lambda g, s: {n: x >= CUT for n, x in g.items()}, False),
+    "by_rule": (lambda s: jp.distributions.ByRule({"conv/*": s, "*": jp.Global()}), by_rule, True),
 }
 IMPOSSIBLE = {(jp.Output(), "per_output"), (jp.Output(), "nm")}  # one group an output
 PRODUCT = [(g, d) for g in GRANULARITIES for d in TAKES if (g, d) not in IMPOSSIBLE]
@@ -119,7 +119,7 @@ def named(tree):
 @pytest.mark.parametrize(("granularity", "name"), PRODUCT, ids=str)
 @settings(max_examples=12)
 @given(
-    criterion=st.sampled_from([jp.magnitude, jp.taylor, jp.random]),
+    criterion=st.sampled_from([jp.magnitude, jp.taylor, jp.criteria.random]),
     layout=st.sampled_from(["flax", "torch"]),
     kind=st.sampled_from(["ties", "ties", "equal", "zeros", "distinct"]),
     seed=st.integers(0, 5),
@@ -136,8 +136,8 @@ def test_every_composition(granularity, name, criterion, layout, kind, seed, spa
 
     axes, (rows, cols, window) = AXES[layout], GRANULARITIES[granularity]
     views = {leaf: oracle.view(w, *axes[leaf]) for leaf, w in named(params).items()}
-    if criterion is jp.random:
-        scores = jp.random(put(views), key=key)
+    if criterion is jp.criteria.random:
+        scores = jp.criteria.random(put(views), key=key)
         groups = {leaf: np.asarray(granularity.pool(score), np.float64) for leaf, score in scores.items()}
     else:
         slopes = {leaf: oracle.view(g, *axes[leaf]) for leaf, g in named(grads).items()}
@@ -227,12 +227,14 @@ def test_vmap_and_scan():
     np.testing.assert_array_equal(alive, [36, 24, 12])
 
 
-@pytest.mark.parametrize("distribution", [jp.Uniform(), jp.ERK(), jp.PerOutput(), jp.SigmaThreshold(0.5)], ids=str)
+@pytest.mark.parametrize(
+    "distribution", [jp.Uniform(), jp.ERK(), jp.PerOutput(), jp.distributions.SigmaThreshold(0.5)], ids=str
+)
 @pytest.mark.parametrize("granularity", [jp.Element(), jp.Block(2, 4)], ids=str)
 def test_a_scanned_model_is_pruned_like_the_same_model_unrolled(distribution, granularity):
     stacked, head = rand(3, 8, 6), rand(6, 4)
     layers = [jnp.asarray(layer) for layer in np.asarray(stacked)]
-    sparsity = None if isinstance(distribution, jp.SigmaThreshold) else 0.6
+    sparsity = None if isinstance(distribution, jp.distributions.SigmaThreshold) else 0.6
     layout = jp.FLAX.with_rules({"blocks": STACK})
     method = jp.Method(granularity=granularity, distribution=distribution, layout=layout)
     scanned = jp.compute_masks(method, {"blocks": stacked, "head": head}, sparsity)

@@ -8,7 +8,7 @@ import pytest
 
 import jaxprune as jp
 
-STACK = jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))
+STACK = jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))
 
 GOOD = {"a": {"kernel": jnp.ones((10, 4)), "bias": jnp.ones(4)}}
 NAN = {"a": {"kernel": jnp.ones((10, 4)).at[2, 1].set(jnp.nan), "bias": jnp.ones(4)}}
@@ -29,7 +29,13 @@ REFUSED = {
     ),
     "one": (jp.Method(), GOOD, 1, {}, r"in \[0, 1\); got 1\.$"),
     "none": (jp.Method(), GOOD, None, {}, "`Global` needs a sparsity"),
-    "threshold": (jp.Method(distribution=jp.Threshold(0.1)), GOOD, 0.5, {}, "`Threshold` decides by itself how many"),
+    "threshold": (
+        jp.Method(distribution=jp.distributions.Threshold(0.1)),
+        GOOD,
+        0.5,
+        {},
+        "`Threshold` decides by itself how many",
+    ),
     "nm": (
         jp.Method(distribution=jp.NM(2, 4)),
         GOOD,
@@ -101,7 +107,13 @@ REFUSED = {
         {"masks": {"a": {"kernel": jnp.ones((4, 10), bool), "bias": jnp.ones(4, bool)}}},
         r"The masks have shape \(4, 10\) at 'a/kernel'",
     ),
-    "rule": (jp.Method(distribution=jp.ByRule({"b*": 0.5})), GOOD, None, {}, "No rule of `ByRule` matches 'a/kernel'"),
+    "rule": (
+        jp.Method(distribution=jp.distributions.ByRule({"b*": 0.5})),
+        GOOD,
+        None,
+        {},
+        "No rule of `ByRule` matches 'a/kernel'",
+    ),
     "floor": (
         jp.Method(distribution=jp.Global(floor=0.5)),
         GOOD,
@@ -144,7 +156,7 @@ def test_bad_input_is_refused_with_the_reason(case):
     ("method", "params", "message"),
     [
         (jp.Method(jp.taylor), GOOD, r"taylor\(\) missing 1 required keyword-only argument: 'grads'"),
-        (jp.Method(jp.random), GOOD, r"random\(\) missing 1 required keyword-only argument: 'key'"),
+        (jp.Method(jp.criteria.random), GOOD, r"random\(\) missing 1 required keyword-only argument: 'key'"),
         (jp.Method(), {**GOOD, "f": "relu"}, "'f' is a str, an array was expected.*eqx.filter"),
         (jp.Method(), {**GOOD, "f": 0.5}, "'f' is a float, an array was expected"),
         (jp.Method(select="*"), {"n": jnp.ones((4, 4), int)}, "'n' is int32, only floating leaves are pruned"),
@@ -158,8 +170,8 @@ def test_wrong_types_are_refused_with_the_reason(method, params, message, unchec
 
 LARGE = {"a": {"kernel": jnp.full((10, 4), 1e30), "bias": jnp.ones(4)}}
 SQUARING = [
-    jp.taylor, jp.taylor_squared, jp.squared_magnitude, jp.snip, jp.grasp, jp.fisher, jp.lamp, jp.synflow,
-    jp.joint_taylor(jp.Output()),
+    jp.taylor, jp.criteria.taylor_squared, jp.criteria.squared_magnitude, jp.snip, jp.criteria.grasp,
+    jp.criteria.fisher, jp.criteria.lamp, jp.synflow, jp.criteria.joint_taylor(jp.Output()),
 ]  # fmt: skip
 
 
@@ -190,14 +202,20 @@ def test_scores_that_are_no_floats_are_refused(unchecked):
 
 
 ANSWERS = [
-    ({"criterion": jp.joint_taylor}, r"`joint_taylor` makes criteria and is none: call it, as in `joint_taylor\(Out"),
-    ({"criterion": jp.momentum}, "`momentum` makes criteria and is none: call it"),
-    ({"criterion": jp.Running}, "`criterion` must be an object such as `magnitude`; the class `Running` arrived"),
+    (
+        {"criterion": jp.criteria.joint_taylor},
+        r"`joint_taylor` makes criteria and is none: call it, as in `joint_taylor\(Out",
+    ),
+    ({"criterion": jp.criteria.momentum}, "`momentum` makes criteria and is none: call it"),
+    (
+        {"criterion": jp.criteria.Running},
+        "`criterion` must be an object such as `magnitude`; the class `Running` arrived",
+    ),
     ({"criterion": "magnitude"}, "`criterion` must be an object such as `magnitude`; 'magnitude' arrived"),
     *(({"granularity": one}, rf"as `Element\(\)`; the class `{one.__name__}`") for one in (jp.Block, jp.Channels)),
     ({"granularity": 4}, r"`granularity` must be an object such as `Element\(\)`; 4 arrived"),
     *(({"distribution": one}, rf"as `Global\(\)`; the class `{one.__name__}`") for one in (jp.Global, jp.NM, jp.ERK)),
-    ({"distribution": jp.ByRule({"*": jp.Uniform})}, "the class `Uniform` arrived: call it"),
+    ({"distribution": jp.distributions.ByRule({"*": jp.Uniform})}, "the class `Uniform` arrived: call it"),
     ({"layout": jp.Layout}, "`layout` must be an object such as `FLAX`; the class `Layout` arrived"),
 ]
 
@@ -232,7 +250,7 @@ LEGITIMATE = {
     "equal shares": lambda: jp.compute_masks(jp.Method(distribution=jp.Uniform()), ZERO_HEAD, 0.5),
     "dead before": lambda: jp.compute_masks(jp.Method(), ZERO_HEAD, 0.5, masks=jp.nonzero_masks(ZERO_HEAD)),
     "nothing but zeros": lambda: jp.compute_masks(jp.Method(), {"w": jnp.zeros((4, 4))}, 0.5),
-    "drawn": lambda: jp.compute_masks(jp.Method(jp.random), ZERO_HEAD, 0.5, key=jax.random.key(0)),
+    "drawn": lambda: jp.compute_masks(jp.Method(jp.criteria.random), ZERO_HEAD, 0.5, key=jax.random.key(0)),
     "later": lambda: prune(jp.cubic(0.5, begin=0, end=9)).init(ZERO_HEAD),
     "not at step 0": lambda: prune(0.5, update_when=jp.every(2, begin=2)).init(ZERO_HEAD),
     "not known": lambda: jax.jit(prune(0.5).init)(ZERO_HEAD),

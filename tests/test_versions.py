@@ -114,7 +114,7 @@ def test_sites_and_costs(model):
     ]
     total = jp.costs(sites).total
     assert (total.weights, total.macs) == (296, 1360)
-    assert jp.peak_activations(apply, params, X) == 640
+    assert jp.tracing.peak_activations(apply, params, X) == 640
 
 
 def test_couplings_and_compaction(model):

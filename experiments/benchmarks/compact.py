@@ -40,7 +40,7 @@ def compare(name: str, batch: int, sparsity: float, keep: list[str], seconds: fl
     channels = jp.Channels(jp.couplings(network.apply, network.params, x))
     coupled = time.perf_counter() - start
     rules = {**{f"{kept}/*": 0.0 for kept in keep}, "*": sparsity}
-    method = jp.Method(granularity=channels, distribution=jp.ByRule(rules))
+    method = jp.Method(granularity=channels, distribution=jp.distributions.ByRule(rules))
     masks = jax.jit(lambda params: jp.compute_masks(method, params, sparsity))(network.params)
     start = time.perf_counter()
     small = jp.compact(network.apply, network.params, masks, x)

@@ -27,7 +27,7 @@ METHODS = {
     "Block(4, 4), Uniform": jp.Method(granularity=jp.Block(4, 4), distribution=jp.Uniform()),
     "ERK": jp.Method(distribution=jp.ERK()),
     "PerOutput": jp.Method(distribution=jp.PerOutput()),
-    "Budget": jp.Method(distribution=jp.Budget()),
+    "Budget": jp.Method(distribution=jp.distributions.Budget()),
 }
 
 

@@ -32,7 +32,7 @@ def pruned(params: dict, counts: dict[str, int]) -> dict:
     """Params with so many weights left in each leaf, the largest."""
     sizes = {name: params[name.removesuffix("/kernel")]["kernel"].size for name in counts}
     rules = tuple((name, 1 - left / sizes[name]) for name, left in counts.items())
-    method = jp.Method(jp.magnitude, distribution=jp.ByRule(rules), select=tuple(counts))
+    method = jp.Method(jp.magnitude, distribution=jp.distributions.ByRule(rules), select=tuple(counts))
     return jp.apply_masks(params, jp.compute_masks(method, params))
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.criteria.weights import Views
 from jaxprune.exact.numerics import ordered_sum, rounded
-from jaxprune.granularity import Granularity, GranularityByRule, granularities
+from jaxprune.granularity import ByRule, Granularity, granularities
 from jaxprune.types import Scores
 
 
@@ -51,14 +51,14 @@ def taylor_squared(params: Views, /, *, grads: Views, **_: Any) -> Scores:
     return {name: jnp.square(change) for name, change in changes(params, grads).items()}
 
 
-def joint_taylor(granularity: Granularity | GranularityByRule) -> Callable[..., Scores]:
+def joint_taylor(granularity: Granularity | ByRule) -> Callable[..., Scores]:
     r"""Square of the change if a whole group were zero, $S = \frac{1}{n} (\sum_{i=1}^n w_i g_i)^2$ for its n weights.
 
     Changes of single weights may cancel in a group; `taylor` and `taylor_squared` do not see that. All weights of a
     group score alike, and their sum is the square.
 
     Args:
-        granularity: the one that the scores are pooled by, `GranularityByRule` too.
+        granularity: the one that the scores are pooled by, `granularity.ByRule` too.
 
     References:
         Molchanov et al. 2019, arXiv:1906.10771, eq. 7.
@@ -118,7 +118,7 @@ def grasp(params: Views, /, *, hessian_grads: Views, **_: Any) -> Scores:
 def synflow(params: Views, /, *, flow_grads: Views, **_: Any) -> Scores:
     r"""Flow through a weight, $S = |w| \cdot \partial R / \partial |w|$ for the network of absolute weights on ones.
 
-    Data-free. In one shot it may empty a layer; `jaxprune.iterate` goes there in a hundred steps, and does not.
+    Data-free. In one shot it may empty a layer; `jaxprune.iterative_masks` goes there in a hundred steps, and does not.
 
     Args:
         params: weights.

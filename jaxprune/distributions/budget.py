@@ -59,8 +59,8 @@ class Budget:
         of the next. Scores set against FLOPs: Molchanov et al. 2017, arXiv:1611.06440, there by subtraction.
 
     Example:
-        >>> macs = jp.mac_costs(jp.trace(apply_fn, params, x), params)
-        >>> masks = jp.compute_masks(jp.Method(distribution=jp.Budget(macs, limit=1e8)), params)
+        >>> macs = jp.tracing.mac_costs(jp.trace(apply_fn, params, x), params)
+        >>> masks = jp.compute_masks(jp.Method(distribution=jp.distributions.Budget(macs, limit=1e8)), params)
     """
 
     is_priced: ClassVar[bool] = True

@@ -4,3 +4,11 @@ A product y = x W meets the inputs X of a few calibration samples. A *solver* lo
 gives the sparse weight whose outputs are close to those wanted; the *order* decides which product is solved when, and
 to whose outputs it is fitted. Nothing here trains: no loss, no optimizer. Masks for training stay with `training`.
 """
+
+from jaxprune.oneshot.alternating import AlternatingDirections
+from jaxprune.oneshot.layerwise import Solved, Solver
+from jaxprune.oneshot.least_squares import Magnitude, Wanda, refit
+from jaxprune.oneshot.order import prune
+from jaxprune.oneshot.sparsegpt import SparseGPT
+
+__all__ = ["AlternatingDirections", "Magnitude", "Solved", "Solver", "SparseGPT", "Wanda", "prune", "refit"]

@@ -23,7 +23,7 @@ from jaxprune.tracing.inlined import bind, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.products import Known, Products, pairs
 from jaxprune.tracing.sites import PRODUCTS, Site
-from jaxprune.tracing.uses import Value, end, use
+from jaxprune.tracing.transfer import Value, end, use
 from jaxprune.types import Params
 
 

@@ -128,7 +128,7 @@ class SparseGPT:
 
         return lax.fori_loop(0, here.shape[0], one, (here, kept, jnp.zeros_like(here)))
 
-    def _run(self, here: Weight, square: Moments, kept: Mask, i: Any, sparsity: Any, pattern: NM) -> Mask:
+    def _run(self, here: Weight, square: Moments, kept: Mask, i: Any, sparsity: Any, pattern: Any) -> Mask:
         scores = lax.dynamic_slice(_scores(here, square), (i, 0), (pattern.m, here.shape[1]))
         return lax.dynamic_update_slice(kept, best(scores, sparsity, pattern), (i, 0))
 

@@ -21,7 +21,7 @@ from jaxprune.types import Masks, Params
 Cost = Callable[[Masks], float]
 
 
-class Within(NamedTuple):
+class MasksWithin(NamedTuple):
     """Masks whose cost is within the bound.
 
     Attributes:
@@ -37,7 +37,7 @@ class Within(NamedTuple):
 
 def masks_within(
     method: Method, params: Params, cost: Cost, bound: float, *, steps: int = 8, most: float = 0.9, **evidence: Any
-) -> Within:
+) -> MasksWithin:
     """Masks of the least sparsity whose cost is at most `bound`, by halving the range of sparsities.
 
     The cost is taken to fall as the sparsity rises; where it does not quite, as with measured seconds, the masks
@@ -57,9 +57,9 @@ def masks_within(
     """
     masks_at = jax.jit(lambda params, sparsity: compute_masks(method, params, sparsity, **evidence))
 
-    def at(sparsity: float) -> Within:
+    def at(sparsity: float) -> MasksWithin:
         masks = masks_at(params, np.float32(sparsity))
-        return Within(masks, sparsity, cost(masks))
+        return MasksWithin(masks, sparsity, cost(masks))
 
     dense = at(0.0)
     if dense.cost <= bound:

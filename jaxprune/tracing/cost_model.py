@@ -189,7 +189,8 @@ def mac_costs(sites: Sequence[Site], params: Leaves, select: tree.Select = tree.
         ValueError: no sites, sites of another model, no such leaf.
 
     Example:
-        >>> budget = jp.Budget(jp.mac_costs(jp.trace(apply_fn, params, x), params, method.select), limit=1e8)
+        >>> macs = jp.tracing.mac_costs(jp.trace(apply_fn, params, x), params, method.select)
+        >>> budget = jp.distributions.Budget(macs, limit=1e8)
     """
     found = {cost.name: cost for cost in costs(sites, params=params).leaves}
     return {name: found[name].macs / max(found[name].weights, 1) for name in tree.selected_leaves(select, params)}

@@ -4,3 +4,20 @@
 `inner` is what the optimizer inside them sees. `loops` go around whole trainings, `presets` name the published
 compositions. What computes masks is below, in `methods`; nothing here traces a model or looks at its architecture.
 """
+
+from jaxprune.training.dropout import adjusted_dropout
+from jaxprune.training.loops import IterativeResult, Round
+from jaxprune.training.penalties import group_lasso, growing_penalty, l1
+from jaxprune.training.presets import Preset
+from jaxprune.training.regrowth import regrow_masks
+
+__all__ = [
+    "IterativeResult",
+    "Preset",
+    "Round",
+    "adjusted_dropout",
+    "group_lasso",
+    "growing_penalty",
+    "l1",
+    "regrow_masks",
+]

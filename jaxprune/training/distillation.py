@@ -49,7 +49,7 @@ def distillation_loss(
         ...     task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         ...     soft = jp.distillation_loss(logits, model(teacher, x), temperature=4.0)
         ...     return 0.1 * task + 0.9 * soft
-        >>> tx = jp.prune(optax.sgd(0.1), jp.Method(), sparsity=0.5, update_when=jp.at(0))
+        >>> tx = jp.prune(optax.sgd(0.1), jp.Method(), sparsity=0.5, update_when=jp.schedules.at(0))
         >>> @jax.jit
         ... def step(params, opt_state, teacher, x, labels):
         ...     grads = jax.grad(loss)(params, teacher, x, labels)

@@ -1,8 +1,8 @@
 """Loops around `compute_masks`: masks in many small steps, and rounds of pruning and training until it no longer pays.
 
-masks = iterate(method, params, 0.999, count=100, evidence=evidence)                     # nothing is trained
-done = iterative(method, params, [0.5, 0.8, 0.9], train)
-done = iterative(method, params, levels, train, evaluate=accuracy, tolerance=0.002)      # stops by itself
+masks = iterative_masks(method, params, 0.999, count=100, evidence=evidence)                     # nothing is trained
+done = iterative_pruning(method, params, [0.5, 0.8, 0.9], train)
+done = iterative_pruning(method, params, levels, train, evaluate=accuracy, tolerance=0.002)      # stops by itself
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxprune.types import Masks, Params
 Train = Callable[[Params, Masks, int], Params]
 
 
-def iterate(
+def iterative_masks(
     method: Method, params: Params, sparsity: float, *, count: int, evidence: Callable[[Params], Mapping[str, Any]]
 ) -> Masks:
     r"""Masks in `count` rounds, each with evidence of the weights that are left: $s_k = 1 - (1 - s)^{k / n}$.
@@ -49,7 +49,7 @@ def iterate(
     """
     check_sparsity(sparsity)
     if count < 1:
-        raise ValueError(f"`iterate` needs count >= 1, got {count}.")
+        raise ValueError(f"`iterative_masks` needs count >= 1, got {count}.")
     shares = jnp.asarray([1 - (1 - sparsity) ** (k / count) for k in range(1, count)] + [sparsity], jnp.float32)
 
     def one(k: Any, masks: Masks) -> Masks:
@@ -85,7 +85,7 @@ class Round(NamedTuple):
         return f"round {self.number}: {100 * self.sparsity:.4g} % removed{score}{missed}"
 
 
-class Iterated(NamedTuple):
+class IterativeResult(NamedTuple):
     """The last good state, and how it was come to; `str` has a line a round.
 
     Attributes:
@@ -107,7 +107,7 @@ class Iterated(NamedTuple):
         return "\n".join(map(str, self.rounds))
 
 
-def iterative(
+def iterative_pruning(
     method: Method,
     params: Params,
     levels: Iterable[float | Distribution],
@@ -119,7 +119,7 @@ def iterative(
     reference: float | None = None,
     masks: Masks | None = None,
     evidence: Callable[[Params], Mapping[str, Any]] = lambda params: {},
-) -> Iterated:
+) -> IterativeResult:
     """Prune to one level after the other, training after each, and stop where training no longer recovers.
 
     Groups of leaves one after the other: call it for each with a method that selects them, hand on `params` and
@@ -158,7 +158,7 @@ def iterative(
     if tolerance is not None and evaluate is not None:
         needed = (float(evaluate(params)) if reference is None else reference) - tolerance
     alive = masks if masks is not None else filled(True, params)
-    good, rounds, last, chosen = Iterated(params, alive, ()), [], 0.0, _names(method, params)
+    good, rounds, last, chosen = IterativeResult(params, alive, ()), [], 0.0, _names(method, params)
     for number, level in enumerate(levels, 1):
         last = _risen(level, last)
         found = _masks(method, good.params, good.masks, level, evidence(good.params))
@@ -169,7 +169,7 @@ def iterative(
         rounds.append(Round(number, float(sparsity_of(found, chosen)), score, needed))
         if rounds[-1].shortfall:
             break
-        good = Iterated(trained, found, ())
+        good = IterativeResult(trained, found, ())
     return good._replace(rounds=tuple(rounds))
 
 
@@ -178,7 +178,9 @@ def _risen(level: Any, last: float) -> float:
         return last
     check_sparsity(level, "levels")
     if level < last:
-        raise ValueError(f"The levels of `iterative` must rise, got {level} after {last}: what is dead stays dead.")
+        raise ValueError(
+            f"The levels of `iterative_pruning` must rise, got {level} after {last}: what is dead stays dead."
+        )
     return level
 
 

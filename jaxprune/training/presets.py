@@ -37,7 +37,7 @@ class Preset:
         grow: of a preset that regrows: the criterion for dead weights.
         rewind: of an iterative preset, where each round begins: "" with the weights as they are, "rate" likewise, and
             with the learning rate from its start; "initialisation"; or "early", a step soon after it.
-        iterations: of a one-shot preset: steps of `iterate`.
+        iterations: of a one-shot preset: steps of `iterative_masks`.
         margin: see `splice`.
         decay: see `splice`.
     """
@@ -72,7 +72,7 @@ class Preset:
             every: updates between masks; of an alternating preset, length of a phase. None: 100, and a tenth of a
                 training of less than 1000 steps, which would otherwise jump to its sparsity.
             rounds: of an iterative preset, which here goes on with its weights and its learning rate; for others see
-                `jaxprune.iterative`.
+                `jaxprune.iterative_pruning`.
             key: needed by presets that draw.
 
         Raises:
@@ -84,8 +84,8 @@ class Preset:
             raise ValueError(f"`optimizer` needs steps, every and rounds of 1 or more; got {steps}, {every}, {rounds}.")
         if self.how == "one-shot":
             raise ValueError(
-                "A one-shot preset has no optimizer: call `compute_masks` or `iterate` with its method, and train with "
-                "`keep_params_sparse(masks)`."
+                "A one-shot preset has no optimizer: call `compute_masks` or `iterative_masks` with its method, and train "
+                "with `keep_params_sparse(masks)`."
             )
         if sparsity is None and self.how in ("alternating", "regrow"):
             raise ValueError(f"A preset that prunes {self.how!r} needs a sparsity: the fraction to remove, in [0, 1).")

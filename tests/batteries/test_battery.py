@@ -22,7 +22,7 @@ from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.recipe import words
 
 SHAPES = {"conv": (2, 2, 8, 4), "dense": (24, 16), "stack": (2, 8, 4), "bias": (16,)}
-LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+LAYOUT = jp.FLAX.with_rules({"stack": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 OUTPUTS = {"conv": (4,), "dense": (16,), "stack": (2, 4)}
 INPUTS = {"conv": (8,), "dense": (24,), "stack": (2, 8)}
 LEAVES = ("conv", "dense", "stack")
@@ -54,9 +54,9 @@ PRESETS = {
     for name, preset in jp.presets().items()
 }
 RULES = {
-    jp.GranularityByRule: (("conv", jp.Kernel()), ("*", jp.Block(2, 2))),
-    jp.ByRule: (("conv", jp.Uniform()), ("*", jp.PerOutput())),
-    jp.BySensitivity: (("conv", ((0.5, 0.0), (0.99, 0.2))), ("*", ((0.95, 0.1),))),
+    jp.granularity.ByRule: (("conv", jp.Kernel()), ("*", jp.Block(2, 2))),
+    jp.distributions.ByRule: (("conv", jp.Uniform()), ("*", jp.PerOutput())),
+    jp.distributions.BySensitivity: (("conv", ((0.5, 0.0), (0.99, 0.2))), ("*", ((0.95, 0.1),))),
 }
 
 
@@ -75,8 +75,13 @@ KINDS = [type(answer) for answer in USED]
 ALONE = {}
 for kind in ("criterion", "granularity", "distribution"):
     for word, one in words.REGISTRY[kind].items():
-        if one not in (*USED, *KINDS, jp.Channels, jp.joint_taylor):  # channels are of a model, and have tests there
-            groups = {"granularity": jp.Output()} if one is jp.activation_mean else {}
+        if one not in (
+            *USED,
+            *KINDS,
+            jp.Channels,
+            jp.criteria.joint_taylor,
+        ):  # channels are of a model, and have tests there
+            groups = {"granularity": jp.Output()} if one is jp.criteria.activation_mean else {}
             label = word if word not in ALONE else f"{word}_{kind}"
             ALONE[label] = jp.Method(**{kind: example(kind, word)} | groups, layout=LAYOUT)
 
@@ -123,7 +128,7 @@ def assert_count(masks, method, sparsity):
         assert abs(sum(gone.values()) - total * sparsity) <= len(LEAVES) * 2
     elif isinstance(distribution, jp.OWL):
         assert abs(sum(gone.values()) - total * sparsity) <= sum(np.prod(one) for one in OUTPUTS.values())
-    elif isinstance(distribution, jp.Budget):
+    elif isinstance(distribution, jp.distributions.Budget):
         assert sum(gone.values()) == total - int(total * (1 - sparsity) + 1e-3)
     elif isinstance(distribution, jp.Uniform | jp.PerOutput | jp.NM):
         for name, one in kept.items():
@@ -134,7 +139,7 @@ def assert_count(masks, method, sparsity):
 
 def shares(method):
     """Sparsities to try: those that the distribution can be asked for."""
-    only = {jp.SigmaThreshold: (None,), jp.Threshold: (None,), jp.NM: (0.25, 0.5)}
+    only = {jp.distributions.SigmaThreshold: (None,), jp.distributions.Threshold: (None,), jp.NM: (0.25, 0.5)}
     return only.get(type(method.distribution), (0.0, 0.3, 0.9))
 
 
@@ -205,7 +210,7 @@ def test_eight_devices_make_the_masks_of_one(name):
 def test_stacked_layers_score_like_single_ones(name):
     """What a criterion says of a stacked leaf is what it says of its layers, the rest of the model being the same."""
     criterion = METHODS[name].criterion
-    if criterion is jp.random:
+    if criterion is jp.criteria.random:
         pytest.skip("random numbers go by leaf")
     views = {"stack": drawn(0)["stack"][:, None], "dense": drawn(0)["dense"][None]}
 

@@ -290,7 +290,7 @@ def test_tied_weights_in_a_dict_are_pruned_once():
 # ---- stacked layers: one leaf, many layers
 
 LAYERS = 3
-STACKED = jp.FLAX.with_rules({"*kernel": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+STACKED = jp.FLAX.with_rules({"*kernel": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 
 
 def stacked_masks_equal_unrolled(stacked, masks):
@@ -315,7 +315,7 @@ def test_stacked_layers_in_nnx():
     model = drawn_nnx(lambda: make(nnx.Rngs(0).split(LAYERS)))
     start = np.array(model.kernel[...])
     method = jp.Method(distribution=jp.Uniform(), layout=STACKED)
-    tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.at(0))
+    tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.schedules.at(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -342,7 +342,7 @@ def test_stacked_layers_in_linen():
     model = scan()
     params = drawn(jax.eval_shape(model.init, jax.random.key(0), X, None))["params"]
     method = jp.Method(distribution=jp.Uniform(), layout=STACKED)
-    tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.at(0))
+    tx = jp.prune(optax.adamw(0.01), method, sparsity=SPARSITY, update_when=jp.schedules.at(0))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
     @jax.jit

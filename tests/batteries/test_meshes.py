@@ -96,8 +96,8 @@ def test_what_else_reads_weights_on_an_explicit_mesh(mesh, spec):
     for tx in (
         jp.regrow(optax.sgd(0.1), jp.Method(granularity=jp.Output(), layout=LAYOUT), sparsity=0.5, key=key),
         jp.splice(optax.sgd(0.1), method, sparsity=0.5),
-        jp.group_lasso(0.1, layout=LAYOUT),
-        jp.growing_penalty(method, 0.5, rise=1e-4, every=5, ceiling=1.0),
+        jp.training.group_lasso(0.1, layout=LAYOUT),
+        jp.training.growing_penalty(method, 0.5, rise=1e-4, every=5, ceiling=1.0),
     ):
         updates, _ = jax.eval_shape(lambda g, p, tx=tx: tx.update(g, tx.init(p), p), grads, sharded)
         assert lie(updates) == lie(jax.eval_shape(lambda params: params, sharded))

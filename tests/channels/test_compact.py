@@ -175,7 +175,7 @@ def test_what_is_removed_is_plain_data_that_a_model_is_made_of_again():
     masks = halved(fn, params, x)
     small = jp.compact(fn, params, masks, x)
     removed = json.loads(json.dumps(small.removed))
-    again = jp.apply_compacted(fn, removed, jp.uncompact(small.params, removed))
+    again = jp.channels.apply_compacted(fn, removed, jp.uncompact(small.params, removed))
     all_equal_the_masked_model(fn, params, masks, x, (again, small.params))
 
 

@@ -214,7 +214,9 @@ def shuffled_computes_the_same(fn, params, x, seed=0):
         source[of_kind] = rng.permutation(of_kind)
     layers = jp.Channels(found).layers
     orders = {name: np.searchsorted(layer, source[list(layer)]) for name, layer in layers.items()}
-    got, want = quick_jit(lambda *both: [fn(params, x) for params in both])(params, jp.reorder(params, found, orders))
+    got, want = quick_jit(lambda *both: [fn(params, x) for params in both])(
+        params, jp.channels.reorder(params, found, orders)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -279,7 +281,7 @@ def test_channels_prune_while_training(relaxed):
     params, fn, shape = MODELS["residual"]()
     x = make_input(shape)
     method = jp.Method(granularity=jp.Channels(jp.couplings(fn, params, x)), distribution=jp.Uniform())
-    optimizer = jp.prune(optax.adam(1e-2), method, sparsity=jp.constant(0.5), update_when=jp.at(1))
+    optimizer = jp.prune(optax.adam(1e-2), method, sparsity=jp.schedules.constant(0.5), update_when=jp.schedules.at(1))
 
     @jax.jit
     def step(params, state):

@@ -148,7 +148,7 @@ def channels_first(side):
     return model
 
 
-STACK = jp.FLAX.with_rules({"up": jp.Axes((0,), (), (1,), (2,)), "down": jp.Axes((0,), (), (1,), (2,))})
+STACK = jp.FLAX.with_rules({"up": jp.layout.Axes((0,), (), (1,), (2,)), "down": jp.layout.Axes((0,), (), (1,), (2,))})
 CASES = {
     "mlp": (MODELS["mlp"], ["1/kernel"], jp.FLAX),
     "images": (images, ["a/kernel", "b/kernel", "fc/kernel", "out/kernel"], jp.FLAX),
@@ -283,7 +283,7 @@ def test_evidence_takes_the_same_order():
     grads = gradients(params)
     method = jp.Method(criterion=jp.taylor, distribution=jp.NM(2, 4), select=["1/kernel"])
     found = jp.permute_channels(method, params, COUPLINGS["mlp"], grads=grads)
-    moved = jp.reorder(grads, COUPLINGS["mlp"], found.orders)
+    moved = jp.channels.reorder(grads, COUPLINGS["mlp"], found.orders)
     for a, b in zip(jax.tree.leaves(gradients(found.params)), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 

@@ -191,4 +191,4 @@ def test_what_does_not_go_together_is_refused():
     removed = {"qkv": ((), (0, 1)), "out": ((0,), ()), "bias": ((0, 1),)}
     small = jax.tree.map(operator.itemgetter(...), params)
     with pytest.raises(ValueError, match="removed of leaf 'bias' along axis 0 does not go together"):
-        jp.apply_compacted(fn, removed, params)(small, normal(*size))
+        jp.channels.apply_compacted(fn, removed, params)(small, normal(*size))

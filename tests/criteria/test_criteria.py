@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune import random, taylor
+from jaxprune import taylor
+from jaxprune.criteria import random
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 SHAPES = {"a": (1, 4, 3), "b": (2, 1, 2, 2), "c": (9, 5, 7)}
 OUTPUTS = {"a": (3,), "b": (2, 2), "c": (7,)}
 INPUTS = {"a": (4,), "b": (2, 2), "c": (5,)}
-JOINT = jp.joint_taylor(jp.Output())
+JOINT = jp.criteria.joint_taylor(jp.Output())
 
 
 def drawn(seed, shapes=SHAPES, dtype="float32"):
@@ -40,19 +41,22 @@ def double(tree):
 # criterion -> its oracle, and the evidence of a seed
 TABLE = {
     jp.magnitude: (oracle_criteria.magnitude, lambda seed: {}),
-    jp.squared_magnitude: (oracle_criteria.squared_magnitude, lambda seed: {}),
-    jp.lamp: (oracle_criteria.lamp, lambda seed: {}),
-    jp.geometric_median: (oracle_criteria.geometric_median, lambda seed: {}),
+    jp.criteria.squared_magnitude: (oracle_criteria.squared_magnitude, lambda seed: {}),
+    jp.criteria.lamp: (oracle_criteria.lamp, lambda seed: {}),
+    jp.criteria.geometric_median: (oracle_criteria.geometric_median, lambda seed: {}),
     jp.taylor: (oracle_criteria.taylor, lambda seed: {"grads": views(seed)}),
-    jp.taylor_squared: (oracle_criteria.taylor_squared, lambda seed: {"grads": views(seed)}),
+    jp.criteria.taylor_squared: (oracle_criteria.taylor_squared, lambda seed: {"grads": views(seed)}),
     JOINT: (oracle_criteria.joint_taylor_of_outputs, lambda seed: {"grads": views(seed)}),
     jp.snip: (oracle_criteria.snip, lambda seed: {"grads": views(seed)}),
-    jp.grasp: (oracle_criteria.grasp, lambda seed: {"hessian_grads": views(seed)}),
+    jp.criteria.grasp: (oracle_criteria.grasp, lambda seed: {"hessian_grads": views(seed)}),
     jp.synflow: (oracle_criteria.synflow, lambda seed: {"flow_grads": views(seed)}),
-    jp.fisher: (oracle_criteria.fisher, lambda seed: {"squared_grads": {n: g**2 for n, g in views(seed).items()}}),
-    jp.norm_scale: (oracle_criteria.norm_scale, lambda seed: {"scales": drawn(seed, OUTPUTS)}),
-    jp.activation_mean: (oracle_criteria.activation_mean, lambda seed: {"output_means": drawn(seed, OUTPUTS)}),
-    jp.apoz: (oracle_criteria.apoz, lambda seed: {"zero_fractions": fractions(seed)}),
+    jp.criteria.fisher: (
+        oracle_criteria.fisher,
+        lambda seed: {"squared_grads": {n: g**2 for n, g in views(seed).items()}},
+    ),
+    jp.criteria.norm_scale: (oracle_criteria.norm_scale, lambda seed: {"scales": drawn(seed, OUTPUTS)}),
+    jp.criteria.activation_mean: (oracle_criteria.activation_mean, lambda seed: {"output_means": drawn(seed, OUTPUTS)}),
+    jp.criteria.apoz: (oracle_criteria.apoz, lambda seed: {"zero_fractions": fractions(seed)}),
     jp.wanda: (
         oracle_criteria.wanda,
         lambda seed: {"input_norms": {n: jnp.abs(x) for n, x in drawn(seed, INPUTS).items()}},
@@ -84,7 +88,7 @@ def test_scores_are_those_of_the_paper(criterion, dtype, seed):
     largest = max(one.max() for one in expected.values())
     for name, want in expected.items():
         np.testing.assert_allclose(
-            scores[name], want, rtol=2e-6, atol=1e-6 * largest if criterion in (jp.grasp, JOINT) else 0
+            scores[name], want, rtol=2e-6, atol=1e-6 * largest if criterion in (jp.criteria.grasp, JOINT) else 0
         )
 
 
@@ -100,10 +104,12 @@ def test_zero_weights_give_finite_scores(criterion):
 def test_lamp_ranks_ties_by_index_and_keeps_every_leaf():
     """Lee et al. 2021: within a leaf the order is that of magnitudes; across leaves each one's last weight stays."""
     params = {"a": jnp.asarray([[[1.0, -1.0, 2.0, 0.0]]]), "b": jnp.asarray([[[1e-6, 1e-6, 1e-7, 0.0]]])}
-    scores = jp.lamp(params)
+    scores = jp.criteria.lamp(params)
     np.testing.assert_allclose(scores["a"].ravel(), [1 / 5, 1 / 6, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(scores["b"].ravel(), [1, 1 / 2, 0.01 / 2.01, 0], rtol=1e-6)
-    masks = jp.compute_masks(jp.Method(criterion=jp.lamp), {name: one[0] for name, one in params.items()}, 0.75)
+    masks = jp.compute_masks(
+        jp.Method(criterion=jp.criteria.lamp), {name: one[0] for name, one in params.items()}, 0.75
+    )
     assert [int(mask.sum()) for mask in masks.values()] == [1, 1]
 
 
@@ -120,7 +126,7 @@ def test_snip_does_not_depend_on_the_losss_scale_and_sums_to_one():
 def test_the_filter_in_the_middle_goes_first():
     """FPGM is not about norms: of the filters 1, 2, 3 the second is the one that the others can stand in for."""
     params = {"w": jnp.asarray([[1.0, 2.0, 3.0]]) * jnp.ones((4, 1))}
-    method = jp.Method(criterion=jp.geometric_median, granularity=jp.Output(), distribution=jp.Uniform())
+    method = jp.Method(criterion=jp.criteria.geometric_median, granularity=jp.Output(), distribution=jp.Uniform())
     assert jp.compute_masks(method, params, 0.3)["w"].all(0).tolist() == [True, False, True]
 
 
@@ -133,9 +139,13 @@ def test_changes_that_cancel_are_seen_together_alone():
 @pytest.mark.parametrize(
     ("criterion", "evidence", "words"),
     [
-        (jp.norm_scale, {"scales": {"a": jnp.ones(3)}}, r"`scales`.*'b', \(2, 2\); None arrived"),
-        (jp.apoz, {"zero_fractions": {n: jnp.ones(3) for n in SHAPES}}, r"`zero_fractions`.*'b', \(2, 2\); \(3,\)"),
-        (jp.activation_mean, {"output_means": {}}, r"`output_means`.*'a', \(3,\); None"),
+        (jp.criteria.norm_scale, {"scales": {"a": jnp.ones(3)}}, r"`scales`.*'b', \(2, 2\); None arrived"),
+        (
+            jp.criteria.apoz,
+            {"zero_fractions": {n: jnp.ones(3) for n in SHAPES}},
+            r"`zero_fractions`.*'b', \(2, 2\); \(3,\)",
+        ),
+        (jp.criteria.activation_mean, {"output_means": {}}, r"`output_means`.*'a', \(3,\); None"),
         (jp.wanda, {"input_norms": {"a": jnp.ones(3)}}, r"`input_norms`.*'a', \(4,\); \(3,\)"),
         (jp.wanda, {"input_norms": {}}, r"`input_norms`.*'a', \(4,\); None"),
     ],
@@ -178,8 +188,9 @@ def test_random_depends_on_the_key_and_the_place_not_on_the_values():
 
 
 MISSING = [
-    (taylor, "grads"), (random, "key"), (jp.grasp, "hessian_grads"), (jp.synflow, "flow_grads"),
-    (jp.fisher, "squared_grads"), (jp.wanda, "input_norms"), (jp.apoz, "zero_fractions"), (jp.norm_scale, "scales"),
+    (taylor, "grads"), (random, "key"), (jp.criteria.grasp, "hessian_grads"), (jp.synflow, "flow_grads"),
+    (jp.criteria.fisher, "squared_grads"), (jp.wanda, "input_norms"),
+    (jp.criteria.apoz, "zero_fractions"), (jp.criteria.norm_scale, "scales"),
 ]  # fmt: skip
 
 
@@ -235,7 +246,7 @@ def test_synflow_in_rounds_empties_no_layer_where_one_shot_does():
 
     method = jp.Method(criterion=jp.synflow)
     once = jp.compute_masks(method, params, 0.9995, **evidence(params))
-    masks = jax.jit(lambda p: jp.iterate(method, p, 0.9995, count=100, evidence=evidence))(params)
+    masks = jax.jit(lambda p: jp.iterative_masks(method, p, 0.9995, count=100, evidence=evidence))(params)
     assert jp.sparsity_of(masks) == pytest.approx(0.9995, abs=1e-5)
     assert min(int(mask.sum()) for mask in once.values()) == 0
     assert min(int(mask.sum()) for mask in masks.values()) > 0
@@ -244,12 +255,12 @@ def test_synflow_in_rounds_empties_no_layer_where_one_shot_does():
 def test_iterate_ends_where_compute_masks_would_for_weights_alone():
     params = drawn(0, NETWORK)
     method = jp.Method()
-    masks = jp.iterate(method, params, 0.9, count=7, evidence=lambda params: {})
+    masks = jp.iterative_masks(method, params, 0.9, count=7, evidence=lambda params: {})
     jax.tree.map(np.testing.assert_array_equal, masks, jp.compute_masks(method, params, 0.9))
     with pytest.raises(ValueError, match="count >= 1, got 0"):
-        jp.iterate(method, params, 0.9, count=0, evidence=lambda params: {})
+        jp.iterative_masks(method, params, 0.9, count=0, evidence=lambda params: {})
     with pytest.raises(ValueError, match=r"0\.9"):
-        jp.iterate(method, params, 90, count=1, evidence=lambda params: {})
+        jp.iterative_masks(method, params, 90, count=1, evidence=lambda params: {})
 
 
 def test_hessian_grads_are_the_hessian_times_the_gradient():
@@ -305,12 +316,17 @@ def by_hand(criterion, params, steps):
     return statistic
 
 
-@pytest.mark.parametrize("criterion", [jp.movement, jp.momentum(0.9)], ids=["movement", "momentum"])
+@pytest.mark.parametrize("criterion", [jp.movement, jp.criteria.momentum(0.9)], ids=["movement", "momentum"])
 def test_prune_carries_the_statistics(criterion, relaxed):
     rng = np.random.default_rng(0)
     params = start = {"w": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), "b": jnp.zeros(5)}
     steps = rng.normal(size=(4, 6, 5))
-    tx = jp.prune(optax.sgd(0.1), jp.Method(criterion=criterion), sparsity=jp.one_shot(0.5, 3), update_when=jp.at(3))
+    tx = jp.prune(
+        optax.sgd(0.1),
+        jp.Method(criterion=criterion),
+        sparsity=jp.schedules.one_shot(0.5, 3),
+        update_when=jp.schedules.at(3),
+    )
     state, update = tx.init(params), jax.jit(tx.update)
     for g in steps:
         grads = {"w": jnp.asarray(g, jnp.float32), "b": jnp.zeros(5)}
@@ -329,4 +345,4 @@ def test_one_shot_movement_takes_statistics_as_evidence():
     masks = jp.compute_masks(jp.Method(criterion=jp.movement), params, 0.5, statistics=statistics)
     assert masks["w"].tolist() == [[False, True], [True, False]]
     with pytest.raises(ValueError, match="decay"):
-        jp.momentum(1.0)
+        jp.criteria.momentum(1.0)

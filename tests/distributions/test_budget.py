@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune import Budget
+from jaxprune.distributions import Budget
 from jaxprune.distributions import budget as budgets
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -236,7 +236,7 @@ PARAMS = {
     for i, (name, shape) in enumerate({"conv": (3, 3, 2, 8), "tied": (8, 6), "stack": (3, 6, 6)}.items())
 } | {"bias": jnp.zeros(8)}
 X = jnp.ones((2, 8, 8, 2))
-LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+LAYOUT = jp.FLAX.with_rules({"stack": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 
 
 @pytest.fixture(scope="module")
@@ -245,19 +245,19 @@ def sites():
 
 
 def test_what_a_weight_costs(sites):
-    macs = jp.mac_costs(sites, PARAMS)
+    macs = jp.tracing.mac_costs(sites, PARAMS)
     assert macs == {"conv": 2 * 16, "stack": 2, "tied": 2 * 2}  # positions, steps of one layer, two uses
-    assert jp.mac_costs(sites, PARAMS, ("bias", "conv")) == {"bias": 0, "conv": 32}
+    assert jp.tracing.mac_costs(sites, PARAMS, ("bias", "conv")) == {"bias": 0, "conv": 32}
     half = {**PARAMS, "tied": PARAMS["tied"].astype(jnp.bfloat16)}
-    assert jp.byte_costs(half) == {"conv": 4, "stack": 4, "tied": 2}
+    assert jp.tracing.byte_costs(half) == {"conv": 4, "stack": 4, "tied": 2}
     with pytest.raises(ValueError, match="`costs` was given no sites"):
-        jp.mac_costs((), PARAMS)
+        jp.tracing.mac_costs((), PARAMS)
 
 
 @pytest.mark.parametrize("granularity", [jp.Block(2, 2), jp.Output()], ids=str)
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_the_costs_of_the_model_are_within_and_a_group_more_is_not(sites, granularity, share):
-    macs = jp.mac_costs(sites, PARAMS)
+    macs = jp.tracing.mac_costs(sites, PARAMS)
     dense = jp.costs(sites).total.macs
     method = jp.Method(granularity=granularity, distribution=Budget(macs, limit=share * dense), layout=LAYOUT)
     masks = jp.compute_masks(method, PARAMS)
@@ -271,7 +271,9 @@ def test_the_costs_of_the_model_are_within_and_a_group_more_is_not(sites, granul
 
 def test_bytes_of_the_survivors():
     half = {**PARAMS, "stack": PARAMS["stack"].astype(jnp.bfloat16)}
-    masks = jp.compute_masks(jp.Method(distribution=Budget(jp.byte_costs(half), limit=500), layout=LAYOUT), half)
+    masks = jp.compute_masks(
+        jp.Method(distribution=Budget(jp.tracing.byte_costs(half), limit=500), layout=LAYOUT), half
+    )
     left = sum(int(masks[name].sum()) * half[name].dtype.itemsize for name in ("conv", "tied", "stack"))
     assert 500 - 4 < left <= 500
 
@@ -344,6 +346,6 @@ def test_bad_numbers_are_refused(make, message):
 def test_channels_have_no_cost_of_their_own():
     params, x = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 3))}, jnp.ones((2, 4))
     channels = jp.Channels(jp.couplings(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, x))
-    for distribution in (Budget(), jp.ByRule({"*": Budget()})):
+    for distribution in (Budget(), jp.distributions.ByRule({"*": Budget()})):
         with pytest.raises(ValueError, match=r"what a channel costs depends on which others are left.*`masks_within`"):
             jp.compute_masks(jp.Method(granularity=channels, distribution=distribution), params, 0.5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune import BySensitivity
+from jaxprune.distributions import BySensitivity
 from jaxprune.search.sensitivity import Sensitivity
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune import ERK, NM, OWL, ByRule, Global, PerOutput, SigmaThreshold, Threshold, Uniform
+from jaxprune.distributions import ERK, NM, OWL, ByRule, Global, PerOutput, SigmaThreshold, Threshold, Uniform
 
 # Leaf name -> groups (*layers, spatial, in, out), and the sizes (*spatial, in, out) of its leaf.
 SHAPES = {"conv": (4, 8, 6), "stack": (3, 1, 8, 4), "wide": (1, 8, 2)}

@@ -176,7 +176,7 @@ def test_scores_and_penalties_of_long_leaves(shape):
         assert alive > dead * (1 - 1e-6)
         assert abs(int(masks.any(axis).sum()) - sizes.size / 2) <= 0.5
 
-        lasso = jp.group_lasso(1.0, granularity)
+        lasso = jp.training.group_lasso(1.0, granularity)
         updates, _ = jax.jit(lasso.update)(slopes, lasso.init(params), params)
         roots = np.sqrt(np.square(w64).mean(axis, keepdims=True))
         np.testing.assert_allclose(updates["kernel"], grads + w64 / roots, rtol=1e-4, atol=1e-5)

@@ -36,7 +36,7 @@ def prune_section(folder, *words):
     [
         ([], jp.Method()),
         (["--prune.criterion", "magnitude"], jp.Method(criterion=jp.magnitude)),
-        (["--prune.criterion", "random"], jp.Method(criterion=jp.random)),
+        (["--prune.criterion", "random"], jp.Method(criterion=jp.criteria.random)),
         (["--prune.criterion", "taylor"], jp.Method(criterion=jp.taylor)),
         (["--prune.granularity", "element"], jp.Method(granularity=jp.Element())),
         (["--prune.granularity", "{name='block', rows=4, cols=2}"], jp.Method(granularity=jp.Block(4, 2))),
@@ -51,13 +51,13 @@ def prune_section(folder, *words):
         (["--prune.granularity", "{name='head', heads=4}"], jp.Method(granularity=jp.Head(4))),
         (
             ["--prune.granularity", "{name='by_rule', rules={'z*'='kernel', '*'={name='block', rows=4, cols=2}}}"],
-            jp.Method(granularity=jp.GranularityByRule((("z*", jp.Kernel()), ("*", jp.Block(4, 2))))),
+            jp.Method(granularity=jp.granularity.ByRule((("z*", jp.Kernel()), ("*", jp.Block(4, 2))))),
         ),
         (["--prune.distribution", "owl"], jp.Method(distribution=jp.OWL())),
-        (["--prune.distribution", "budget"], jp.Method(distribution=jp.Budget())),
+        (["--prune.distribution", "budget"], jp.Method(distribution=jp.distributions.Budget())),
         (
             ["--prune", "{distribution={name='budget', costs={'conv*'=9.0, '*'=1.0}, limit=100.0, per_cost=true}}"],
-            jp.Method(distribution=jp.Budget({"conv*": 9, "*": 1}, limit=100, per_cost=True)),
+            jp.Method(distribution=jp.distributions.Budget({"conv*": 9, "*": 1}, limit=100, per_cost=True)),
         ),
         (
             ["--prune.distribution", "{name='nm', n=2, m=4, along='outputs'}"],
@@ -66,9 +66,12 @@ def prune_section(folder, *words):
         (["--prune.select", "['layers/*']"], jp.Method(select=("layers/*",))),
         (
             ["--prune", "{distribution={name='sigma_threshold', k=1.5, pooled=true}}"],
-            jp.Method(distribution=jp.SigmaThreshold(1.5, pooled=True)),
+            jp.Method(distribution=jp.distributions.SigmaThreshold(1.5, pooled=True)),
         ),
-        (["--prune", "{distribution={name='threshold', t=0.03}}"], jp.Method(distribution=jp.Threshold(0.03))),
+        (
+            ["--prune", "{distribution={name='threshold', t=0.03}}"],
+            jp.Method(distribution=jp.distributions.Threshold(0.03)),
+        ),
         (
             [
                 "--prune.distribution",
@@ -76,10 +79,10 @@ def prune_section(folder, *words):
                 " '*'={name='nm', n=1, m=2}}}",
             ],
             jp.Method(
-                distribution=jp.ByRule(
+                distribution=jp.distributions.ByRule(
                     (
                         ("z*", 0.25),
-                        ("a*", jp.ByRule((("ab*", jp.Uniform()), ("*", 0.75)))),
+                        ("a*", jp.distributions.ByRule((("ab*", jp.Uniform()), ("*", 0.75)))),
                         ("*", jp.NM(1, 2)),
                     )
                 )
@@ -92,7 +95,7 @@ def test_words_build_the_method_they_name(tmp_path, words, method):
     built = build.method(prune_section(tmp_path, *words))
     assert built == method
     # `==` of a by_rule ignores no order, since its rules are a tuple
-    if isinstance(method.distribution, jp.ByRule):
+    if isinstance(method.distribution, jp.distributions.ByRule):
         assert [pattern for pattern, _ in built.distribution.rules] == ["z*", "a*", "*"]
 
 
@@ -103,7 +106,7 @@ def test_every_public_answer_has_a_word():
             assert words.known(kind, name) is found
     classes = {one for one in vars(jp).values() if inspect.isclass(one)}
     granularities = {one for one in classes if hasattr(one, "pool") or hasattr(one, "pool_leaves")}
-    granularities |= {jp.GranularityByRule}
+    granularities |= {jp.granularity.ByRule}
     assert set(words.REGISTRY["granularity"].values()) == granularities
     distributions = {one for one in classes if list(inspect.signature(one.__call__).parameters)[-1:] == ["dims"]}
     assert set(words.REGISTRY["distribution"].values()) == distributions
@@ -114,7 +117,7 @@ def test_every_public_answer_has_a_word():
 def test_a_preset_named_in_a_config_is_the_preset(tmp_path, name):
     """Words, and what they build, agree with the object; of the statistics' decay and the like there is one default."""
     preset, wants = jp.presets()[name], {"sparsity": 0.5}
-    if isinstance(preset.method.distribution, jp.SigmaThreshold):
+    if isinstance(preset.method.distribution, jp.distributions.SigmaThreshold):
         wants = {}
     section = cfg.Prune.model_validate({"preset": name, **wants})
     built = build.preset(section)
@@ -365,7 +368,11 @@ def test_levels_of_rounds():
     assert (build.levels(thirds), build.prune_steps(thirds, 10)) == ([0.1, 0.3], 200)
     sigma = {"name": "sigma_threshold", "k": 0.5}
     grown = cfg.Prune.model_validate({"how": "iterative", "distribution": sigma, "growth": 2.0, "rounds": 3})
-    assert build.levels(grown) == [jp.SigmaThreshold(0.5), jp.SigmaThreshold(1.0), jp.SigmaThreshold(2.0)]
+    assert build.levels(grown) == [
+        jp.distributions.SigmaThreshold(0.5),
+        jp.distributions.SigmaThreshold(1.0),
+        jp.distributions.SigmaThreshold(2.0),
+    ]
     assert build.in_rounds(grown, build.method(grown))
     assert build.in_rounds(thirds, build.method(thirds))
 

@@ -51,7 +51,7 @@ def test_a_run_by_sensitivity_measures_the_leaves(tmp_path):
 
 def test_curves_may_stand_in_the_file(tmp_path):
     config = tiny(tmp_path, "--prune.distribution", CURVES)
-    assert build.method(config.prune).distribution == jp.BySensitivity({"*": ((0.5, 0.01), (0.9, 0.2))})
+    assert build.method(config.prune).distribution == jp.distributions.BySensitivity({"*": ((0.5, 0.01), (0.9, 0.2))})
     assert config.prune.distribution.left_to_the_run == set()
     (tmp_path / "again.toml").write_text(cfg.dump(config))
     assert cfg.load(tmp_path / "again.toml") == config

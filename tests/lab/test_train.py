@@ -56,7 +56,7 @@ def stage(**changes):
 
 
 def pruning():
-    method = jp.Method(criterion=jp.random)
+    method = jp.Method(criterion=jp.criteria.random)
     return jp.prune(
         optax.adam(0.05), method, sparsity=jp.cubic(0.5, begin=0, end=12), update_when=jp.every(3),
         key=jax.random.key(3),

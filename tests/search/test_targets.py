@@ -20,7 +20,7 @@ def model(name="flattened"):
 @pytest.mark.parametrize(("of", "name"), [("macs", "flattened"), ("weights", "mlp")])
 def test_the_cost_is_within_and_a_little_less_sparse_is_not(of, name):
     params, fn, x, method = model(name)
-    cost = jp.compacted_cost(fn, params, x, of=of)
+    cost = jp.search.compacted_cost(fn, params, x, of=of)
     bound = 0.45 * cost(all_alive(params))
     found = jp.masks_within(method, params, cost, bound, steps=3, most=0.8)
     assert found.cost == cost(found.masks) <= bound
@@ -33,7 +33,7 @@ def test_the_cost_is_within_and_a_little_less_sparse_is_not(of, name):
 
 def test_seconds_are_measured():
     params, fn, x, _ = model("mlp")
-    assert 0 < jp.compacted_cost(fn, params, x, of="seconds")(all_alive(params)) < 1
+    assert 0 < jp.search.compacted_cost(fn, params, x, of="seconds")(all_alive(params)) < 1
 
 
 def test_a_bound_that_dense_meets():

@@ -142,7 +142,7 @@ def test_a_scan_counts_every_step(clock):
 def test_what_cannot_be_compressed_is_recorded(clock):
     fake = clock()
     stack = jnp.stack([make_leaf((8, 8), 0.3, "float32", seed) for seed in range(3)])
-    stacked = jp.FLAX.with_rules({"layers": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+    stacked = jp.FLAX.with_rules({"layers": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
     fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]  # noqa: E731
     chosen = tune(fn, {"layers": stack}, make_x((3, 8)), layout=stacked)
     assert chosen.is_dense

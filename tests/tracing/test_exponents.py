@@ -119,7 +119,7 @@ def test_out_of_range_they_are_those_of_wider_numbers(name, size):
 
 
 WIDTH = 32
-STACK = jp.FLAX.with_rules({"w": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+STACK = jp.FLAX.with_rules({"w": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 
 
 @pytest.mark.parametrize(("layers", "how"), [(60, unrolled), (120, scanned)])
@@ -133,7 +133,7 @@ def test_synflow_leaves_no_layer_empty_however_deep(layers, how):
         return {"flow_grads": jp.evidence.flow_grads(how(LAYER["relu"]), params, x)}
 
     once = jp.compute_masks(method, params, 0.9, **evidence(params)) if how is scanned else None
-    masks = jax.jit(lambda params: jp.iterate(method, params, 0.99, count=100, evidence=evidence))(params)
+    masks = jax.jit(lambda params: jp.iterative_masks(method, params, 0.99, count=100, evidence=evidence))(params)
     assert jp.sparsity_of(masks) == pytest.approx(0.99, abs=1e-5)
     for found in (one for one in (once, masks) if one is not None):
         assert np.asarray(found["w"]).any((1, 2)).all()

@@ -23,7 +23,7 @@ BY_AXES = {
     "input": jp.Method(granularity=jp.Input(), distribution=jp.Uniform()),
     "head": jp.Method(granularity=jp.Head(2)),
     "per output": jp.Method(distribution=jp.PerOutput()),
-    "by rule": jp.Method(granularity=jp.GranularityByRule({"*": jp.Output()}), distribution=jp.Uniform()),
+    "by rule": jp.Method(granularity=jp.granularity.ByRule({"*": jp.Output()}), distribution=jp.Uniform()),
     "torch": jp.Method(granularity=jp.Output(), layout=jp.TORCH),
 }
 MESSAGE = r"Leaf 'layers/kernel' \(3, 6, 6\) may be stacked layers.*trace.*with_rules\(\{'layers/kernel': Axes\("

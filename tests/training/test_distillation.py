@@ -107,7 +107,7 @@ def test_the_teacher_helps_the_pruned(relaxed):
     x, unseen = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (64, 256))
     teacher = jnp.asarray(rng.normal(size=(8, 4)) * (rng.random((8, 4)) < 0.5), jnp.float32)
     params = teacher + jnp.asarray(0.5 * rng.normal(size=(8, 4)), jnp.float32)
-    tx = jp.prune(optax.adam(0.05), jp.Method(), sparsity=0.5, update_when=jp.at(50))
+    tx = jp.prune(optax.adam(0.05), jp.Method(), sparsity=0.5, update_when=jp.schedules.at(50))
 
     def step(carry, _):
         w, state = carry

@@ -20,7 +20,7 @@ def make_masks(alive=0.3):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5])
 def test_it_is_the_papers(rate):
     masks = make_masks()
-    for rates in (jp.adjusted_dropout(rate, masks), jax.jit(jp.adjusted_dropout)(rate, masks)):
+    for rates in (jp.training.adjusted_dropout(rate, masks), jax.jit(jp.training.adjusted_dropout)(rate, masks)):
         assert list(rates) == ["conv/kernel", "dense/kernel", "stack/kernel"]
         for name, found in rates.items():
             mask = np.asarray(masks[name.split("/")[0]]["kernel"])
@@ -30,24 +30,24 @@ def test_it_is_the_papers(rate):
 
 
 def test_all_is_as_before_and_nothing_needs_none():
-    assert float(jp.adjusted_dropout(0.5, make_masks(1.0))["dense/kernel"]) == 0.5
-    assert float(jp.adjusted_dropout(0.5, make_masks(0.0))["dense/kernel"]) == 0.0
+    assert float(jp.training.adjusted_dropout(0.5, make_masks(1.0))["dense/kernel"]) == 0.5
+    assert float(jp.training.adjusted_dropout(0.5, make_masks(0.0))["dense/kernel"]) == 0.0
 
 
 def test_select_is_that_of_methods():
     masks = make_masks()
-    assert list(jp.adjusted_dropout(0.5, masks, "dense/*")) == ["dense/bias", "dense/kernel"]
-    assert list(jp.adjusted_dropout(0.5, masks, {"conv/*": False, "*/kernel": True})) == [
+    assert list(jp.training.adjusted_dropout(0.5, masks, "dense/*")) == ["dense/bias", "dense/kernel"]
+    assert list(jp.training.adjusted_dropout(0.5, masks, {"conv/*": False, "*/kernel": True})) == [
         "dense/kernel",
         "stack/kernel",
     ]
-    assert list(jp.adjusted_dropout(0.5, masks, lambda name, leaf: leaf.ndim == 1)) == ["dense/bias"]
+    assert list(jp.training.adjusted_dropout(0.5, masks, lambda name, leaf: leaf.ndim == 1)) == ["dense/bias"]
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 50, float("nan")])
 def test_a_rate_is_a_fraction(rate):
     with pytest.raises(ValueError, match=rf"`adjusted_dropout` needs a rate in \[0, 1\), got {rate:g}"):
-        jp.adjusted_dropout(rate, make_masks())
+        jp.training.adjusted_dropout(rate, make_masks())
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_a_rate_is_a_fraction(rate):
 )
 def test_nothing_selected_is_refused(select, message):
     with pytest.raises(ValueError, match=message):
-        jp.adjusted_dropout(0.5, make_masks(), select)
+        jp.training.adjusted_dropout(0.5, make_masks(), select)

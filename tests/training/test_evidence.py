@@ -20,7 +20,9 @@ OTHER = {"kernel": jnp.asarray(np.random.default_rng(2).normal(size=(4, 6)), jnp
 ALL = {
     "prune": lambda method, **key: jp.prune(optax.sgd(0.1), method, sparsity=0.5, update_when=True, **key),
     "splice": lambda method, **key: jp.splice(optax.sgd(0.1), method, sparsity=0.5, update_when=True, **key),
-    "growing_penalty": lambda method, **key: jp.growing_penalty(method, 0.5, rise=0.1, every=1, ceiling=1.0, **key),
+    "growing_penalty": lambda method, **key: jp.training.growing_penalty(
+        method, 0.5, rise=0.1, every=1, ceiling=1.0, **key
+    ),
     "regrow": lambda method, key: jp.regrow(optax.sgd(0.1), method, sparsity=0.5, update_when=True, key=key),
     "regrow by": lambda method, key: jp.regrow(
         optax.sgd(0.1), jp.Method(), sparsity=0.5, update_when=True, key=key, grow=method.criterion
@@ -44,7 +46,9 @@ def spies():
         told.update(scored=evidence)
         return {name: jnp.abs(leaf) for name, leaf in params.items()}
 
-    zeros = jp.Running(lambda params: {name: jnp.zeros_like(leaf) for name, leaf in params.items()}, moved, scored)
+    zeros = jp.criteria.Running(
+        lambda params: {name: jnp.zeros_like(leaf) for name, leaf in params.items()}, moved, scored
+    )
     return told, {"plain": plain, "running": zeros}
 
 
@@ -90,8 +94,8 @@ def test_without_a_key_there_is_none(name):
 
 TRANSFORMATIONS = ALL | {
     "keep_params_sparse": lambda method, **_: jp.keep_params_sparse({"kernel": jnp.ones((4, 6), bool)}),
-    "l1": lambda method, **_: jp.l1(0.1),
-    "group_lasso": lambda method, **_: jp.group_lasso(0.1),
+    "l1": lambda method, **_: jp.training.l1(0.1),
+    "group_lasso": lambda method, **_: jp.training.group_lasso(0.1),
 }
 
 

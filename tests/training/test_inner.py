@@ -96,7 +96,7 @@ def test_value_and_gradient_of_a_line_search_are_those_of_the_params(around, sea
             assert value <= before
         if around == "regrow" and i == 6:  # the best gradients grow, though the search has forgotten them
             grads = value_and_grad(old[0], **DATA)[1]
-            assert same_bits(alive, jp.regrow_masks(METHOD, jp.gradient, *old, 0.3, grads=grads)["w"])
+            assert same_bits(alive, jp.training.regrow_masks(METHOD, jp.criteria.gradient, *old, 0.3, grads=grads)["w"])
         before = value
     assert np.sum(~np.asarray(alive)) == (32 if around == "prune" else 20)
 
@@ -244,8 +244,8 @@ def test_narrow_gradients_inside_apply_if_finite_are_widened_first():
     ("method", "schedule"),
     [
         (METHOD, jp.cubic(0.9, begin=1, end=3)),
-        (jp.Method(distribution=jp.Uniform()), jp.alternating(0.7, dense=1, sparse=1, begin=1, end=3)),
-        (jp.Method(granularity=jp.Block(2, 1)), jp.one_shot(0.6, 1)),
+        (jp.Method(distribution=jp.Uniform()), jp.schedules.alternating(0.7, dense=1, sparse=1, begin=1, end=3)),
+        (jp.Method(granularity=jp.Block(2, 1)), jp.schedules.one_shot(0.6, 1)),
         (jp.Method(distribution=jp.PerOutput()), 0.75),
     ],
 )
@@ -267,7 +267,8 @@ def test_what_is_dead_at_the_beginning_stays_dead(packed, method, schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", [0.3, jp.cubic(0.45, begin=2, end=9), jp.one_shot(0.2, 4), jp.rounds(0.4, count=2, length=1)]
+    "schedule",
+    [0.3, jp.cubic(0.45, begin=2, end=9), jp.schedules.one_shot(0.2, 4), jp.schedules.rounds(0.4, count=2, length=1)],
 )
 def test_a_schedule_below_the_sparsity_that_is_there_says_so(schedule):
     tx = jp.prune(optax.sgd(0.1), METHOD, sparsity=schedule, masks=HALF)

@@ -1,4 +1,4 @@
-"""`iterative`: rounds of pruning and training, rewinding to the bit, and a stop rule that says where it stopped."""
+"""`iterative_pruning`: rounds of pruning and training, rewinding to the bit, and a stop rule that says where it ended."""
 
 import itertools
 
@@ -57,7 +57,7 @@ LEVELS = [0.25, 0.5, 2 / 3, 0.75, 11 / 12]  # 12 of 36 weights matter: 2/3 can g
 
 
 def test_the_stop_rule_steps_back_to_the_last_good_state(dense):
-    done = jp.iterative(METHOD, dense, LEVELS, trained(), evaluate=score, tolerance=1e-3)
+    done = jp.iterative_pruning(METHOD, dense, LEVELS, trained(), evaluate=score, tolerance=1e-3)
     assert [one.number for one in done.rounds] == [1, 2, 3, 4]
     assert [round(one.sparsity, 6) for one in done.rounds] == [0.25, 0.5, 0.666667, 0.75]
     assert done.failed is done.rounds[-1]
@@ -65,7 +65,7 @@ def test_the_stop_rule_steps_back_to_the_last_good_state(dense):
     assert done.failed.shortfall > 0
     assert f"round 4: 75 % removed, score {done.failed.score:.6g}: failed by {done.failed.shortfall:.3g}" in str(done)
     # The state is that of round 3, to the bit.
-    again = jp.iterative(METHOD, dense, LEVELS[:3], trained(), evaluate=score, tolerance=1e-3)
+    again = jp.iterative_pruning(METHOD, dense, LEVELS[:3], trained(), evaluate=score, tolerance=1e-3)
     assert again.failed is None
     jax.tree.map(np.testing.assert_array_equal, (done.params, done.masks), (again.params, again.masks))
     assert int(jp.sparsity_of(done.masks) * 36 + 0.5) == 24
@@ -73,15 +73,15 @@ def test_the_stop_rule_steps_back_to_the_last_good_state(dense):
 
 
 def test_a_threshold_is_raised_without_end_until_it_no_longer_recovers(dense):
-    levels = (jp.SigmaThreshold(0.1 * k) for k in itertools.count(1))
-    done = jp.iterative(METHOD, dense, levels, trained(), evaluate=score, tolerance=1e-3)
+    levels = (jp.distributions.SigmaThreshold(0.1 * k) for k in itertools.count(1))
+    done = jp.iterative_pruning(METHOD, dense, levels, trained(), evaluate=score, tolerance=1e-3)
     assert done.failed is not None
     assert 0.5 <= float(jp.sparsity_of(done.masks)) <= 0.7
     assert all(not one.shortfall for one in done.rounds[:-1])
 
 
 def test_a_first_round_that_fails_leaves_what_was_handed_in(dense):
-    done = jp.iterative(METHOD, dense, [0.99], trained(), evaluate=score, tolerance=1e-3)
+    done = jp.iterative_pruning(METHOD, dense, [0.99], trained(), evaluate=score, tolerance=1e-3)
     assert len(done.rounds) == 1
     assert done.failed is not None
     jax.tree.map(np.testing.assert_array_equal, done.params, dense)
@@ -90,7 +90,7 @@ def test_a_first_round_that_fails_leaves_what_was_handed_in(dense):
 
 def test_rewound_weights_are_the_early_ones_to_the_bit(dense):
     starts = []
-    done = jp.iterative(METHOD, dense, [0.25, 0.5], trained(starts), early_params=EARLY)
+    done = jp.iterative_pruning(METHOD, dense, [0.25, 0.5], trained(starts), early_params=EARLY)
     assert [number for number, *_ in starts] == [1, 2]
     for _, params, masks in starts:
         alive = np.asarray(masks["w"])
@@ -109,7 +109,7 @@ def test_groups_of_leaves_one_after_the_other():
     masks = None
     for name, sparsity in still.items():
         method = jp.Method(distribution=jp.Uniform(), select=(name,))
-        done = jp.iterative(method, params, [sparsity], lambda params, masks, number: params, masks=masks)
+        done = jp.iterative_pruning(method, params, [sparsity], lambda params, masks, number: params, masks=masks)
         params, masks = done.params, done.masks
         assert done.rounds[0].sparsity == sparsity
     for name, sparsity in still.items():
@@ -130,4 +130,4 @@ def test_what_cannot_be_meant_is_refused(dense, options, message):
     given = {"levels": [0.25], "train": lambda params, masks, number: params, **options}
     levels, train = given.pop("levels"), given.pop("train")
     with pytest.raises(ValueError, match=message):
-        jp.iterative(METHOD, dense, levels, train, **given)
+        jp.iterative_pruning(METHOD, dense, levels, train, **given)

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 SHAPES = {"bias": (6,), "conv": (2, 2, 3, 4), "kernel": (4, 6), "stack": (2, 4, 2)}
 AXES = {
-    "conv": jp.Axes(spatial=(0, 1), inputs=(2,), outputs=(3,)),
-    "kernel": jp.Axes(inputs=(0,), outputs=(1,)),
-    "stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,)),
+    "conv": jp.layout.Axes(spatial=(0, 1), inputs=(2,), outputs=(3,)),
+    "kernel": jp.layout.Axes(inputs=(0,), outputs=(1,)),
+    "stack": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,)),
 }
 LAYOUT = jp.FLAX.with_rules({"stack": AXES["stack"]})
 SMALL = {"bias": SHAPES["bias"], "kernel": SHAPES["kernel"]}
@@ -79,7 +79,7 @@ def same_bits(first, second):
 @pytest.mark.parametrize("granularity", GROUPS, ids=str)
 def test_group_lasso_adds_the_derivative_of_its_penalty(granularity):
     params, updates = draw(0), draw(1)
-    found, state = updated(jp.group_lasso(0.3, granularity, layout=LAYOUT), updates, params)
+    found, state = updated(jp.training.group_lasso(0.3, granularity, layout=LAYOUT), updates, params)
     assert state == optax.EmptyState()
     assert same_bits(found["bias"], updates["bias"])
     for name in AXES:
@@ -95,7 +95,7 @@ def test_group_lasso_adds_the_derivative_of_its_penalty(granularity):
 def test_l1_adds_the_sign():
     params, updates = draw(0), draw(1)
     params["kernel"] = params["kernel"].at[0, :2].set(jnp.asarray([0.0, -0.0]))
-    found, _ = updated(jp.l1(0.3), updates, params)
+    found, _ = updated(jp.training.l1(0.3), updates, params)
     assert same_bits(found["bias"], updates["bias"])
     assert same_bits(found["kernel"][0, :2], updates["kernel"][0, :2])
     for name in AXES:
@@ -107,7 +107,7 @@ def test_l1_adds_the_sign():
 def test_select_is_that_of_methods():
     params, updates = draw(0), draw(1)
     for select, chosen in (("bias", {"bias"}), ({"conv": False, "*": True}, {"bias", "kernel", "stack"})):
-        found, _ = updated(jp.l1(0.3, select), updates, params)
+        found, _ = updated(jp.training.l1(0.3, select), updates, params)
         assert {name for name in SHAPES if not same_bits(found[name], updates[name])} == chosen
 
 
@@ -115,7 +115,7 @@ def test_select_is_that_of_methods():
 def test_groups_near_zero_do_no_harm(small):
     """Their squares are no numbers any more: the derivative is then short of a unit's root mean square, never NaN."""
     w = jnp.asarray(small * np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
-    found, _ = updated(jp.group_lasso(1.0), {"w": jnp.zeros((4, 6))}, {"w": w})
+    found, _ = updated(jp.training.group_lasso(1.0), {"w": jnp.zeros((4, 6))}, {"w": w})
     size = np.sqrt(np.square(np.asarray(found["w"], np.float64)).mean(0))
     assert np.all(np.isfinite(found["w"]))
     assert np.all(size < 1.01)
@@ -124,7 +124,11 @@ def test_groups_near_zero_do_no_harm(small):
 
 def test_bfloat16_is_rounded_once():
     """Updates keep their dtype, whatever that of the params is."""
-    penalties = jp.l1(0.3), jp.group_lasso(0.3), growing(jp.Method(distribution=jp.NM(1, 2)), None, rise=0.3)
+    penalties = (
+        jp.training.l1(0.3),
+        jp.training.group_lasso(0.3),
+        growing(jp.Method(distribution=jp.NM(1, 2)), None, rise=0.3),
+    )
     every_update = jax.jit(lambda updates, params: [tx.update(updates, tx.init(params), params)[0] for tx in penalties])
     full = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
     for dtype, grads in (("bfloat16", "bfloat16"), ("float32", "bfloat16")):
@@ -134,7 +138,7 @@ def test_bfloat16_is_rounded_once():
             assert not same_bits(found, updates)
 
 
-@pytest.mark.parametrize("make", [jp.l1, functools.partial(jp.group_lasso, layout=LAYOUT)])
+@pytest.mark.parametrize("make", [jp.training.l1, functools.partial(jp.training.group_lasso, layout=LAYOUT)])
 def test_a_strength_may_be_a_schedule(make):
     params, updates, strengths = draw(0), draw(1), [0.0, 0.25, 0.5]
     tx = make(optax.linear_schedule(0.0, 0.5, 2))
@@ -150,7 +154,7 @@ def test_a_strength_may_be_a_schedule(make):
 
 
 def growing(method=jp.Method(layout=LAYOUT), sparsity=0.4, rise=0.1, every=2, ceiling=0.25, **rest):  # noqa: B008
-    return jp.growing_penalty(method, sparsity, rise=rise, every=every, ceiling=ceiling, **rest)
+    return jp.training.growing_penalty(method, sparsity, rise=rise, every=every, ceiling=ceiling, **rest)
 
 
 def test_the_penalty_grows_on_what_is_to_go_and_on_nothing_else():
@@ -184,7 +188,7 @@ def by_value(params, /, *, value, **_):
 
 EVIDENCE = {
     "gradients": (jp.taylor, {}, {}),
-    "random": (jp.random, {"key": jax.random.key(3)}, {}),
+    "random": (jp.criteria.random, {"key": jax.random.key(3)}, {}),
     "running": (jp.movement, {}, {}),
     "any": (by_value, {}, {"value": jnp.float32(0.5)}),
 }
@@ -198,7 +202,7 @@ def test_the_criterion_is_handed_what_prune_hands_it(kind):
 
     @jax.jit
     def run(updates, params, extra):
-        pruner = jp.prune(optax.sgd(0.1), method, sparsity=0.5, update_when=jp.at(0), **key)
+        pruner = jp.prune(optax.sgd(0.1), method, sparsity=0.5, update_when=jp.schedules.at(0), **key)
         tx = growing(method, 0.5, **key)
         masks = pruner.update(updates, pruner.init(params), params, **extra)[1].masks
         return masks, tx.update(updates, tx.init(params), params, **extra)[1].unwanted
@@ -229,9 +233,9 @@ def trained(tx, params, grads):
 
 
 PENALTIES = {
-    "l1": lambda: jp.l1(0.1),
-    "scheduled": lambda: jp.l1(optax.linear_schedule(0.0, 0.1, 3)),
-    "group_lasso": lambda: jp.group_lasso(0.1, layout=LAYOUT),
+    "l1": lambda: jp.training.l1(0.1),
+    "scheduled": lambda: jp.training.l1(optax.linear_schedule(0.0, 0.1, 3)),
+    "group_lasso": lambda: jp.training.group_lasso(0.1, layout=LAYOUT),
     "growing": growing,
 }
 
@@ -257,7 +261,7 @@ def test_scan_donation_and_eager_steps_agree(name, relaxed):
 
 LABELS = {"kernel": "drawn", "bias": "free"}
 NESTINGS = {
-    "inside prune": lambda p: jp.prune(chained(p), jp.Method(), sparsity=0.5, update_when=jp.at(2)),
+    "inside prune": lambda p: jp.prune(chained(p), jp.Method(), sparsity=0.5, update_when=jp.schedules.at(2)),
     "before keep": lambda p: optax.chain(chained(p), jp.keep_params_sparse(draw_masks())),
     "multi steps": lambda p: optax.MultiSteps(chained(p), every_k_schedule=3).gradient_transformation(),
     "partition": lambda p: optax.partition({"drawn": chained(p), "free": optax.sgd(0.1)}, LABELS),
@@ -288,7 +292,7 @@ def test_the_choice_is_found_in_every_nesting(nesting, relaxed):
     assert optax.tree.get(marked, "penalty_step") == "other"
 
 
-@pytest.mark.parametrize("make", [jp.l1, jp.group_lasso])
+@pytest.mark.parametrize("make", [jp.training.l1, jp.training.group_lasso])
 def test_a_strength_may_be_injected(make, relaxed):
     tx = optax.inject_hyperparams(make, static_args="select")(strength=0.3)
     params, updates = draw(0, shapes=SMALL), draw(1, shapes=SMALL)
@@ -306,7 +310,7 @@ def test_eight_devices_train_what_one_does(name, relaxed):
     shapes = {"bias": (8,), "kernel": (16, 24)}
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
     places = {"bias": NamedSharding(mesh, P("x")), "kernel": NamedSharding(mesh, P("x", "y"))}
-    penalty = jp.group_lasso(0.1) if name == "group_lasso" else PENALTIES[name]()
+    penalty = jp.training.group_lasso(0.1) if name == "group_lasso" else PENALTIES[name]()
     tx = optax.chain(penalty, optax.sgd(0.1, momentum=0.9))
 
     def after(place):
@@ -349,27 +353,29 @@ def regression(tx, steps=200):
 def test_group_lasso_brings_whole_groups_near_zero():
     """Inputs without a signal, all their weights, and no others; without the penalty, they keep fitting noise."""
     decay = optax.exponential_decay(0.2, 200, 1e-3)
-    drawn = np.abs(regression(optax.chain(jp.group_lasso(0.1, Input()), optax.sgd(decay)))[0]["w"])
+    drawn = np.abs(regression(optax.chain(jp.training.group_lasso(0.1, Input()), optax.sgd(decay)))[0]["w"])
     free = np.abs(regression(optax.sgd(decay))[0]["w"])
     assert drawn[2:].max() < 1e-3
     assert free[2:].max(1).min() > 1e-2
     assert drawn[:2, :4].min() > 0.5
-    method = jp.Method(jp.squared_magnitude, Input())
+    method = jp.Method(jp.criteria.squared_magnitude, Input())
     masks = jp.compute_masks(method, {"w": jnp.asarray(drawn)}, 0.75)
     assert np.asarray(masks["w"]).all(1).tolist() == [True] * 2 + [False] * 6
 
 
 def test_l1_brings_weights_near_zero_one_by_one():
     decay = optax.exponential_decay(0.2, 200, 1e-3)
-    drawn = np.abs(regression(optax.chain(jp.l1(0.1), optax.sgd(decay)))[0]["w"])
+    drawn = np.abs(regression(optax.chain(jp.training.l1(0.1), optax.sgd(decay)))[0]["w"])
     assert (drawn < 1e-3).sum() >= 36
     assert drawn[:2, :4].min() > 0.5
 
 
 def test_what_grew_small_is_cut_without_a_loss():
     """Weights that the task wants: cut at once they are missed, drawn to zero the others have taken their place."""
-    method = jp.Method(jp.random)  # a bad choice on purpose, the same for both
-    tx = chained(jp.growing_penalty(method, 0.3, rise=0.5, every=10, ceiling=9.0, key=jax.random.key(1)), optax.sgd)
+    method = jp.Method(jp.criteria.random)  # a bad choice on purpose, the same for both
+    tx = chained(
+        jp.training.growing_penalty(method, 0.3, rise=0.5, every=10, ceiling=9.0, key=jax.random.key(1)), optax.sgd
+    )
     params, state, loss = regression(tx)
     unwanted = np.asarray(optax.tree.get(state, "unwanted")["w"])
     free, _, _ = regression(optax.sgd(0.05))
@@ -385,7 +391,7 @@ def test_what_grew_small_is_cut_without_a_loss():
 # ---- refusals
 
 
-@pytest.mark.parametrize("make", [jp.l1, jp.group_lasso])
+@pytest.mark.parametrize("make", [jp.training.l1, jp.training.group_lasso])
 @pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
 def test_a_strength_is_a_number_from_zero_on(make, strength):
     with pytest.raises(ValueError, match=f"`{make.__name__}` needs a finite `strength` >= 0, got {strength:g}"):
@@ -393,7 +399,7 @@ def test_a_strength_is_a_number_from_zero_on(make, strength):
 
 
 def test_a_schedule_s_strength_is_looked_at_where_it_is_known():
-    tx = jp.l1(lambda step: -1.0)
+    tx = jp.training.l1(lambda step: -1.0)
     with pytest.raises(ValueError, match="`l1` needs a finite `strength` >= 0, got -1"):
         tx.update(draw(1), tx.init(draw(0)), draw(0))
 
@@ -415,7 +421,7 @@ def test_numbers_out_of_range_are_refused(change, message):
 
 def test_one_number_is_asked_for(unchecked):
     with pytest.raises(ValueError, match=r"`l1` needs one number as its `strength`, got an array of shape \(2,\)"):
-        jp.l1(jnp.ones(2))
+        jp.training.l1(jnp.ones(2))
 
 
 def test_groups_across_leaves_are_refused(unchecked):
@@ -424,7 +430,7 @@ def test_groups_across_leaves_are_refused(unchecked):
     with pytest.raises(
         TypeError, match=r"`group_lasso` needs groups within one leaf, such as `Output\(\)`; got Channels"
     ):
-        jp.group_lasso(0.1, channels)
+        jp.training.group_lasso(0.1, channels)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -436,13 +442,17 @@ def test_missing_params_are_asked_for(name):
 
 @pytest.mark.parametrize("select", ["third/*", lambda name, leaf: False])
 def test_nothing_selected_is_refused_before_training(select):
-    for tx in (jp.l1(0.1, select), jp.group_lasso(0.1, select=select), growing(jp.Method(select=select))):
+    for tx in (
+        jp.training.l1(0.1, select),
+        jp.training.group_lasso(0.1, select=select),
+        growing(jp.Method(select=select)),
+    ):
         with pytest.raises(ValueError, match="There are: 'bias', 'conv'"):
             tx.init(draw(0))
 
 
 def test_what_is_no_array_or_does_not_divide_is_refused_before_training(unchecked):
     with pytest.raises(ValueError, match="Leaf 'kernel': 6 outputs do not divide into 4 heads"):
-        jp.group_lasso(0.1, Head(4), select="kernel").init(draw(0))
+        jp.training.group_lasso(0.1, Head(4), select="kernel").init(draw(0))
     with pytest.raises(TypeError, match="'name' is a str, an array was expected"):
-        jp.l1(0.1).init({**draw(0), "name": "mine"})
+        jp.training.l1(0.1).init({**draw(0), "name": "mine"})

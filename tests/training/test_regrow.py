@@ -14,9 +14,9 @@ import jaxprune as jp
 pytestmark = pytest.mark.usefixtures("quick")
 
 SHAPES = {"a": (12, 10), "conv": (3, 3, 4, 6), "stack": (2, 6, 8), "bias": (10,)}
-LAYOUT = jp.FLAX.with_rules({"stack": jp.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
+LAYOUT = jp.FLAX.with_rules({"stack": jp.layout.Axes(layers=(0,), inputs=(1,), outputs=(2,))})
 METHOD = jp.Method(distribution=jp.ERK(), layout=LAYOUT)
-GROW = {"set": jp.random, "rigl": jp.gradient, "momentum": jp.momentum(0.5)}
+GROW = {"set": jp.criteria.random, "rigl": jp.criteria.gradient, "momentum": jp.criteria.momentum(0.5)}
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +45,12 @@ def moved(alive, drop, grow, fraction):
 
 @jax.jit
 def random_masks(params, sparsity, key):
-    return jp.compute_masks(jp.Method(jp.random, layout=LAYOUT), params, sparsity, key=key)
+    return jp.compute_masks(jp.Method(jp.criteria.random, layout=LAYOUT), params, sparsity, key=key)
 
 
 @jax.jit
 def moved_by_gradient(params, masks, fraction, grads):
-    return jp.regrow_masks(METHOD, jp.gradient, params, masks, fraction, grads=grads)
+    return jp.training.regrow_masks(METHOD, jp.criteria.gradient, params, masks, fraction, grads=grads)
 
 
 @given(seed=st.integers(0, 5), sparsity=st.sampled_from([0.3, 0.9]), fraction=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
@@ -71,14 +71,14 @@ def test_one_step_is_the_papers(seed, sparsity, fraction):
 def test_what_just_died_may_come_back_at_once():
     params, masks = {"w": jnp.asarray([[1.0, 2.0, 0.0, 0.0]])}, {"w": jnp.asarray([[True, True, False, False]])}
     grads = {"w": jnp.asarray([[9.0, 0.0, 1.0, 2.0]])}
-    found = jp.regrow_masks(jp.Method(), jp.gradient, params, masks, 0.5, grads=grads)
+    found = jp.training.regrow_masks(jp.Method(), jp.criteria.gradient, params, masks, 0.5, grads=grads)
     assert found["w"].tolist() == [[True, True, False, False]]
 
 
 def test_living_zeros_are_alive():
     """A weight that grew and has not learned yet is zero, and no less alive than the dead."""
     params, masks = {"w": jnp.zeros((1, 4))}, {"w": jnp.asarray([[False, True, True, False]])}
-    found = jp.regrow_masks(jp.Method(), jp.gradient, params, masks, 0.0, grads=params)
+    found = jp.training.regrow_masks(jp.Method(), jp.criteria.gradient, params, masks, 0.0, grads=params)
     assert found["w"].tolist() == masks["w"].tolist()
 
 
@@ -89,7 +89,7 @@ def test_blocks_move_whole():
     @jax.jit
     def before_and_after(params, grads):
         masks = jp.compute_masks(method, params, 0.5)
-        return masks, jp.regrow_masks(method, jp.gradient, params, masks, 0.3, grads=grads)["a"]
+        return masks, jp.training.regrow_masks(method, jp.criteria.gradient, params, masks, 0.3, grads=grads)["a"]
 
     masks, found = before_and_after(params, grads)
     tiles = np.asarray(found).reshape(6, 2, 5, 2).sum((1, 3))
@@ -144,7 +144,7 @@ def test_it_begins_as_the_distribution_has_it():
     state = jp.regrow(optax.sgd(0.1), METHOD, sparsity=0.8, key=jax.random.key(3)).init(params)
     again = jp.regrow(optax.sgd(0.1), METHOD, sparsity=0.8, key=jax.random.key(3)).init(params)
     other = jp.regrow(optax.sgd(0.1), METHOD, sparsity=0.8, key=jax.random.key(4)).init(params)
-    wanted = jp.compute_masks(jp.Method(jp.random, distribution=jp.ERK(), layout=LAYOUT), params, 0.8,
+    wanted = jp.compute_masks(jp.Method(jp.criteria.random, distribution=jp.ERK(), layout=LAYOUT), params, 0.8,
                               key=jax.random.key(3))  # fmt: skip
     for name in SHAPES:
         np.testing.assert_array_equal(state.masks[name], wanted[name])
@@ -158,7 +158,10 @@ def test_it_begins_as_the_distribution_has_it():
         ({"drop_fraction": 1.5}, r"`drop_fraction` is a fraction of the living weights, in \[0, 1\]; got 1.5"),
         ({"sparsity": 90}, "Did you mean 0.9"),
         ({"method": jp.Method(distribution=jp.NM(2, 4))}, "would break the pattern of `NM`"),
-        ({"method": jp.Method(distribution=jp.ByRule({"*": jp.NM(2, 4)}))}, "would break the pattern of `ByRule`"),
+        (
+            {"method": jp.Method(distribution=jp.distributions.ByRule({"*": jp.NM(2, 4)}))},
+            "would break the pattern of `ByRule`",
+        ),
     ],
 )
 def test_refusals(change, message):

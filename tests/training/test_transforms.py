@@ -175,7 +175,7 @@ def test_cubic_schedule_reaches_the_exact_count():
 def test_the_dead_stay_dead_while_the_sparsity_does_not_fall():
     """Under random scores, which would bring a zero back as soon as any other weight."""
     levels = jnp.float32([0.3, 0.3, 0.5, 0.5, 0.5, 0.9])
-    method, key = jp.Method(criterion=jp.random), jax.random.key(0)
+    method, key = jp.Method(criterion=jp.criteria.random), jax.random.key(0)
     masks, _ = masks_after(
         jp.prune(optax.sgd(0.1), method, sparsity=lambda t: levels[t], update_when=ALWAYS, key=key), gradients()
     )
@@ -197,12 +197,12 @@ def test_the_dead_come_back_when_the_sparsity_falls():
 
 def test_a_distribution_that_decides_itself_needs_no_sparsity():
     method = jp.Method(distribution=jp.NM(1, 5), select="first/kernel")
-    masks, _ = masks_after(jp.prune(optax.sgd(0.1), method, update_when=jp.at(0)), gradients(2))
+    masks, _ = masks_after(jp.prune(optax.sgd(0.1), method, update_when=jp.schedules.at(0)), gradients(2))
     assert np.array_equal(named(masks)["first/kernel"][1].sum(axis=0), np.ones(7))
 
 
 def test_random_criterion_draws_anew_at_every_step():
-    method, params = jp.Method(criterion=jp.random), make_model(0)
+    method, params = jp.Method(criterion=jp.criteria.random), make_model(0)
 
     @jax.jit
     def masks_of(key, step):
@@ -221,7 +221,7 @@ def test_random_criterion_draws_anew_at_every_step():
 def test_taylor_is_handed_the_gradients():
     params, grads = make_model(0), make_tree(1)
     method = jp.Method(criterion=jp.taylor)
-    tx = jp.prune(optax.sgd(0.1), method, sparsity=0.5, update_when=jp.at(0))
+    tx = jp.prune(optax.sgd(0.1), method, sparsity=0.5, update_when=jp.schedules.at(0))
     masks = tx.update(grads, tx.init(params), params)[1].masks
     assert same_bits(masks, jp.compute_masks(method, params, 0.5, grads=grads))
     assert not same_bits(masks, jp.compute_masks(METHOD, params, 0.5))
@@ -241,7 +241,7 @@ def recorder():
 
 def test_the_inner_optimizer_sees_no_gradient_of_the_dead():
     params, grads = make_model(0), make_tree(1)
-    tx = jp.prune(recorder(), METHOD, sparsity=0.75, update_when=jp.at(0))
+    tx = jp.prune(recorder(), METHOD, sparsity=0.75, update_when=jp.schedules.at(0))
     state = tx.update(grads, tx.init(params), params)[1]
     seen = state.inner_state["seen"]
     assert same_bits(seen, jp.apply_masks(grads, state.masks))
@@ -250,7 +250,7 @@ def test_the_inner_optimizer_sees_no_gradient_of_the_dead():
 
 def test_norms_are_those_of_the_pruned_model():
     params, grads = make_model(0), make_tree(1)
-    tx = jp.prune(optax.clip_by_global_norm(0.5), METHOD, sparsity=0.75, update_when=jp.at(0))
+    tx = jp.prune(optax.clip_by_global_norm(0.5), METHOD, sparsity=0.75, update_when=jp.schedules.at(0))
     updates, state = tx.update(grads, tx.init(params), params)
     alive = jp.apply_masks(updates, state.masks)
     np.testing.assert_allclose(optax.tree.norm(alive), 0.5, rtol=1e-6)
@@ -261,7 +261,7 @@ def test_extra_arguments_reach_inner_and_criterion():
         return {name: jnp.abs(leaf) + value for name, leaf in params.items()}
 
     params, grads = make_model(0), make_tree(1)
-    tx = jp.prune(recorder(), jp.Method(criterion=by_loss), sparsity=0.5, update_when=jp.at(0))
+    tx = jp.prune(recorder(), jp.Method(criterion=by_loss), sparsity=0.5, update_when=jp.schedules.at(0))
     assert tx.update(grads, tx.init(params), params, value=jnp.float32(2.0))[1].inner_state["extra"] == {"value": 2.0}
     with pytest.raises(TypeError, match="value"):
         tx.update(grads, tx.init(params), params)

@@ -64,7 +64,7 @@ def test_one_compilation_serves_all_steps():
 def test_donated_params_and_state_leave_masks_and_key_to_their_owner():
     masks = jp.compute_masks(METHOD, make_model(0), 0.5)
     key = jax.random.key(0)
-    method = jp.Method(criterion=jp.random)
+    method = jp.Method(criterion=jp.criteria.random)
     pruner = jp.prune(optax.adam(0.05), method, sparsity=0.75, update_when=ALWAYS, key=key)
     tx = optax.chain(pruner, jp.keep_params_sparse(masks))
     step = jax.jit(make_step(tx), donate_argnums=(0, 1))
@@ -247,12 +247,17 @@ def assert_placed_alike(tree, params):
 
 @pytest.mark.parametrize(
     ("optimizer", "distribution"),
-    [("momentum", jp.Global()), ("adamw", jp.Uniform()), ("lion", jp.PerOutput()), ("adamw", jp.SigmaThreshold(0.5))],
+    [
+        ("momentum", jp.Global()),
+        ("adamw", jp.Uniform()),
+        ("lion", jp.PerOutput()),
+        ("adamw", jp.distributions.SigmaThreshold(0.5)),
+    ],
 )
 def test_eight_devices_train_the_masks_and_params_of_one(optimizer, distribution):
     method = jp.Method(distribution=distribution)
     ramp = jp.cubic(0.9, begin=0, end=18)
-    decides_itself = isinstance(distribution, jp.SigmaThreshold)
+    decides_itself = isinstance(distribution, jp.distributions.SigmaThreshold)
     tx = jp.prune(OPTIMIZERS[optimizer](), method, sparsity=None if decides_itself else ramp, update_when=jp.every(3))
     step = jax.jit(make_step(tx))
 

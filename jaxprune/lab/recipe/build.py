@@ -23,10 +23,10 @@ AT_EVERY_STEP = {"grads", "key", "statistics"}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def preset(prune: cfg.Prune, found: Mapping[str, Any] = NOTHING) -> jp.Preset:
+def preset(prune: cfg.Prune, found: Mapping[str, Any] = NOTHING) -> jp.training.Preset:
     """The method that [prune] describes, and when and how it runs."""
     made = method(prune, found)
-    return jp.Preset(
+    return jp.training.Preset(
         made,
         how=prune.how,
         schedule=words.known("schedule", prune.schedule),

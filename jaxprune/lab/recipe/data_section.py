@@ -49,7 +49,7 @@ class Model(Table):
     """Which network. `widths`: hidden widths of the mlp; `dropout`: fraction of activations dropped in training, of the
     small models (mlp to tf_tutorial_cnn).
 
-    `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.adjusted_dropout`.
+    `adjust_dropout`: whether that falls with the weights that are left, see `jaxprune.training.adjusted_dropout`.
 
     A model of your own is a Flax NNX class, `name = "module:Class"`, found from the folder the command runs in, and
     made as `Class(image=(28, 28, 1), classes=10, rngs=nnx.Rngs(...), **options)`, `image` being the shape of one input

@@ -49,7 +49,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "granularity": {
         **_shown(granularity, _class_with("pool")),
         **_shown(jp, _class_with("pool_leaves")),
-        "by_rule": granularity.GranularityByRule,
+        "by_rule": granularity.ByRule,
     },
     "distribution": _shown(distributions, _class_with("__call__")),
     "schedule": _shown(schedules, _is_ramp),
@@ -110,12 +110,12 @@ def criterion(name: str, granularity: Any) -> Any:
 
 def looks_at(found: Any) -> set[str]:
     """The evidence that a criterion needs: its keyword-only arguments without a default."""
-    score = found.score if isinstance(found, jp.Running) else found
+    score = found.score if isinstance(found, jp.criteria.Running) else found
     parameters = inspect.signature(score).parameters.values()
     return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty}
 
 
-def words_of(preset: jp.Preset) -> dict[str, Any]:
+def words_of(preset: jp.training.Preset) -> dict[str, Any]:
     """The [prune] table of a preset, without its sparsity."""
     method = preset.method
     words = {
@@ -133,7 +133,7 @@ def words_of(preset: jp.Preset) -> dict[str, Any]:
     return words | ({"grow": _criterion_word(preset.grow)} if preset.grow else {})
 
 
-def composition(preset: jp.Preset) -> str:
+def composition(preset: jp.training.Preset) -> str:
     """The answers of a preset that are not the usual ones, as in "magnitude, erk, regrow by gradient"."""
     table = words_of(preset)
     share = table["distribution"]
@@ -172,7 +172,7 @@ def _criterion_word(found: Any) -> str:
     for name, one in REGISTRY["criterion"].items():
         if one is found:
             return name
-    return "momentum" if isinstance(found, jp.Running) else "joint_taylor"
+    return "momentum" if isinstance(found, jp.criteria.Running) else "joint_taylor"
 
 
 def _table(kind: str, found: Any) -> dict[str, Any]:

@@ -181,13 +181,15 @@ class _SeedStages:
             return jp.compute_masks(method, dense, prune.sparsity, **jax.jit(evidence_of)(dense))
         if prune.sparsity is None:
             raise cfg.ConfigError("prune.iterations: needs prune.sparsity, to come to it step by step")
-        return jp.iterate(method, dense, prune.sparsity, count=prune.iterations, evidence=evidence_of)
+        return jp.iterative_masks(method, dense, prune.sparsity, count=prune.iterations, evidence=evidence_of)
 
     def _in_rounds(self, dense: Params, method: jp.Method) -> tuple[Params, Masks]:
         """Rounds that are trainings of their own, of groups one after the other or in turn; left in `rounds`."""
         prune, levels = self.config.prune, build.levels(self.config.prune)
         groups, early, reference = prune.groups or (None,), self._early(), self._validate(dense)
-        state = jp.Iterated(dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense), ())
+        state = jp.training.IterativeResult(
+            dense, jax.tree.map(lambda param: jnp.ones_like(param, dtype=bool), dense), ()
+        )
         if not prune.in_turn:
             for number, patterns in enumerate(groups, 1):
                 part = number / len(groups)  # else the first would take all that may be lost
@@ -203,9 +205,9 @@ class _SeedStages:
         return state.params, state.masks
 
     def _rounds_of(
-        self, patterns: Sequence[str] | None, method: jp.Method, levels: list[Any], state: jp.Iterated,
+        self, patterns: Sequence[str] | None, method: jp.Method, levels: list[Any], state: jp.training.IterativeResult,
         early: Params | None, reference: float | None, part: float = 1.0, first: int = 1,
-    ) -> jp.Iterated:  # fmt: skip
+    ) -> jp.training.IterativeResult:  # fmt: skip
         phase, prune, before = build.pruning_phase(self.config), self.config.prune, len(self.rounds)
         tolerance = None if prune.tolerance is None else part * prune.tolerance
         length = prune.duration.steps(self._per_epoch(phase))
@@ -222,7 +224,7 @@ class _SeedStages:
             self.rounds.append(self._round(params, masks, before + number))
             return params
 
-        done = jp.iterative(
+        done = jp.iterative_pruning(
             method, state.params, levels, trained, early_params=early, masks=state.masks,
             evaluate=None if reference is None else self._validate, tolerance=tolerance, reference=reference,
             evidence=partial(self._evidence, method),
@@ -285,7 +287,7 @@ class _SeedStages:
             return lambda params, images, key=None: observe(params, images, key)
         if masks is None or not model.adjust_dropout:
             return self.network.apply
-        rates = {name: float(rate) for name, rate in jp.adjusted_dropout(model.dropout, masks).items()}
+        rates = {name: float(rate) for name, rate in jp.training.adjusted_dropout(model.dropout, masks).items()}
         return partial(self.network.apply, rates=rates)
 
     def _evidence(self, method: jp.Method, params: Params) -> dict[str, Any]:
