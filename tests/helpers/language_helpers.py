@@ -54,12 +54,10 @@ def _affine(layer, x):
 
 def _turned(rows, config):
     """Pairs as complex numbers, turned by multiplication."""
-    n = config.head_dim
-    first, second = (
-        (rows[:, ::2], rows[:, 1::2]) if config.pairs == "neighbours" else (rows[:, : n // 2], rows[:, n // 2 :])
-    )
+    n, neighbours = config.head_dim, config.pairs == "neighbours"
+    first, second = (rows[:, ::2], rows[:, 1::2]) if neighbours else np.split(rows, 2, axis=1)
     angles = np.outer(np.arange(len(rows)), config.theta ** (-np.arange(0, n, 2) / n))
     turned = (first + 1j * second) * np.exp(1j * angles)
-    if config.pairs == "neighbours":
+    if neighbours:
         return np.stack([turned.real, turned.imag], axis=-1).reshape(rows.shape)
     return np.concatenate([turned.real, turned.imag], axis=1)

@@ -1,4 +1,4 @@
-"""Language models: the decoder against NumPy, with a cache, stacked, and turned the other way; what is measured on texts."""
+"""Language models: the decoder against NumPy, with a cache, stacked, turned the other way; measures on texts."""
 
 import functools
 import os
@@ -124,7 +124,7 @@ def test_llama2c_comes_back_bit_for_bit(tmp_path, tied):
 
 def test_llama2c_refuses_other_files_and_other_models(tmp_path):
     path, params = tmp_path / "a.bin", helpers.small()
-    with pytest.raises(ValueError, match="`head_dim` is 8, a file of llama2.c can only have 6"):
+    with pytest.raises(ValueError, match=r"`head_dim` is 8, a file of llama2\.c can only have 6"):
         llama2c.write(path, helpers.small(helpers.QWEN), helpers.QWEN)
     with pytest.raises(ValueError, match=r"'embed' should have shape \(51, 24\), \(50, 24\) arrived"):
         llama2c.write(path, params, Config(51, 24, 3, 4, 2, 40))

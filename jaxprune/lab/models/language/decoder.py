@@ -6,8 +6,8 @@
     x = x + out(attend(rotary(query(y)), rotary(key(y)), value(y))),     y = norm(x)
     x = x + down(silu(gate(y)) * up(y))
 
-Kernels are (in, out). Blocks are a list, "layers/0/query/kernel", or stacked and scanned, "layers/query/kernel" with one
-more axis in front; `stacked` and `unstacked` lead from one to the other. Without an "output" layer the embedding is it.
+Kernels are (in, out). Blocks are a list, "layers/0/query/kernel", or stacked and scanned, "layers/query/kernel" with an
+axis more; `stacked` and `unstacked` lead from one to the other. Without an "output" layer the embedding is it.
 
 References:
     Touvron et al. 2023, arXiv:2302.13971 (the architecture); Ainslie et al. 2023, arXiv:2305.13245 (groups);

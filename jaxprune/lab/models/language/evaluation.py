@@ -3,8 +3,8 @@
     perplexity(apply, params, windows)
     compare(apply, pruned, params, windows)     # both perplexities, the divergence a token, how often both say the same
 
-Windows are (n, length) tokens, each a text by itself; of its tokens all but the first are predicted. Logits are those of
-the model, in its own precision; what is summed over tokens is summed in float64.
+Windows are (n, length) tokens, each a text by itself; of its tokens all but the first are predicted. Logits are those
+of the model, in its own precision; what is summed over tokens is summed in float64.
 """
 
 import dataclasses

@@ -60,8 +60,8 @@ def read(path: str | os.PathLike[str]) -> Llama2c:
     sizes = (dim, hidden, layers, heads, kv_heads, abs(vocabulary), length)
     if min(sizes) < 1 or max(sizes) > 2**24 or dim % (2 * heads) or heads % kv_heads:
         raise FileError(
-            f"{path} is no model of llama2.c: it begins with {(dim, hidden, layers, heads, kv_heads, vocabulary)}, where "
-            "dim, hidden, layers, heads, kv_heads and vocabulary were expected."
+            f"{path} is no model of llama2.c: it begins with {(dim, hidden, layers, heads, kv_heads, vocabulary)}, "
+            "where dim, hidden, layers, heads, kv_heads and vocabulary were expected."
         )
     config = Config(abs(vocabulary), dim, layers, heads, kv_heads, hidden, length=length, tied=vocabulary > 0)
     arrays, at = {}, _HEADER.size

@@ -7,8 +7,6 @@ digest(tokens)                         # says which texts they are
 
 import functools
 import hashlib
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
