@@ -1,23 +1,20 @@
 """Language models: the decoder against NumPy, with a cache, stacked, turned the other way; measures on texts."""
 
 import functools
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import language_helpers as helpers
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxprune as jp
-from jaxprune.lab.models.language import decoder, evaluation, llama2c, texts
+from jaxprune.lab.models.language import decoder, evaluation, llama2c, module, texts
 from jaxprune.lab.models.language.config import Config
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-DATA = Path(os.environ.get("JAXPRUNE_DATA", "nowhere"))
-STORIES = DATA / "stories15m" / "llama2.data"
 CONFIGS = {"tied, neighbours": helpers.SMALL, "biases, halves": helpers.QWEN}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -69,6 +66,22 @@ def test_pairs_are_changed_and_come_back_bit_for_bit(config):
     back, same = decoder.with_pairs(turned, turned_config, config.pairs)
     assert same == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@each_config
+def test_a_module_of_nnx_is_the_same_function_under_the_same_names(config):
+    params, tokens = helpers.small(config), jnp.asarray(helpers.tokens(config))
+    model = module.of_params(params, config)
+    np.testing.assert_allclose(
+        nnx.jit(lambda model: model(tokens))(model), forward(config)(params, tokens), rtol=1e-5, atol=1e-5
+    )
+    jax.tree.map(np.testing.assert_array_equal, module.params_of(model), params)
+    assert set(jp.tree.named_leaves(nnx.state(model))) == set(jp.tree.named_leaves(params))
+    gradient = nnx.grad(lambda model: jnp.sum(model(tokens) ** 2))(model)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient["layers"][0]["query"]["kernel"]))
+    other = helpers.QWEN if config is helpers.SMALL else helpers.SMALL
+    with pytest.raises(ValueError, match="Params of the structure"):
+        module.of_params(params, other)
 
 
 @each_config

@@ -58,7 +58,7 @@ def forward(
         tokens: from 0 to below `config.vocabulary`; each text by itself, its first token at position 0.
         config: of the model.
     """
-    positions = jnp.arange(tokens.shape[1])
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
     def block(x: Array, weights: Params) -> tuple[Array, None]:
         queries, keys, values = _attended(weights, x, positions, config)
@@ -87,26 +87,28 @@ def step(
         tokens: that follow.
         config: of the model.
     """
-    positions = cache.position + jnp.arange(tokens.shape[1])
+    positions = cache.position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    zero = jnp.zeros_like(cache.position)
 
-    def block(x: Array, of_layer: tuple[Params, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        weights, *before = of_layer
+    def block(carry: tuple[Array, Array, Array], of_layer: tuple[Array, Params]) -> tuple[Any, None]:
+        (x, *old), (i, weights) = carry, of_layer
         queries, *new = _attended(weights, x, positions, config)
-        keys, values = (
-            lax.dynamic_update_slice_in_dim(old, one, cache.position, axis=1)
-            for old, one in zip(before, new, strict=True)
-        )
-        return _rest_of_block(weights, x, _attention(queries, keys, values, positions), config), (keys, values)
+        # The whole cache is carried, so that it is written in place.
+        filled = [
+            lax.dynamic_update_slice(whole, jnp.expand_dims(one, 0), (i, zero, cache.position, zero, zero))
+            for whole, one in zip(old, new, strict=True)
+        ]
+        keys, values = (lax.dynamic_index_in_dim(whole, i, keepdims=False) for whole in filled)
+        x = _rest_of_block(weights, x, _attention(queries, keys, values, positions), config)
+        return (x, *filled), None
 
-    x, old = _embedded(params, tokens), (cache.keys, cache.values)
+    carry, numbers = (_embedded(params, tokens), cache.keys, cache.values), jnp.arange(config.layers, dtype=jnp.int32)
     if isinstance(params["layers"], list | tuple):
-        found = []
         for i, weights in enumerate(params["layers"]):
-            x, of_layer = block(x, (weights, old[0][i], old[1][i]))
-            found.append(of_layer)
-        keys, values = (jnp.stack(of_all) for of_all in zip(*found, strict=True))
+            carry, _ = block(carry, (numbers[i], weights))
     else:
-        x, (keys, values) = lax.scan(block, x, (params["layers"], *old))
+        carry, _ = lax.scan(block, carry, (numbers, params["layers"]))
+    x, keys, values = carry
     return _logits(params, x, config), Cache(keys, values, cache.position + tokens.shape[1])
 
 
@@ -139,7 +141,7 @@ def _attention(
 ) -> Float[Array, "batch to features"]:
     r"""$softmax(Q K^T / \sqrt{n}) V$ of the keys at positions up to each query's own; keys begin at position 0."""
     scores = jnp.einsum("btghn,bsgn->bghts", queries * queries.shape[-1] ** -0.5, keys)
-    seen = jnp.expand_dims(positions, 1) >= jnp.expand_dims(jnp.arange(keys.shape[1]), 0)
+    seen = jnp.expand_dims(positions, 1) >= jnp.expand_dims(jnp.arange(keys.shape[1], dtype=jnp.int32), 0)
     scores = jnp.where(jnp.expand_dims(seen, (0, 1, 2)), scores, -jnp.inf)
     mixed = jnp.einsum("bghts,bsgn->btghn", jax.nn.softmax(scores, axis=-1), values)
     return mixed.reshape(*mixed.shape[:2], -1)
@@ -172,7 +174,7 @@ def rotary(
     """
     n = x.shape[-1]
     # On the host and in float64: float32 powers would be off by more than the angles' own rounding.
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     speeds = jnp.asarray(theta ** (-np.arange(0, n, 2) / n), dtype)
     angles = jnp.expand_dims(positions.astype(dtype), 1) * jnp.expand_dims(speeds, 0)
     angles = jnp.expand_dims(angles, (0, *range(2, x.ndim - 1)))

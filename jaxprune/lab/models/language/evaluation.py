@@ -103,7 +103,7 @@ def _mean(parts: Any) -> float:
 
 def _log_probabilities(apply: Apply, params: Params, tokens: Array) -> Float[Array, "batch predicted vocabulary"]:
     logits = apply(params, tokens)[:, :-1]
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    return jax.nn.log_softmax(logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32), axis=-1)
 
 
 def _loss(log_probabilities: Array, tokens: Array) -> Float[Array, "batch predicted"]:

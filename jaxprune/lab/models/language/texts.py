@@ -43,11 +43,11 @@ def sampled(
         advance = jax.jit(functools.partial(step, config=config), donate_argnums=1)
         for i in range(1, length):
             logits, cache = advance(wide, cache, tokens[:, i - 1 : i])
-            tokens[:, i] = _drawn(np.asarray(logits[:, 0]) / temperature, rng.random(count))
+            tokens[:, i] = drawn(np.asarray(logits[:, 0]) / temperature, rng.random(count))
     return tokens
 
 
-def _drawn(logits: Shaped[np.ndarray, "count vocabulary"], numbers: Shaped[np.ndarray, "count"]) -> np.ndarray:
+def drawn(logits: Shaped[np.ndarray, "count vocabulary"], numbers: Shaped[np.ndarray, "count"]) -> np.ndarray:
     """The token of each text in whose share of the probabilities, laid side by side, its number from 0 to 1 falls."""
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     bounds = np.cumsum(shares, axis=-1)

@@ -201,10 +201,12 @@ def joined(parts: list[T], rank: Callable[[T, T], float | None]) -> list[T]:
 def of_llama2c(data: bytes) -> Pieces:
     """The tokenizer of llama2.c's file: 0, 1 and 2 are special, the 256 tokens after them bytes.
 
+    Its models end a text with the token that the next one begins with.
+
     Raises:
         FileError: the bytes are no such file.
     """
-    return Pieces(*read_tokenizer(data))
+    return Pieces(*read_tokenizer(data), last=1)
 
 
 def of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
