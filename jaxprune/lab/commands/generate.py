@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from jaxprune import tree
 from jaxprune.lab.models import language
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.decoder import empty_cache, step
@@ -171,5 +172,5 @@ def _run(
 
 
 def _sparsity(params: Any) -> float:
-    weights = [np.asarray(leaf) for name, leaf in jp.tree.named_leaves(params).items() if jp.weights(name, leaf)]
+    weights = [np.asarray(leaf) for name, leaf in tree.named_leaves(params).items() if jp.weights(name, leaf)]
     return float(1 - sum(map(np.count_nonzero, weights)) / max(sum(leaf.size for leaf in weights), 1))
