@@ -150,7 +150,7 @@ def test_stories15m_tells_its_story():
     model = generate.load(STORIES)
     assert model.tokenizer.encode("Once upon a time,") == [1, 9038, 2501, 263, 931, 29892]
     found = generate.generate(model, "Once upon a time", 16, temperature=0)
-    assert found.text == "Once upon a time, there was a little girl named Lily. She loved to play outside in the"
+    assert found.text == "Once upon a time, there was a little girl named Lily. She loved to play outside in"
 
 
 # ---------------------------------------------------------------- the command
