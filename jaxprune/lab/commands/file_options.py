@@ -31,6 +31,14 @@ on light or light on dark. A sample that is no image is a .npy file, an array of
 
   jaxprune predict runs/quickstart-1a2b3c4d/seed_0/model.jaxprune four.png photo.jpg
 """
+GENERATE = """\
+Let a language model go on with a text, and time it: tokens a second, dense and, where weights are zero, sparse. FILE is
+a GGUF file, a folder of Hugging Face's, a file of llama2.c with its tokenizer behind or beside it, or a file of
+`jaxprune.save` whose metadata say which decoder it is.
+
+  jaxprune generate stories15M.bin "Once upon a time" --tokens 100 --seed 1
+  jaxprune generate pruned.jaxprune "Once upon a time" --tokenizer stories15M.bin
+"""
 FORMS = (*(f"codebook{bits}" for bits in range(1, 9)), "int8", "int4", "bfloat16", "float16", "none")
 
 
@@ -59,6 +67,21 @@ def add_parsers(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> Non
     )  # fmt: skip
     predict.add_argument("--json", action="store_true", help="print plain data instead")
     predict.set_defaults(do=do["predict"])
+
+
+def add_generate(commands: Any, style: dict[str, Any], do: Any) -> None:
+    """Add the command `generate`; arguments as of `add_parsers`."""
+    generate = commands.add_parser("generate", help="let a language model write", description=GENERATE, **style)
+    generate.add_argument("file", metavar="FILE", type=Path, help="a language model")
+    generate.add_argument("prompt", metavar="TEXT", help="what it goes on with")
+    generate.add_argument("--tokens", metavar="N", type=int, default=100, help="at most (default: 100)")
+    generate.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: the likeliest (default: 1)")
+    generate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the tokens (default: 0)")
+    generate.add_argument("--tokenizer", metavar="FILE", type=Path, help="a language model whose tokenizer it is")
+    generate.add_argument("--formats", metavar="FORMAT", nargs="+", default=["native"],
+                          help="sparse formats to time (default: native)")  # fmt: skip
+    generate.add_argument("--json", action="store_true", help="print plain data instead")
+    generate.set_defaults(do=do)
 
 
 def _add_convert(commands: argparse._SubParsersAction, style: dict[str, Any], do: Any) -> None:

@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     file_options.add_parsers(commands, style, {"inspect": _inspect, "convert": _convert, "predict": _predict})
+    file_options.add_generate(commands, style, _generate)
     return parser
 
 
@@ -335,6 +336,13 @@ def _predict(arguments: argparse.Namespace, _: list[str]) -> int:
     model = predict.load(arguments.file, arguments.model)
     found = predict.predict(model, arguments.images, arguments.formats)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab.commands import generate
+
+    print(generate.of_arguments(arguments))
     return 0
 
 
