@@ -84,8 +84,8 @@ class Preset:
             raise ValueError(f"`optimizer` needs steps, every and rounds of 1 or more; got {steps}, {every}, {rounds}.")
         if self.how == "one-shot":
             raise ValueError(
-                "A one-shot preset has no optimizer: call `compute_masks` or `iterative_masks` with its method, and train "
-                "with `keep_params_sparse(masks)`."
+                "A one-shot preset has no optimizer: call `compute_masks` or `iterative_masks` with its method, and "
+                "train with `keep_params_sparse(masks)`."
             )
         if sparsity is None and self.how in ("alternating", "regrow"):
             raise ValueError(f"A preset that prunes {self.how!r} needs a sparsity: the fraction to remove, in [0, 1).")

@@ -1,4 +1,4 @@
-"""`iterative_pruning`: rounds of pruning and training, rewinding to the bit, and a stop rule that says where it ended."""
+"""`iterative_pruning`: rounds of pruning and training, rewinding to the bit, and a stop rule that says where."""
 
 import itertools
 
