@@ -38,7 +38,9 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-jitted = {name: jax.jit(getattr(jp, name)) for name in ("apply_masks", "straight_through", "overlap", "sparsity_of")}
+jitted = {
+    name: jax.jit(getattr(jp.masks, name)) for name in ("apply_masks", "straight_through", "overlap", "sparsity_of")
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

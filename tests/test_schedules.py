@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxprune import (
-    Method,
+from jaxprune import Method, prune
+from jaxprune.schedules import (
     alternating,
+    as_update_when,
     at,
     constant,
     cosine,
@@ -20,10 +21,8 @@ from jaxprune import (
     exponential,
     linear,
     one_shot,
-    prune,
     rounds,
 )
-from jaxprune.schedules import as_update_when
 
 FINALS = [0.5, 0.9, 0.98]
 F32 = {f: float(np.float32(f)) for f in FINALS}

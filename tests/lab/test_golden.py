@@ -9,7 +9,7 @@ from lab_helpers import StopAt
 from storage_helpers import bits_of, everything
 
 import jaxprune as jp
-from jaxprune.lab.bench import of_run
+from jaxprune.lab.bench.whole import of_run
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.recipe import config
 from jaxprune.lab.runs import run
@@ -51,4 +51,4 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert {stage for stage, _ in watcher.steps} == {"prune", "finetune"}
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) == trained
     assert results["hash"] == "ceab6967"
-    assert of_run.of_run(folder).params.keys() == {"layers"}
+    assert of_run(folder).params.keys() == {"layers"}

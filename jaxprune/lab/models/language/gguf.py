@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
+from jaxprune.files import write
 from jaxprune.lab.models.language import blocks, tokenizers
 from jaxprune.lab.models.language.config import Config, Pairs
 from jaxprune.lab.models.language.decoder import with_pairs
 from jaxprune.lab.models.language.files import GGUF, Language, gathered, spread
-from jaxprune.storage.container import FileError, write_whole
+from jaxprune.storage.container import FileError
 from jaxprune.types import Params
 
 _NUMBERS = ["u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", None, None, "u8", "i8", "f8"]
@@ -165,7 +166,7 @@ def write(
         parts += [data.data, b"\0" * (-len(data) % alignment)]
         offset += len(data) + -len(data) % alignment
     before = b"".join(header)
-    write_whole(Path(path), [before, b"\0" * (-len(before) % alignment), *parts])
+    write(Path(path), [before, b"\0" * (-len(before) % alignment), *parts])
 
 
 def _text(text: str) -> bytes:

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxprune.files import write
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.decoder import with_pairs
-from jaxprune.storage.container import FileError, write_whole
+from jaxprune.storage.container import FileError
 from jaxprune.types import Params
 
 _HEADER = struct.Struct("<7i")
@@ -100,7 +101,7 @@ def write(path: str | os.PathLike[str], params: Params, config: Config) -> None:
                 f"{name!r} should have shape {shape}, {array.shape} arrived: `config` is of another model."
             )
         parts.append(np.ascontiguousarray(array, "<f4").tobytes())
-    write_whole(Path(path), parts)
+    write(Path(path), parts)
 
 
 def _arrays(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
