@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from jaxprune.files import write
+from jaxprune import files
 from jaxprune.lab.models.language import blocks, tokenizers
 from jaxprune.lab.models.language.config import Config, Pairs
 from jaxprune.lab.models.language.decoder import with_pairs
@@ -166,7 +166,7 @@ def write(
         parts += [data.data, b"\0" * (-len(data) % alignment)]
         offset += len(data) + -len(data) % alignment
     before = b"".join(header)
-    write(Path(path), [before, b"\0" * (-len(before) % alignment), *parts])
+    files.write(Path(path), [before, b"\0" * (-len(before) % alignment), *parts])
 
 
 def _text(text: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxprune.files import write
+from jaxprune import files
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.decoder import with_pairs
 from jaxprune.lab.models.language.files import HUGGING_FACE, Language, gathered, spread
@@ -137,7 +137,7 @@ def _plain(path: Path) -> dict[str, Any]:
 
 
 def _write_plain(path: Path, plain: dict[str, Any]) -> None:
-    write(path, json.dumps(plain, indent=2))
+    files.write(path, json.dumps(plain, indent=2))
 
 
 def _config(folder: Path, said: dict[str, Any]) -> Config:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxprune.files import write
+from jaxprune import files
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.decoder import with_pairs
 from jaxprune.storage.container import FileError
@@ -101,7 +101,7 @@ def write(path: str | os.PathLike[str], params: Params, config: Config) -> None:
                 f"{name!r} should have shape {shape}, {array.shape} arrived: `config` is of another model."
             )
         parts.append(np.ascontiguousarray(array, "<f4").tobytes())
-    write(Path(path), parts)
+    files.write(Path(path), parts)
 
 
 def _arrays(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
