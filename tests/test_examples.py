@@ -73,7 +73,8 @@ def world(tmp_path, monkeypatch):
     dense_logits = apply_fn(params, x)
     return {
         "jp": jp, "jax": jax, "jnp": jnp, "optax": optax, "apply_fn": apply_fn, "params": params, "x": x,
-        "model": SimpleNamespace(apply=apply_fn), "method": method, "masks": masks, "key": jax.random.key(0),
+        "model": SimpleNamespace(apply=apply_fn), "batches": [x, x + 1], "method": method, "masks": masks,
+        "key": jax.random.key(0),
         "grads": jax.grad(lambda params: apply_fn(params, x).mean())(params),
         "accuracy": lambda params: float(jnp.mean(jnp.argmax(apply_fn(params, x), -1) == labels)),
         "couplings": jp.couplings(apply_fn, params, x), "train": lambda params, masks, number: params,
@@ -82,21 +83,25 @@ def world(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def a_module():
+    """The same where the model is a module, pruned by channels."""
+    model, x, call = Net(nnx.Rngs(0)), jnp.ones((4, 16)), lambda model, x: model(x)
+    method = jp.Method(granularity=jp.Channels(jp.couplings(call, model, x)))
+    masks = jp.compute_masks(method, model, 0.5)
+    return {"model": model, "x": x, "masks": masks, "small": jp.compact(call, model, masks, x)}
+
+
 @pytest.mark.usefixtures("relaxed")
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.split("\n")[0][:50])
 def test_blocks_of_the_readme_run(block, world):
-    if "jp.resized" in block:
-        model = Net(nnx.Rngs(0))
-        x = jnp.ones((4, 16))
-        method = jp.Method(granularity=jp.Channels(jp.couplings(lambda model, x: model(x), model, x)))
-        world |= {"model": model, "x": x, "masks": jp.compute_masks(method, model, 0.5)}
-    exec(compile(block, str(README), "exec"), world)
+    exec(compile(block, str(README), "exec"), world | (a_module() if "jp.resized" in block else {}))
 
 
 @pytest.mark.usefixtures("relaxed")
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
 def test_examples_of_docstrings_run(example, world):
     names, checker = example.globs | world, doctest.OutputChecker()
+    names |= a_module() if example.name.endswith("resized") else {}
     for one in example.examples:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(one.source, example.name, "single"), names)

@@ -43,7 +43,7 @@ class Channels:
         ValueError: a pattern matches nothing.
 
     Example:
-        >>> heads = jp.Channels(couplings, ignore="*/value/kernel:2")  # whole heads, as large as they were
+        >>> some = jp.Channels(couplings, ignore="conv2/kernel:3")  # these channels stay as many as they are
 
     References:
         Fang et al. 2023, DepGraph, arXiv:2301.12900 (importance of coupled groups, there summed).

@@ -60,7 +60,7 @@ class Budget:
 
     Example:
         >>> macs = jp.tracing.mac_costs(jp.trace(apply_fn, params, x), params)
-        >>> masks = jp.compute_masks(jp.Method(distribution=jp.distributions.Budget(macs, limit=1e8)), params)
+        >>> masks = jp.compute_masks(jp.Method(distribution=jp.distributions.Budget(macs, limit=1e5)), params)
     """
 
     is_priced: ClassVar[bool] = True

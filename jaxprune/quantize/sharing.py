@@ -49,8 +49,9 @@ def share_weights(quantized: Any) -> optax.GradientTransformation:
         Han, Mao and Dally 2016, Deep Compression, arXiv:1510.00149, section 3.
 
     Example:
-        >>> quantized = to_codebooks(params, masks)
-        >>> params, tx = dequantize(quantized), optax.chain(share_weights(quantized), optax.adam(1e-4))
+        >>> quantized = jp.storage.to_codebooks(params, masks)
+        >>> params = jp.storage.dequantize(quantized)
+        >>> tx = optax.chain(jp.storage.share_weights(quantized), optax.adam(1e-4))
     """
     codebooks = _codebooks(quantized)
 

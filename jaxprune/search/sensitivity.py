@@ -102,7 +102,7 @@ def sensitivity(
         Han et al. 2015, arXiv:1506.02626, prune and evaluate layer by layer; Li et al. 2017, arXiv:1608.08710, filters.
 
     Example:
-        >>> print(jp.sensitivity(jp.Method(), params, jax.jit(accuracy)))
+        >>> print(jp.sensitivity(jp.Method(), params, accuracy))
     """
     if not isinstance(method, Method) or not callable(evaluate):
         raise TypeError(

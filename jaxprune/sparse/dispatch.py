@@ -46,8 +46,8 @@ def apply(apply_fn: F, *, unsupported: Unsupported = "refuse") -> F:
             `jax.custom_vjp` function outside of an inner `jit`, which quax cannot carry.
 
     Example:
-        >>> predict = jax.jit(apply(model.apply))
-        >>> y = predict(compress(params, "bcsr"), x)
+        >>> predict = jax.jit(jp.sparse.apply(model.apply))
+        >>> y = predict(jp.sparse.compress(params, "bcsr", unsupported="dense"), x)
     """
     check_unsupported(unsupported)
 

@@ -56,7 +56,8 @@ def load(
         OSError: it cannot be read.
 
     Example:
-        >>> nnx.update(model, load("model.jaxprune", like=nnx.state(model)))
+        >>> jp.save("model.jaxprune", params)
+        >>> params = jp.load("model.jaxprune", like=params)
     """
     check_unsupported(unsupported)
     if to not in ("dense", "masks", "quantized", *FORMATS):

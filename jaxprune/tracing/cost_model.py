@@ -190,7 +190,7 @@ def mac_costs(sites: Sequence[Site], params: Leaves, select: tree.Select = tree.
 
     Example:
         >>> macs = jp.tracing.mac_costs(jp.trace(apply_fn, params, x), params, method.select)
-        >>> budget = jp.distributions.Budget(macs, limit=1e8)
+        >>> budget = jp.distributions.Budget(macs, limit=1e5)
     """
     found = {cost.name: cost for cost in costs(sites, params=params).leaves}
     return {name: found[name].macs / max(found[name].weights, 1) for name in tree.selected_leaves(select, params)}

@@ -116,9 +116,9 @@ def tune(
         TypeError: a leaf is compressed already, traced, no array or not floating.
 
     Example:
-        >>> plan = tune(model.apply, params, x)
-        >>> predict = jax.jit(apply(model.apply))
-        >>> y = predict(compress(params, plan), x)
+        >>> plan = jp.sparse.tune(model.apply, params, x)
+        >>> predict = jax.jit(jp.sparse.apply(model.apply))
+        >>> y = predict(jp.sparse.compress(params, plan), x)
     """
     names = _names(formats)
     if repeats is not None and repeats < timing.LEAST:

@@ -10,7 +10,7 @@
 | `blocks` | the types of GGUF's tensors |
 | `tokenizers` | SentencePiece's and GPT-2's way |
 | `evaluation` | perplexity, divergence from dense, agreement |
-| `texts` | texts that a model samples itself, and windows of books |
+| `texts` | texts that a model samples itself, and windows of any text |
 
 Nothing of training enters here, and nothing that prunes.
 """

@@ -1,7 +1,6 @@
-"""Texts to calibrate with and to measure on: such as a model tells itself, and books.
+"""Texts to calibrate with and to measure on: those that a model samples itself.
 
 tokens = sampled(params, config, count=128, length=256, seed=1)
-text = speeches(folder, 1934, 2009);   text = moby_dick(folder)
 digest(tokens)                         # says which texts they are
 """
 
