@@ -194,5 +194,5 @@ def test_rules_that_do_not_fit_are_refused(rules, message):
 
 @pytest.mark.parametrize("rule", [0.5, "block", Block, granularity.ByRule({"*": Element()})], ids=str)
 def test_what_is_no_granularity_is_refused(unchecked, rule):
-    with pytest.raises(ValueError, match=r"`GranularityByRule` has .* for 'a\*'; what is expected pools and expands"):
+    with pytest.raises(ValueError, match=r"`granularity.ByRule` has .* for 'a\*'; what is expected pools and expands"):
         granularity.ByRule({"a*": rule})

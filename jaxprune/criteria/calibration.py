@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
     zeros: Float[Array, "layers features"]
     moments: Float[Array, "layers features features"] | None
 
-    def shaped(self, values: Array) -> Array:
+    def shaped(self, values: Float[Array, "layers features"]) -> Float[Array, "..."]:
         """Numbers of features as criteria have them, (*layers, in), or (*layers, window, in) of a convolution."""
         parts = [tuple(self.shape[a] for a in part) for part in (self.axes.layers, self.axes.spatial, self.axes.inputs)]
         layers, spatial, inputs = (*parts[0],), math.prod(parts[1]), math.prod(parts[2])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxprune.compat import present_forms
 from jaxprune.criteria.calibration import Inputs, Seen, bytes_of_moments, of_activations
+from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.tracing.exponents import known_power, scaled, times_power
 from jaxprune.types import Params
 
@@ -26,6 +27,7 @@ __all__ = [
     "flow_grads",
     "hessian_grads",
     "of_activations",
+    "of_outputs",
     "squared_grads",
 ]
 

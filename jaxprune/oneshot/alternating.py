@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.distributions import Distribution, Uniform
-from jaxprune.oneshot.layerwise import Mask, Moments, Solved, Weight, best, damped, error
+from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, best, damped, error
 from jaxprune.oneshot.least_squares import refit
 from jaxprune.types import Sparsity
 
@@ -31,7 +31,8 @@ class AlternatingDirections:
 
     $W = (H + \rho I)^{-1} (H T - V + \rho D)$, $D = P(W + V / \rho)$, $V \leftarrow V + \rho (W - D)$, with P keeping
     the largest of each contest, on inputs scaled to $H_{ii} = 1$. One eigendecomposition of H serves all $\rho$. The
-    weights on the mask are then fitted exactly.
+    weights on the mask are then fitted exactly. With the moments G of the outputs it is all the same on $H \otimes G$,
+    whose eigenvectors are those of both.
 
     Attributes:
         damping: see `Solver`.
@@ -39,6 +40,7 @@ class AlternatingDirections:
         every: steps between two changes of $\rho$, which grows by 1.3, 1.2 or 1.1: the faster, the more of the mask
             still changes.
         iterations: most steps.
+        outputs_damping: what is added to the diagonal of G, as a fraction of its mean.
 
     References:
         Meng et al. 2024, arXiv:2406.07831, algorithm 1.
@@ -48,35 +50,61 @@ class AlternatingDirections:
     penalty: float = 0.1
     every: int = 3
     iterations: int = 300
+    outputs_damping: float = 0.01
 
     def __call__(
-        self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution | None = None
+        self,
+        target: Weight,
+        moments: Moments,
+        sparsity: Sparsity | None,
+        pattern: Distribution | None = None,
+        outputs: OutputMoments | None = None,
     ) -> Solved:
-        """See `Solver`."""
+        """See `Solver`; `outputs` are G, not damped."""
         pattern = Uniform() if pattern is None else pattern
         full = damped(moments, self.damping)
         scale = jnp.sqrt(jnp.diagonal(full))[:, None]
-        full, goal = full / scale / scale.T, target * scale
+        full = full / scale / scale.T
+        if outputs is not None:
+            outputs = damped(outputs, self.outputs_damping)
+            across = jnp.sqrt(jnp.diagonal(outputs))[None]
+            outputs, scale = outputs / across / across.T, scale * across
+        goal = target * scale
 
-        def fit(mask: Mask, start: Weight) -> tuple[Weight, Float[Array, ""]]:
-            weight = refit(goal, full, mask, start)
-            return weight, error(weight, goal, full)
+        def fit(mask: Mask) -> tuple[Weight, Float[Array, ""]]:
+            weight = refit(goal, full, mask, None, outputs)
+            return weight, error(weight, goal, full, outputs)
 
-        mask = self._settle(goal, full, sparsity, pattern)
+        mask = self._settle(goal, full, outputs, sparsity, pattern)
         first = best(jnp.abs(goal), sparsity, pattern)  # never worse than this
-        (weight, off), (plain, plain_off) = fit(mask, goal), fit(first, goal)
+        (weight, off), (plain, plain_off) = fit(mask), fit(first)
         mask, weight = (jnp.where(off <= plain_off, *pair) for pair in ((mask, first), (weight, plain)))
         return Solved(weight / scale, mask)
 
-    def _settle(self, goal: Weight, full: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Mask:
-        """The mask that the alternation ends with; inputs are scaled."""
+    def _settle(
+        self,
+        goal: Weight,
+        full: Moments,
+        outputs: OutputMoments | None,
+        sparsity: Sparsity | None,
+        pattern: Distribution,
+    ) -> Mask:
+        """The mask that the alternation ends with; inputs and outputs are scaled."""
         values, vectors = jnp.linalg.eigh(full)
-        right = vectors.T @ (full @ goal)
+        values, across = values[:, None], None
+        if outputs is not None:
+            more, across = jnp.linalg.eigh(outputs)
+            values = values * more[None]
+
+        def turned(weight: Weight, vectors: Moments, across: OutputMoments | None) -> Weight:
+            return vectors.T @ weight if across is None else vectors.T @ weight @ across
+
+        right = values * turned(goal, vectors, across)
 
         def step(state: _State) -> _State:
             rho = state.penalty
-            pulled = vectors.T @ (rho * state.sparse - state.multipliers)
-            dense = vectors @ ((right + pulled) / (values + rho)[:, None])
+            pulled = turned(rho * state.sparse - state.multipliers, vectors, across)
+            dense = turned((right + pulled) / (values + rho), vectors.T, None if across is None else across.T)
             raised = dense + state.multipliers / rho
             kept = best(jnp.abs(raised), sparsity, pattern)
             sparse = jnp.where(kept, raised, 0.0)

@@ -3,7 +3,9 @@ r"""The layer-wise problem that every solver here is about, and what their answe
     minimise  tr (W - T)^T H (W - T)  over W with at most so many non-zeros in each contest
 
 T, (in, out), is the weight that the product would have without zeros; H = X^T X, (in, in), the second moments of its
-inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but H of all the data is needed.
+inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but H of all the data is needed. With G,
+(out, out), the second moments of a loss's derivatives by the outputs, it is tr (W - T)^T H (W - T) G, about twice what
+the loss rises by if its derivatives do not depend on the inputs.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -17,6 +19,7 @@ from jaxprune.types import Sparsity
 
 Weight = Float[Array, "inputs outputs"]
 Moments = Float[Array, "inputs inputs"]
+OutputMoments = Float[Array, "outputs outputs"]
 Mask = Bool[Array, "inputs outputs"]
 
 
@@ -43,7 +46,7 @@ class Solver(Protocol):
     damping: float
 
     def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
-        """The sparse weight; pure, under jit.
+        """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too.
 
         Args:
             target: T, float32.
@@ -57,16 +60,23 @@ class Solver(Protocol):
 def damped(moments: Moments, damping: float) -> Moments:
     r"""$H + \lambda I$ with $\lambda$ = `damping` times the mean of the diagonal; the identity if all inputs are dead.
 
-    A dead input, whose row of H is zero, is left with $\lambda$ alone: its weights are worth least and change nothing.
+    A dead input, whose row of H is zero, gets a millionth of that: its weights are worth least, and change nothing.
     """
-    mean = jnp.mean(jnp.diagonal(moments))
-    return moments + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(moments.shape[0], dtype=moments.dtype)
+    diagonal = jnp.diagonal(moments)
+    mean = jnp.mean(diagonal)
+    added = jnp.where(mean > 0, damping * mean, 1.0)
+    return moments + jnp.diag(jnp.where((diagonal > 0) | (mean == 0), added, 1e-6 * added))
 
 
-def error(weight: Weight, target: Weight, moments: Moments) -> Float[Array, ""]:
-    """tr (W - T)^T H (W - T)."""
+def error(weight: Weight, target: Weight, moments: Moments, outputs: OutputMoments | None = None) -> Float[Array, ""]:
+    """tr (W - T)^T H (W - T) G; without G, of the identity."""
     difference = weight - target
-    return jnp.sum(difference * (moments @ difference))
+    return jnp.sum(difference * applied(difference, moments, outputs))
+
+
+def applied(weight: Weight, moments: Moments, outputs: OutputMoments | None) -> Weight:
+    """H W G, half of the derivative of the error."""
+    return moments @ weight if outputs is None else moments @ weight @ outputs
 
 
 def best(scores: Weight, sparsity: Sparsity | None, pattern: Distribution) -> Mask:

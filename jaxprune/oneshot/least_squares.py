@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.distributions import Distribution, PerOutput, Uniform
-from jaxprune.oneshot.layerwise import Mask, Moments, Solved, Weight, best, damped
+from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, applied, best, damped
 from jaxprune.types import Sparsity
 
 
@@ -16,11 +16,12 @@ def refit(
     moments: Moments,
     mask: Mask,
     start: Weight | None = None,
+    outputs: OutputMoments | None = None,
     *,
     tolerance: float = 1e-6,
     iterations: int | None = None,
 ) -> Weight:
-    r"""The weight on this mask with the least error: for each output $H_{SS} w_S = (H t)_S$.
+    r"""The weight on this mask with the least error: for each output $H_{SS} w_S = (H t)_S$; with G, of all together.
 
     Conjugate gradients for all outputs at once, preconditioned by the diagonal: a step is one product with H, where a
     factorization for each output would be in / 3 of them.
@@ -30,29 +31,32 @@ def refit(
         moments: H, positive definite (damped).
         mask: S, True = alive.
         start: where to begin; without, at T on the mask.
+        outputs: G, positive definite (damped); None: outputs are fitted each for itself.
         tolerance: of the residual, relative to the right-hand side, of every output.
-        iterations: most that are done; without, as many as there are inputs, after which the answer is exact but for
-            rounding.
+        iterations: most that are done; without, as many as there are inputs, after which the answer for single outputs
+            is exact but for rounding.
     """
     diagonal = jnp.diagonal(moments)[:, None]
-    wanted = jnp.where(mask, moments @ target, 0.0)
+    diagonal = diagonal if outputs is None else diagonal * jnp.diagonal(outputs)[None]
+    together = (0,) if outputs is None else (0, 1)  # what is one system of equations
+    wanted = jnp.where(mask, applied(target, moments, outputs), 0.0)
     weight = jnp.where(mask, target if start is None else start, 0.0)
     most = target.shape[0] if iterations is None else iterations
 
     def inner(a: Weight, b: Weight) -> Any:
-        return jnp.sum(a * b, 0, keepdims=True)
+        return jnp.sum(a * b, together, keepdims=True)
 
     enough = tolerance**2 * inner(wanted, wanted / diagonal)
 
     def residual(weight: Weight) -> Weight:
-        return wanted - jnp.where(mask, moments @ weight, 0.0)
+        return wanted - jnp.where(mask, applied(weight, moments, outputs), 0.0)
 
     def unfinished(carry: Any) -> Any:
         return (carry[0] < most) & jnp.any(carry[4] > enough)
 
     def step(carry: Any) -> Any:
         i, weight, left, way, size = carry
-        moved = jnp.where(mask, moments @ way, 0.0)
+        moved = jnp.where(mask, applied(way, moments, outputs), 0.0)
         going = size > enough
         length = jnp.where(going, size / jnp.where(going, inner(way, moved), 1.0), 0.0)
         weight = weight + length * way

@@ -12,6 +12,7 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 | own | T = W |
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ from jaxtyping import Array
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
+from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
@@ -48,6 +50,7 @@ def prune(
     select: tree.Select = tree.weights,
     order: Literal["products", "blocks", "layers"] = "products",
     fit: Literal["dense", "own"] = "dense",
+    loss: Callable[..., Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Params, Masks]:
     r"""Prunes a trained model on some calibration data, moving the weights that stay.
@@ -70,6 +73,9 @@ def prune(
         order: see above.
         fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
             not pruned yet, outputs of the dense model are aimed at from inputs that will change.
+        loss: (params, batch) -> scalar, a sum over tokens: errors of a product's outputs then count by the second
+            moments of its derivatives there, see `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as
+            `AlternatingDirections()`. None: all outputs count the same.
         progress: told of every leaf before it is solved.
 
     Returns:
@@ -78,18 +84,22 @@ def prune(
     Raises:
         ValueError: naming the leaf: it cannot be followed to its products, or is used otherwise too; in two stages; its
             inputs are not finite, or its moments not positive definite; `NM` does not divide its inputs. Also batches
-            of different shapes, none at all, and words that are none of the above.
+            of different shapes, none at all, words that are none of the above, and a loss for a solver that takes none.
 
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
     _check_words(order, fit, sparsity, pattern)
+    if loss is not None and "outputs" not in inspect.signature(solver).parameters:
+        raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
-    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, progress)
+    batches = list(batches)
+    outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
+    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
-        work.in_turn(apply_fn, params, list(batches), leaves, order, fit)
+        work.in_turn(apply_fn, params, batches, leaves, order, fit)
     new = tree.map_named(lambda name, leaf: _like(work.leaves.get(name, leaf), leaf), params)
     masks = tree.map_named(
         lambda name, leaf: _like(work.masks.get(name, jnp.ones(jnp.shape(leaf), bool)), leaf), params
@@ -105,10 +115,17 @@ class _Work:
         masks: name -> mask so far, of leaves that are in a product.
     """
 
-    def __init__(self, solver: Solver, sparsity: Any, pattern: Distribution, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        solver: Solver,
+        sparsity: Any,
+        pattern: Distribution,
+        outputs: Mapping[str, Array] | None,
+        progress: Progress | None,
+    ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
-        self.pattern, self.progress = pattern, progress
+        self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.done = self.total = 0
         self._solve = _solving(solver, sparsity, pattern)
 
@@ -160,7 +177,9 @@ class _Work:
         _check_runs(name, axes, leaf.shape, self.pattern)
         mask = self.masks.get(name, np.ones(leaf.shape, bool))
         for place, layer in enumerate(layers):
-            leaf, mask, fine = self._solve(axes, leaf, mask, layer, {word: one[place] for word, one in sums.items()})
+            known = {word: one[place] for word, one in sums.items()}
+            known |= {} if self.outputs is None else {"outputs": self.outputs[name][layer]}
+            leaf, mask, fine = self._solve(axes, leaf, mask, layer, known)
             if not fine[0]:
                 raise ValueError(
                     f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
@@ -181,7 +200,8 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
         matrices, masks = (one.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1]) for one in (view, alive))
         weight, moments = matrices[layer].astype(jnp.float32), sums["moments"]
         target = fitted(sums["cross"] @ weight, weight, moments, solver.damping) if "cross" in sums else weight
-        found, kept = solver(target, moments, sparsity, pattern)
+        weighed = {"outputs": sums["outputs"]} if "outputs" in sums else {}
+        found, kept = solver(target, moments, sparsity, pattern, **weighed)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
         matrices, masks = matrices.at[layer].set(found.astype(leaf.dtype)), masks.at[layer].set(kept)

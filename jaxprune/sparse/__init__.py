@@ -43,7 +43,8 @@ from jaxprune.sparse import exports, reference
 from jaxprune.sparse.blocks import BlockWeight
 from jaxprune.sparse.compression import compress, decompress, nbytes
 from jaxprune.sparse.dispatch import apply
-from jaxprune.sparse.formats import FORMATS, BCOOWeight, BCSRWeight, SparseUseError, SparseWeight
+from jaxprune.sparse.formats import FORMATS, SparseUseError, SparseWeight
+from jaxprune.sparse.portable import BCOOWeight, BCSRWeight
 from jaxprune.sparse.products import matmul, times, times_transposed
 from jaxprune.sparse.tiles import (
     NativeBlockWeight,

@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, Int32
 
-from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, run_numbers
+from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, Stored
+from jaxprune.sparse.portable import run_numbers
 from jaxprune.sparse.primitives import columns_product
 from jaxprune.sparse.products import times, times_transposed
 
@@ -54,7 +55,7 @@ class BlockWeight(SparseWeight):
     slots: int = eqx.field(static=True, kw_only=True)
 
     @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+    def parts(cls, values: Stored, rows: Indices, cols: Indices, sizes: tuple[int, int]) -> dict[str, Any]:
         """See `SparseWeight.parts`; the zeros inside of living blocks are stored as well."""
         n_out, n_in = sizes
         dividing = [(tall, wide) for tall, wide in cls.shapes if n_in % tall == 0 and n_out % wide == 0]
@@ -72,7 +73,12 @@ class BlockWeight(SparseWeight):
         return {"values": blocks.ravel(), **pattern}
 
     def check_parts(self) -> None:
-        """See `SparseWeight.check_parts`."""
+        """See `SparseWeight.check_parts`.
+
+        Raises:
+            ValueError: blocks that do not divide the matrix, or overlap, or lie outside of it.
+            TypeError: indices or bounds of another dtype.
+        """
         (n_out, n_in), (tall, wide) = self.sizes, self.block
         if min(self.block) < 1 or n_in % tall or n_out % wide:
             raise ValueError(f"{self._who} has blocks of {tall} x {wide}, which do not divide {n_in} x {n_out}.")
@@ -94,7 +100,7 @@ class BlockWeight(SparseWeight):
         return _coordinates(xp.asarray(self.index), xp.asarray(self.bounds), tall=tall, wide=wide, xp=xp)
 
 
-def _living(rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+def _living(rows: Any, cols: Any, sizes: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
     tall, wide = block
     living = np.zeros((sizes[0] // wide, sizes[1] // tall), bool)
     living[rows // wide, cols // tall] = True

@@ -9,8 +9,8 @@ activations. It stands in the tree where its leaf stood: an array-ish value with
 pytree of arrays, so an argument of jit and never a constant of it. A format is a class that packs (row, col, value) and
 gives them back; everything else follows.
 
-The native formats are in `jaxprune.sparse.tiles`, blocks in `blocks`. A further one is one class, a line in `FORMATS`,
-and a registration with `products.times` or `products.project`.
+BCOO and BCSR are in `jaxprune.sparse.portable`, the native formats in `tiles`, blocks in `blocks`. A further one is one
+class, a line in `FORMATS`, and a registration with `products.times` or `products.project`.
 """
 
 import abc
@@ -34,6 +34,8 @@ from jaxprune.compat import closed, kind_of, type_like
 
 Unsupported = Literal["refuse", "dense"]
 Indices: TypeAlias = Int[Array | np.ndarray, " _"]
+Stored: TypeAlias = Shaped[np.ndarray, " nse"]
+"""Values of the non-zeros, in host memory."""
 
 
 class SparseUseError(TypeError):
@@ -76,20 +78,12 @@ def matrix_of(leaf: Shaped[np.ndarray, "*axes"], outputs_last: bool) -> Shaped[n
     return channels_last.reshape(out_in(leaf.shape, outputs_last)[::-1]).T
 
 
-def run_numbers(bounds: Any, total: int, xp: Any = jnp) -> Any:
-    """The number of the run that each of `total` places is in.
+def index(array: Any) -> Int[Array, "..."]:
+    """Indices as a format stores them.
 
-    Args:
-        bounds: where each run begins and the last one ends, (runs + 1,); or such rows, whose runs are counted on.
-        total: places in all runs.
-        xp: jax.numpy; or numpy, for bounds in host memory.
+    Raises:
+        TypeError: they are no integers.
     """
-    lengths = xp.diff(bounds).ravel()
-    static = {"total_repeat_length": total} if xp is jnp else {}
-    return xp.repeat(xp.arange(lengths.size, dtype=xp.int32), lengths, **static)
-
-
-def _index(array: Any) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"Indices of a sparse weight are integers, {array.dtype} arrived.")
     return jnp.asarray(array, jnp.int32)  # Eigen's kernel takes int32, and half the bytes of int64
@@ -148,7 +142,7 @@ class SparseWeight(quax.ArrayValue):
 
     @classmethod
     @abc.abstractmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+    def parts(cls, values: Stored, rows: Indices, cols: Indices, sizes: tuple[int, int]) -> dict[str, Any]:
         """The format's own fields, in host memory, for the sorted non-zeros of a W of these sizes (out, in)."""
 
     @abc.abstractmethod
@@ -157,7 +151,7 @@ class SparseWeight(quax.ArrayValue):
 
     @abc.abstractmethod
     def check_parts(self) -> None:
-        """Refuses what must not be for `coordinates` to mean anything."""
+        """Raises ValueError or TypeError where `coordinates` would mean nothing."""
 
     @property
     def stored(self) -> BCOO | BCSR:
@@ -215,6 +209,9 @@ class SparseWeight(quax.ArrayValue):
             total: of what is in the runs.
             what: is in the runs, for the message.
             tiles: how many.
+
+        Raises:
+            ValueError: they do not.
         """
         bounds = np.asarray(bounds)
         n_bounds = tiles * (n_runs + 1)
@@ -308,11 +305,14 @@ class SparseWeight(quax.ArrayValue):
         """
         return self.dense_for("an operation that wants a dense array")
 
-    def dense_for(self, use: str) -> Array:
+    def dense_for(self, use: str) -> Shaped[Array, "..."]:
         """The same, with the use in the refusal.
 
         Args:
             use: what has no sparse form.
+
+        Raises:
+            SparseUseError: unless it is to be made dense.
         """
         if self.unsupported == "dense":
             return self.decompress()
@@ -341,63 +341,5 @@ def _dense(value: Any) -> Any:
     return value.materialise() if isinstance(value, quax.Value) else value
 
 
-class BCOOWeight(SparseWeight):
-    """Coordinates: an (output, input) pair beside each value, 8 bytes of index a non-zero.
-
-    Portable and plain. Its product gathers and scatters, which a CPU does slowly.
-    """
-
-    indices: Int[Array, "nse 2"] = eqx.field(converter=_index)
-
-    @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
-        """See `SparseWeight.parts`."""
-        return {"values": values, "indices": np.stack([rows, cols], axis=-1)}
-
-    def check_parts(self) -> None:
-        """See `SparseWeight.check_parts`."""
-        if self.indices.shape != (self.nse, 2):
-            raise ValueError(f"{self._who} needs indices ({self.nse}, 2), {self.indices.shape} arrived.")
-
-    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
-        """See `SparseWeight.coordinates`."""
-        indices = xp.asarray(self.indices)
-        return indices[..., 0], indices[..., 1]
-
-
-class BCSRWeight(SparseWeight):
-    """Compressed outputs: an input index beside each value, and where each output's run begins.
-
-    4 bytes of index a non-zero. On CPU its product is Eigen's threaded kernel.
-    """
-
-    indices: Int[Array, " nse"] = eqx.field(converter=_index)
-    indptr: Int[Array, " n_out_plus_1"] = eqx.field(converter=_index)
-
-    @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
-        """See `SparseWeight.parts`."""
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=sizes[0]))])
-        return {"values": values, "indices": cols, "indptr": indptr}
-
-    def check_parts(self) -> None:
-        """See `SparseWeight.check_parts`."""
-        self.check_bounds(self.indptr, self.sizes[0], self.nse, "values")
-
-    def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
-        """See `SparseWeight.coordinates`."""
-        return run_numbers(xp.asarray(self.indptr), self.nse, xp), xp.asarray(self.indices)
-
-    @property
-    def stored(self) -> BCSR:
-        """W (out, in) as a `jax.experimental.sparse.BCSR`."""
-        return BCSR(
-            (self.values, self.indices, self.indptr), shape=self.sizes, indices_sorted=True, unique_indices=True
-        )
-
-
-FORMATS: dict[str, type[SparseWeight]] = {
-    "bcoo": BCOOWeight,
-    "bcsr": BCSRWeight,
-}
-"""Format name -> class; "dense" is not among them, a dense leaf stays an array."""
+FORMATS: dict[str, type[SparseWeight]] = {}
+"""Format name -> class, each entered where it is; "dense" is not among them, a dense leaf stays an array."""

@@ -33,7 +33,8 @@ from jaxtyping import Array, ArrayLike, Inexact, Num
 from jaxprune.compat import pvary_p
 from jaxprune.exact.meshes import lying_as_dense
 from jaxprune.sparse import gpu
-from jaxprune.sparse.formats import BCOOWeight, BCSRWeight, SparseWeight, run_numbers
+from jaxprune.sparse.formats import SparseWeight
+from jaxprune.sparse.portable import BCOOWeight, BCSRWeight, run_numbers
 from jaxprune.sparse.primitives import columns_product
 
 

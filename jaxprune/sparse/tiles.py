@@ -19,7 +19,8 @@ from jax.core import ShapedArray
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
 
 from jaxprune.compat import type_like
-from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, run_numbers
+from jaxprune.sparse.formats import FORMATS, Indices, SparseWeight, Stored
+from jaxprune.sparse.portable import run_numbers
 
 # Density from which on a tile of so many inputs was the fastest (Zen 4, 32 KiB and 1 MiB of cache).
 TILES = ((0.15, 128), (0.07, 192), (0.025, 256), (0.0, 1024))
@@ -49,7 +50,7 @@ class NativeWeight(SparseWeight):
         return next(tile for least, tile in TILES if density >= least)
 
     @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+    def parts(cls, values: Stored, rows: Indices, cols: Indices, sizes: tuple[int, int]) -> dict[str, Any]:
         """See `SparseWeight.parts`."""
         n_out, n_in = sizes
         # One key for each (group, input) that has a weight, in this order; the inverse says whose each weight is.
@@ -128,7 +129,7 @@ class NativeNMWeight(NativeWeight):
         return f"it takes 16 non-zeros of every 32 inputs of an output, here are up to {most}." if most > 16 else ""
 
     @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+    def parts(cls, values: Stored, rows: Indices, cols: Indices, sizes: tuple[int, int]) -> dict[str, Any]:
         """See `SparseWeight.parts`; stores dead inputs, the first of a run, until there are 16.
 
         Raises:
@@ -169,7 +170,7 @@ class NativeInt8Weight(NativeWeight):
     leaf_dtype: str = eqx.field(static=True, kw_only=True, default="float32")
 
     @classmethod
-    def parts(cls, values: np.ndarray, rows: np.ndarray, cols: np.ndarray, sizes: tuple[int, int]) -> dict[str, Any]:
+    def parts(cls, values: Stored, rows: Indices, cols: Indices, sizes: tuple[int, int]) -> dict[str, Any]:
         """See `SparseWeight.parts`; rounds."""
         exact, largest = values.astype(np.float32), np.zeros(sizes[0], np.float32)
         np.maximum.at(largest, rows, np.abs(exact))

@@ -311,6 +311,7 @@ DISTRIBUTIONS = (
 
 
 @settings(max_examples=50, deadline=None)
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # beartype draws which items it checks
 @given(
     seeds=st.lists(st.integers(0, 2**32 - 1), min_size=1, unique=True),
     data_dir=st.text(st.characters(codec="utf-8")),

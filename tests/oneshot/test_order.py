@@ -214,3 +214,20 @@ def test_refusals(message, unchecked):
     how = {"batches": [normal(4, 4)], "solver": Wanda(), "sparsity": 0.5} | how
     with pytest.raises(ValueError, match=re.escape(message)):
         prune(apply, W, **how)
+
+
+def test_a_loss_weighs_the_outputs_and_is_refused_by_solvers_that_cannot():
+    params, data = mlp_params(), batches()
+    loss = lambda params, x: jnp.sum(jnp.sin(mlp(params, x)))  # noqa: E731
+    plain, _ = prune(mlp, params, data, jp.oneshot.AlternatingDirections(), 0.5, order="layers")
+    weighed, masks = prune(mlp, params, data, jp.oneshot.AlternatingDirections(), 0.5, order="layers", loss=loss)
+    assert any(not np.array_equal(plain[name], weighed[name]) for name in params)
+    assert all(int(jnp.sum(~masks[name])) == round(0.5 * params[name].size) for name in params)
+    stacks = plain_decoder.stacked(plain_decoder.drawn())
+    tokens = [jnp.asarray(np.random.default_rng(s).integers(0, 13, (3, 5)), jnp.int32) for s in range(2)]
+    apply = plain_decoder.decoder(heads=2)
+    score = lambda params, tokens: -jnp.sum(jax.nn.log_softmax(apply(params, tokens)[:, :-1])[..., 0])  # noqa: E731
+    found, _ = prune(apply, stacks, tokens, jp.oneshot.AlternatingDirections(), 0.5, select="layers/[!n]*", loss=score)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    with pytest.raises(ValueError, match="cannot weigh outputs"):
+        prune(mlp, params, data, Wanda(), 0.5, loss=loss)

@@ -37,7 +37,8 @@ def loss(weight, target, moments):
 
 def damped64(moments, damping=0.01):
     moments = np.float64(moments)
-    return moments + damping * np.mean(np.diag(moments)) * np.eye(len(moments))
+    added = damping * np.mean(np.diag(moments))
+    return moments + np.diag(np.where(np.diag(moments) > 0, added, 1e-6 * added))
 
 
 def exact(target, moments, mask):
@@ -206,3 +207,44 @@ def test_sparsity_may_be_traced():
     solve = jax.jit(lambda s: SparseGPT(block=8)(target, moments, s, Uniform()).mask)
     for sparsity in (0.25, 0.75):
         assert jnp.sum(~solve(jnp.float32(sparsity))) == round(sparsity * target.size)
+
+
+def weighed(inputs=24, outputs=10):
+    target, moments = problem(inputs, outputs)
+    return target, moments, problem(outputs, 1, seed=5, tokens=40)[1]
+
+
+def kronecker(weight, target, moments, outputs):
+    difference = np.float64(weight) - np.float64(target)
+    return np.sum((moments @ difference) * (difference @ outputs))
+
+
+def test_refit_with_weighed_outputs_is_exact_least_squares():
+    target, moments, outputs = weighed(12, 5)
+    moments, outputs = damped(moments, 0.01), damped(outputs, 0.01)
+    mask = np.random.default_rng(1).random(target.shape) < 0.5
+    full = np.kron(np.float64(moments), np.float64(outputs))
+    alive = np.flatnonzero(mask.ravel())
+    wanted = np.zeros(mask.size)
+    wanted[alive] = np.linalg.solve(full[np.ix_(alive, alive)], (full @ np.float64(target).ravel())[alive])
+    found = refit(target, moments, jnp.asarray(mask), None, outputs, iterations=500)
+    np.testing.assert_allclose(found, wanted.reshape(mask.shape), rtol=1e-2, atol=1e-3)
+
+
+def test_weighed_outputs_change_the_mask_for_a_smaller_weighed_error():
+    target, moments, outputs = weighed()
+    plain = AlternatingDirections()(target, moments, 0.6, Uniform())
+    better = AlternatingDirections()(target, moments, 0.6, Uniform(), outputs)
+    errors = [kronecker(one.weight, target, damped64(moments), damped64(outputs)) for one in (plain, better)]
+    assert errors[1] < 0.8 * errors[0]
+    np.testing.assert_allclose(
+        error(better.weight, target, moments, outputs), kronecker(better.weight, target, moments, outputs), rtol=1e-3
+    )
+    assert jnp.sum(~better.mask) == round(0.6 * target.size)
+
+
+def test_outputs_that_count_the_same_change_nothing():
+    target, moments, _ = weighed()
+    plain, same = (AlternatingDirections()(target, moments, 0.5, Uniform(), g) for g in (None, 3 * jnp.eye(10)))
+    assert jnp.mean(plain.mask == same.mask) > 0.98
+    np.testing.assert_allclose(loss(same.weight, target, moments), loss(plain.weight, target, moments), rtol=0.02)
