@@ -56,7 +56,7 @@ def test_the_recipes_of_resnet50_come_to_the_published_profiles(place, column):
     config = cfg.load_sweep(FOLDER / "s3_resnet50_imagenet.toml").points[place].config
     params = models.shapes(config.model, sets.IMAGES["imagenet2012"], 1000).params
     theirs = sparsify.profile_counts(params, sparsify.read_profile(f"{PROFILES}:{column}"))
-    rules = build.distribution(config.prune.distribution).rules
+    rules = build.method(config.prune).distribution.rules
     for name, left in theirs.items():
         size = int(np.prod(params[name.removesuffix("/kernel")]["kernel"].shape))
         share = next(share for pattern, share in rules if fnmatch(name, pattern))
