@@ -48,25 +48,18 @@ def assert_equal(got, want, format):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=format)
 
 
-OVER_OUTPUTS = ("back through w.T", "fori_loop")
-
-
-def applied(use, format):
-    """`apply`; the native formats have no kernel for a product over outputs, so the leaf is made dense there."""
-    dense = format.startswith("native") and use in OVER_OUTPUTS
-    return sparse.apply(USES[use], unsupported="dense" if dense else "refuse")
-
-
 @pytest.mark.parametrize("use", USES)
 def test_apply_equals_dense(use):
     """In one program, every format by itself and mapped over inputs."""
 
-    def both(fn, w, x):
+    fn = sparse.apply(USES[use])
+
+    def both(w, x):
         return fn(w, x), jax.vmap(fn, (None, 0))(w, jnp.stack([x, x]))[1]
 
     @quick_jit
     def run(leaf, weights, x):
-        return USES[use](leaf, x), {f: both(applied(use, f), w, x) for f, w in weights.items()}
+        return USES[use](leaf, x), {f: both(w, x) for f, w in weights.items()}
 
     want, found = run(LEAF, WEIGHTS, X)
     for format, both in found.items():
@@ -77,7 +70,7 @@ def test_apply_equals_dense(use):
 # Every use with one format, every format with several uses: above are all pairs, and outside jit their steps are alike.
 @pytest.mark.parametrize(("use", "format"), list(zip(USES, itertools.cycle(FORMATS))))
 def test_apply_outside_jit_equals_dense(use, format):
-    assert_equal(applied(use, format)(WEIGHTS[format], X), USES[use](LEAF, X), format)
+    assert_equal(sparse.apply(USES[use])(WEIGHTS[format], X), USES[use](LEAF, X), format)
 
 
 def makes_a_matrix(jaxpr, sizes):
@@ -99,7 +92,7 @@ WAYS = {  # (leaf, x (5, in)) -> (5, out), for a leaf (in, out) and one (out, in
 @pytest.mark.parametrize("layout", WAYS)
 @pytest.mark.parametrize("format", ANY)
 def test_both_ways_round_run_on_the_non_zeros(format, layout):
-    """Of the native formats, one call of the kernel; over the outputs, they refuse by name, with the other layout."""
+    """Of the native formats, one call of the kernel; a product over the outputs has none and is dense there."""
     leaf = np.where(np.arange(64)[:, None] % 4 < 2, make_leaf(SIZES, 1.0, "float32"), 0)  # 2:4 along the inputs
     leaf = jnp.asarray(leaf if layout == "in_out" else leaf.T)
     weight, x, y = compress_one(leaf, format, layout), make_x((5, 64)), make_x((5, 32))
@@ -110,13 +103,7 @@ def test_both_ways_round_run_on_the_non_zeros(format, layout):
         tolerance = 0.05 * np.abs(x).sum() if format == "native_int8" else 1e-4
         np.testing.assert_allclose(quick_jit(sparse.apply(fn))(weight, x), fn(leaf, x), rtol=1e-4, atol=tolerance)
     for fn in WAYS["out_in" if layout == "in_out" else "in_out"].values():
-        if format.startswith("native"):
-            with pytest.raises(sparse.SparseUseError, match=r"'kernel'.*over its outputs, axis [01].*layout_of"):
-                jax.jit(sparse.apply(fn))(weight, y)
-            dense = sparse.apply(fn, unsupported="dense")
-            assert makes_a_matrix(jax.make_jaxpr(dense)(weight, y).jaxpr, SIZES)
-        else:
-            assert not makes_a_matrix(jax.make_jaxpr(sparse.apply(fn))(weight, y).jaxpr, SIZES)
+        assert makes_a_matrix(jax.make_jaxpr(sparse.apply(fn))(weight, y).jaxpr, SIZES) == format.startswith("native")
 
 
 CASES = [(model, None) for model in MODELS] + [(model, jnp.bfloat16) for model in MODELS[:3]]
