@@ -233,7 +233,7 @@ def test_the_coming_forms_work(coming):
     want = apply(jp.apply_masks(params, masks), X)
     np.testing.assert_allclose(small.apply(small.params, X), want, rtol=1e-5, atol=1e-5)
     pruned = jp.apply_masks(params, jp.compute_masks(jp.Method(), params, 0.5))
-    compressed = sparse.compress(pruned, "bcsr", select=["stem"])
+    compressed = sparse.compress(pruned, "bcsr", select=["stem"], layout=jp.FLAX)
     got = jax.jit(sparse.apply(apply))(compressed, X)
     np.testing.assert_allclose(got, apply(pruned, X), rtol=1e-5, atol=1e-5)
 

@@ -124,12 +124,11 @@ def test_progress_ends_at_the_total(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from jaxprune.lab.data import importing as data_import
-from jaxprune.lab.data import sets as data
+from jaxprune.lab.data import importing
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[3] == "writing": data.import_folder("mnist", sys.argv[1], sys.argv[2], die)
-data_import._move_in_place = die
-data.import_folder("mnist", sys.argv[1], sys.argv[2])
+if sys.argv[3] == "writing": importing.import_folder("mnist", sys.argv[1], sys.argv[2], die)
+importing._move_in_place = die
+importing.import_folder("mnist", sys.argv[1], sys.argv[2])
 """
 
 
@@ -147,8 +146,8 @@ def test_a_killed_import_leaves_nothing_that_looks_prepared(tmp_path, moment):
 def test_the_default_directory_is_that_of_tfds(tmp_path):
     code = (
         "import sys; from absl import logging; logging.set_verbosity(logging.INFO)\n"
-        "from jaxprune.lab.data import sets as data\n"
-        "print(data.import_folder('mnist', sys.argv[1])); assert len(data.load('mnist').test_labels) == 12"
+        "from jaxprune.lab.data import importing, sets\n"
+        "print(importing.import_folder('mnist', sys.argv[1])); assert len(sets.load('mnist').test_labels) == 12"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, write_idx(tmp_path / "files")],
