@@ -43,7 +43,7 @@ def compress(
         layout: which axis of a matrix is summed over: told by the leaf's name, see `BY_NAME`; `FLAX`, (in, out); or
             `TORCH`, (out, in), also Equinox's; or `layout_of(sites)`, as the model's function uses them.
         unsupported: what becomes of a selected leaf that has no form in the named format, such as a convolution kernel
-            or stacked layers: "refuse", or "dense" to leave it as it is.
+            or stacked layers, or whose name does not tell its layout: "refuse", or "dense" to leave it as it is.
 
     Raises:
         ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
@@ -72,7 +72,7 @@ def compress(
             )
         named = asked[name]
         kind = FORMATS[named or default_format(leaf)]
-        if not has_form(name, leaf, kind, layout, unsupported if named else "dense"):
+        if not has_form(name, leaf, kind, layout, unsupported if named else "dense", untold=unsupported):
             return leaf
         weight = _compress_leaf(name, leaf, kind, layout)
         return weight if named or weight.nbytes < leaf.nbytes else leaf
@@ -99,7 +99,14 @@ def default_format(leaf: Any) -> str:
     return "native" if leaf.dtype.itemsize <= 4 and not native.why_missing() else "bcsr"
 
 
-def has_form(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout, unsupported: Unsupported) -> bool:
+def has_form(
+    name: str,
+    leaf: Any,
+    kind: type[SparseWeight],
+    layout: Layout,
+    unsupported: Unsupported,
+    untold: Unsupported | None = None,
+) -> bool:
     """Whether a leaf becomes a weight of this format.
 
     Args:
@@ -108,17 +115,18 @@ def has_form(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout, uns
         kind: a class of `FORMATS`.
         layout: see `compress`.
         unsupported: likewise.
+        untold: the same for a leaf whose name does not tell which axis is summed over; None: as `unsupported`.
 
     Raises:
-        ValueError: it does not, and `unsupported` is "refuse"; it is a matrix or a kernel, and its name does not tell
-            which axis is summed over.
+        ValueError: it does not, and what becomes of it is "refuse".
     """
     axes = layout.axes(name, leaf.shape)
     one_each = not axes.layers and len(axes.inputs) == len(axes.outputs) == 1
     if axes.spatial and not _is_convolution(name, leaf, layout, unsupported):
         return False
     if one_each and (not axes.spatial or (kind.convolves and len(axes.spatial) <= 2)):
-        _check_told(name, leaf, layout)
+        if not _is_told(name, leaf, layout, untold or unsupported):
+            return False
         why_not = kind.why_not(matrix_of(np.asarray(leaf), axes.outputs == (leaf.ndim - 1,)))
         if why_not and unsupported == "refuse":
             raise ValueError(f"Leaf {name!r} {tuple(leaf.shape)} has no such form: {why_not}")
@@ -146,11 +154,15 @@ def _is_convolution(name: str, leaf: Any, layout: Layout, unsupported: Unsupport
     return True
 
 
-def _check_told(name: str, leaf: Any, layout: Layout) -> None:
+def _is_told(name: str, leaf: Any, layout: Layout, unsupported: Unsupported) -> bool:
+    """Whether it is known which axis of a leaf is summed over; if not it is refused, or stays dense."""
     try:
         layout.check_named(name, leaf.shape)
     except ValueError as error:
-        raise ValueError(f"{error} A plan knows it too: `compress(params, tune(apply_fn, params, x))`.") from None
+        if unsupported == "refuse":
+            raise ValueError(f"{error} A plan knows it too: `compress(params, tune(apply_fn, params, x))`.") from None
+        return False
+    return True
 
 
 def _compress_leaf(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout) -> SparseWeight:

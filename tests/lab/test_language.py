@@ -89,7 +89,7 @@ def test_names_tell_inputs_and_outputs_and_the_model_agrees(config):
     found = jp.layout_of(jp.trace(forward(config), params, helpers.tokens(config)))
     for name, leaf in jp.tree.named_leaves(params).items():
         if jp.weights(name, leaf):
-            assert found.axes(name, leaf.shape) == jp.BY_NAME.axes(name, leaf.shape), name
+            assert found.axes(name, leaf.shape) == jp.layout.BY_NAME.axes(name, leaf.shape), name
     assert not jp.weights("embed/embedding", params["embed"]["embedding"])
 
 

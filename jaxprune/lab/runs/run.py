@@ -104,7 +104,7 @@ def _seed_result(config: cfg.Config, seed: int, dataset: sets.Dataset, done: See
         name: train.predict(apply, params, test)
         for name, params in (("dense", done.dense), ("pruned", done.pruned), ("finetuned", done.finetuned))
     }
-    compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format)
+    compressed, bytes_of = store.leaf_bytes(done.finetuned, config.sparse.format, done.network, test.images.shape[1:])
     odd = "dense" if ":" in config.model.name else "refuse"  # what a model of the user's own does is not known
     classes["sparse"] = train.predict(jax.jit(jp.sparse.apply(done.network.apply, unsupported=odd)), compressed, test)
     path = folder / f"seed_{seed}" / "model.jaxprune"

@@ -237,13 +237,14 @@ class _SeedStages:
         """What the model of a round is worth on the test data, which decide nothing, and its file."""
         path = self.folder / "rounds" / f"{number}.jaxprune"
         path.parent.mkdir(exist_ok=True)
-        about = store.identity(self.config, self.seed, self.test.images.shape[1:], self.classes)
-        jp.save(path, params, masks=masks, metadata=about)
+        image = self.test.images.shape[1:]
+        jp.save(path, params, masks=masks, metadata=store.identity(self.config, self.seed, image, self.classes))
+        _, bytes_of = store.leaf_bytes(params, self.config.sparse.format, self.network, image)
         return {
             "accuracy": train.accuracy(train.predict(self.apply, params, self.test), self.test),
             "removed": train.sparsity(masks, self.selected),
             "bytes": path.stat().st_size,
-            "sparse_bytes": sum(store.leaf_bytes(params, self.config.sparse.format)[1].values()),
+            "sparse_bytes": sum(bytes_of.values()),
         }
 
     def _early(self) -> Params | None:

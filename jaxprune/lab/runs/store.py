@@ -62,9 +62,19 @@ def _without(mask: Any, removed: Sequence[Sequence[int]]) -> Any:
     return jnp.asarray(mask)
 
 
-def leaf_bytes(params: Params, form: str) -> tuple[Any, dict[str, int]]:
-    """Params compressed to a format where they can be, and leaf name -> bytes in memory."""
-    stored = jp.sparse.compress(params, format=form, unsupported="dense")
+def leaf_bytes(params: Params, form: str, network: models.Network, image: Sequence[int]) -> tuple[Any, dict[str, int]]:
+    """Params compressed to a format where they can be, and leaf name -> bytes in memory.
+
+    Args:
+        params: of the network.
+        form: the format.
+        network: the model, which is asked how its weights lie.
+        image: shape of one input, if the network does not say it.
+    """
+    sample = network.sample or jax.ShapeDtypeStruct(tuple(image), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, *sample.shape), sample.dtype)
+    layout = jp.layout_of(jp.trace(network.apply, params, one))
+    stored = jp.sparse.compress(params, format=form, layout=layout, unsupported="dense")
     leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda x: isinstance(x, jp.sparse.SparseWeight))
     return stored, {tree.leaf_name(path): jp.sparse.nbytes(leaf) for path, leaf in leaves}
 
