@@ -159,9 +159,10 @@ def test_any_mask_stores_what_one_of_four_outputs_needs(n_in, groups, density, s
 
 def test_outputs_that_are_not_groups_of_four_are_refused_or_stay_dense():
     params = {"a": make_leaf((8, 6), 0.5, "float32"), "b": make_leaf((6, 8), 0.5, "float32")}
+    layout = LAYOUTS["in_out"]
     with pytest.raises(ValueError, match=r"'a' \(8, 6\) has no such form: .*groups of 4, here are 6"):
-        sparse.compress(params, "native_block")
-    kept = sparse.compress(params, "native_block", unsupported="dense")
+        sparse.compress(params, "native_block", layout=layout)
+    kept = sparse.compress(params, "native_block", layout=layout, unsupported="dense")
     assert kept["a"] is params["a"]
     assert type(kept["b"]) is sparse.FORMATS["native_block"]
     with pytest.raises(ValueError, match=r"'b' \(6, 8\).*here are 6"):  # as (out, in)
