@@ -93,9 +93,7 @@ class Wanda:
         """See `Solver`; without a pattern, `PerOutput()`."""
         norms = jnp.sqrt(jnp.diagonal(moments))[:, None]
         mask = best(jnp.abs(target) * norms, sparsity, PerOutput() if pattern is None else pattern)
-        if self.refit:
-            return Solved(refit(target, damped(moments, self.damping), mask), mask)
-        return Solved(jnp.where(mask, target, 0.0), mask)
+        return _solved(target, moments, mask, self.damping if self.refit else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +113,10 @@ class Magnitude:
     ) -> Solved:
         """See `Solver`."""
         mask = best(jnp.abs(target), sparsity, Uniform() if pattern is None else pattern)
-        if self.refit:
-            return Solved(refit(target, damped(moments, self.damping), mask), mask)
-        return Solved(jnp.where(mask, target, 0.0), mask)
+        return _solved(target, moments, mask, self.damping if self.refit else None)
+
+
+def _solved(target: Weight, moments: Moments, mask: Mask, damping: float | None) -> Solved:
+    """The target on a mask, fitted there where a damping is given."""
+    fitted = target if damping is None else refit(target, damped(moments, damping), mask)
+    return Solved(jnp.where(mask, fitted, 0.0), mask)
