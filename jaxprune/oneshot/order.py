@@ -24,7 +24,7 @@ from jaxtyping import Array
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
-from jaxprune.criteria.derivatives import of_outputs
+from jaxprune.criteria.derivatives import Derivatives, of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
@@ -75,8 +75,9 @@ def prune(
         fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
             not pruned yet, outputs of the dense model are aimed at from inputs that will change.
         loss: (params, batch) -> scalar, a sum over tokens: errors of a product's outputs then count by the second
-            moments of its derivatives there, see `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as
-            `AlternatingDirections()`. None: all outputs count the same.
+            moments of its derivatives there, and tokens by their size (but for order "layers"), see
+            `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as `AlternatingDirections()`. None: all
+            outputs and tokens count the same.
         progress: told of every leaf before it is solved.
 
     Returns:
@@ -121,7 +122,7 @@ class _Work:
         solver: Solver,
         sparsity: Any,
         pattern: Distribution,
-        outputs: Mapping[str, Array] | None,
+        outputs: Mapping[str, Derivatives] | None,
         progress: Progress | None,
     ) -> None:
         self.leaves: dict[str, Any] = {}
@@ -162,13 +163,23 @@ class _Work:
         ours = [to_host([batch[i] for i in first]) for batch in arrays]
         dense: list[Any] = list(ours) if fit == "dense" else [None] * len(ours)
         for part in parts:
-            found = runner.moments(part, leaves, list(zip(ours, dense, strict=True)))
+            found = runner.moments(part, leaves, list(zip(ours, dense, strict=True)), self.tokens(part))
             for name, unit in units(part).items():
                 axes = next(places(s.site).axes for s in part.products if s.site is not None and s.site.name == name)
                 self.solve(name, axes, unit.layers, found[name])
             if part is not parts[-1]:
                 ours = runner.advanced(part, self.leaves, ours)
                 dense = runner.advanced(part, leaves, dense) if fit == "dense" else dense
+
+    def tokens(self, part: Segment) -> dict[str, list[Array]]:
+        """How much each token counts, of the products of a segment."""
+        if self.outputs is None:
+            return {}
+        known = {name: (self.outputs[name].tokens, unit) for name, unit in units(part).items()}
+        return {
+            name: [one[np.array(unit.layers)] for one in tokens]
+            for name, (tokens, unit) in known.items() if tokens is not None
+        }  # fmt: skip
 
     def solve(self, name: str, axes: Axes, layers: Iterable[int], sums: Mapping[str, Array]) -> None:
         """Some layers of a leaf, each by its own moments."""
@@ -180,7 +191,7 @@ class _Work:
         mask = self.masks.get(name, np.ones(leaf.shape, bool))
         for place, layer in enumerate(layers):
             known = {word: one[place] for word, one in sums.items()}
-            known |= {} if self.outputs is None else {"outputs": self.outputs[name][layer]}
+            known |= {} if self.outputs is None else {"outputs": self.outputs[name].moments[layer]}
             known |= {"sparsity": jnp.float32(self.each[name][layer])} if self.each else {}
             leaf, mask, fine = self._solve(axes, leaf, mask, layer, known)
             if not fine[0]:
