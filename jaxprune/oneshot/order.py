@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
@@ -192,7 +192,7 @@ class _Work:
         for place, layer in enumerate(layers):
             known = {word: one[place] for word, one in sums.items()}
             known |= {} if self.outputs is None else {"outputs": self.outputs[name].moments[layer]}
-            known |= {"sparsity": jnp.float32(self.each[name][layer])} if self.each else {}
+            known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
             leaf, mask, fine = self._solve(axes, leaf, mask, layer, known)
             if not fine[0]:
                 raise ValueError(
@@ -223,6 +223,17 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
         return *new, fine
 
     return jax.jit(solve, static_argnums=0)
+
+
+def _share(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
+    """The sparsity of one layer."""
+    shares = np.ravel(each.get(name, ()))
+    if layer >= len(shares):
+        raise ValueError(
+            f"`sparsity` has {len(shares)} numbers for {name!r}, which has layer {layer} too, counted from 0. Leave it "
+            "out with `select`, or give each layer a number."
+        )
+    return jnp.float32(shares[layer])
 
 
 def _named(leaves: Mapping[str, Any]) -> Callable[[str, Any], bool]:
