@@ -1,7 +1,7 @@
 """One-shot pruning of a small language model on texts that it samples itself: perplexity, divergence, agreement.
 
     python experiments/benchmarks/oneshot_stories.py MODEL --texts FOLDER --out oneshot_stories.jsonl
-        [--methods weighed] [--patterns 0.5 2:4] [--evaluate 100]
+        [--methods weighed] [--patterns 0.5 2:4] [--evaluate 100] [--save FOLDER]
 
 MODEL is llama2.c's stories15M, or what else `jaxprune generate` reads. The texts are 200 of 256 tokens for evaluation
 (seed 0, of which the first `--evaluate` count) and 128 for calibration (seed 1), sampled in float64 and kept in FOLDER;
@@ -9,10 +9,13 @@ their hashes stand in every row. The seven products of each block are pruned, em
 """
 
 import argparse
+import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,48 +52,73 @@ def kept_texts(folder: Path, model: language.Language, name: str, count: int, se
     return np.load(path)
 
 
-def main() -> None:
-    """Measure what is asked for, one row after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measured(
+    model: language.Language,
+    method: str,
+    pattern: str,
+    calibrating: np.ndarray,
+    evaluated: Mapping[str, np.ndarray],
+    batch: int = 32,
+) -> tuple[Any, dict[str, Any]]:
+    """The pruned params, and a row of what they are worth on texts, by name."""
+    batches = [jnp.asarray(calibrating[i : i + batch]) for i in range(0, len(calibrating), batch)]
+    forward = partial(decoder.forward, config=model.config)
+
+    def loss(params: Any, tokens: Any) -> Any:
+        scores = jax.nn.log_softmax(forward(params, tokens)[:, :-1])
+        return -jnp.sum(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
+
+    solver, order = METHODS[method]
+    chosen = {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
+    begun = time.perf_counter()
+    params, masks = jp.oneshot.prune(
+        forward, model.params, batches, solver, select="*layers*kernel", **order, **chosen,
+        loss=loss if method == "weighed" else None,
+    )  # fmt: skip
+    row = {"method": method, "pattern": pattern, "seconds": round(time.perf_counter() - begun)}
+    pruned = [mask for name, mask in jp.tree.named_leaves(masks).items() if "kernel" in name]
+    row["sparsity"] = round(float(jp.sparsity_of(pruned)), 4)
+    for name, windows in evaluated.items():
+        found = evaluation.compare(forward, params, model.params, windows, batch=max(1, 4096 // windows.shape[1] // 2))
+        row[name] = {word: round(value, 4) for word, value in dataclasses.asdict(found).items()}
+    hashes = {name: texts.digest(windows) for name, windows in evaluated.items()}
+    return params, row | {"texts": hashes | {"calibration": texts.digest(calibrating)}, "machine": describe_machine()}
+
+
+def measure_all(options: argparse.Namespace, *given: Any, **more: Any) -> None:
+    """A row for each method and pattern asked for, one after the other."""
+    for method in options.methods:
+        for pattern in options.patterns:
+            params, row = measured(given[0], method, pattern, *given[1:], **more)
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+            if options.save is not None:
+                options.save.mkdir(parents=True, exist_ok=True)
+                name = f"{method}_{pattern}.jaxprune".replace(", ", "_").replace(" ", "_").replace(":", "_")
+                jp.save(options.save / name, params)
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """What both scripts are asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.7", "2:4"])
+    parser.add_argument("--save", type=Path, help="where params are kept, for oneshot_recovery.py")
+    return parser
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = parser_of(__doc__)
     parser.add_argument("--evaluate", type=int, default=100)
     options = parser.parse_args()
     model = language.read(options.model)
-    evaluated = kept_texts(options.texts, model, "evaluation", 200, 0)
-    calibrating = kept_texts(options.texts, model, "calibration", 128, 1)
-    batches = [jnp.asarray(calibrating[i : i + 32]) for i in range(0, len(calibrating), 32)]
-    forward = partial(decoder.forward, config=model.config)
-
-    def loss(params, tokens):
-        scores = jax.nn.log_softmax(forward(params, tokens)[:, :-1])
-        return -jnp.sum(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
-
-    for method in options.methods:
-        for pattern in options.patterns:
-            solver, order = METHODS[method]
-            chosen = (
-                {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
-            )
-            begun = time.perf_counter()
-            params, _ = jp.oneshot.prune(
-                forward, model.params, batches, solver, select="*layers*kernel", **order, **chosen,
-                loss=loss if method == "weighed" else None,
-            )  # fmt: skip
-            seconds = time.perf_counter() - begun
-            found = evaluation.compare(forward, params, model.params, evaluated[: options.evaluate])
-            row = {
-                "method": method, "pattern": pattern, "perplexity": round(found.perplexity, 3),
-                "dense": round(found.dense, 3), "divergence": round(found.divergence, 4),
-                "agreement": round(found.agreement, 4), "seconds": round(seconds),
-                "texts": [texts.digest(evaluated), texts.digest(calibrating)], "machine": describe_machine(),
-            }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+    evaluated = kept_texts(options.texts, model, "evaluation", 200, 0)[: options.evaluate]
+    measure_all(options, model, kept_texts(options.texts, model, "calibration", 128, 1), {"own": evaluated})
 
 
 if __name__ == "__main__":

@@ -5,10 +5,23 @@ gives the sparse weight whose outputs are close to those wanted; the *order* dec
 to whose outputs it is fitted. Nothing here trains: no loss, no optimizer. Masks for training stay with `training`.
 """
 
+from jaxprune.oneshot.allocation import allocate, error_curves
 from jaxprune.oneshot.alternating import AlternatingDirections
 from jaxprune.oneshot.layerwise import Solved, Solver
 from jaxprune.oneshot.least_squares import Magnitude, Wanda, refit
-from jaxprune.oneshot.order import prune
+from jaxprune.oneshot.order import Solution, prune
 from jaxprune.oneshot.sparsegpt import SparseGPT
 
-__all__ = ["AlternatingDirections", "Magnitude", "Solved", "Solver", "SparseGPT", "Wanda", "prune", "refit"]
+__all__ = [
+    "AlternatingDirections",
+    "Magnitude",
+    "Solution",
+    "Solved",
+    "Solver",
+    "SparseGPT",
+    "Wanda",
+    "allocate",
+    "error_curves",
+    "prune",
+    "refit",
+]

@@ -65,7 +65,7 @@ def prune(
     params: Params,
     batches: Iterable[Any],
     solver: Solver,
-    sparsity: Sparsity | None = None,
+    sparsity: Sparsity | Mapping[str, Any] | None = None,
     *,
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
@@ -88,7 +88,8 @@ def prune(
         params: trained weights; any pytree of arrays.
         batches: calibration inputs of one shape; pytrees of arrays.
         solver: such as `SparseGPT()`.
-        sparsity: fraction of each matrix to remove, in [0, 1); None where the pattern says it.
+        sparsity: fraction of each matrix to remove, in [0, 1), or leaf name -> fraction of each of its layers, as
+            `allocate` gives it; None where the pattern says it.
         pattern: `NM(2, 4)`, `PerOutput()`; None: any weights of a matrix. A layer of a stack is a matrix of its own,
             a convolution is one of (window x inputs, outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
@@ -155,6 +156,7 @@ class _Work:
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.kept = kept
         self.done = self.total = 0
+        self.each = sparsity if isinstance(sparsity, Mapping) else None
         self._solve = _solving(solver, sparsity, pattern)
 
     def layers(
@@ -220,6 +222,7 @@ class _Work:
             _check_kept(name, layer, old, matrix)
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
+        known |= {"sparsity": jnp.float32(self.each[name][layer])} if self.each else {}
         weight, mask, error, fine = self._solve(matrix, known)
         if not fine[0]:
             raise ValueError(
@@ -236,13 +239,13 @@ class _Work:
 
 
 def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[..., Any]:
-    """(matrix, sums) -> weight, mask, relative error, and whether sums and weights are finite."""
+    """(matrix, known) -> weight, mask, relative error, and whether sums and weights are finite."""
 
-    def solve(matrix: Array, sums: Mapping[str, Array]) -> Any:
-        weight, moments = matrix.astype(jnp.float32), sums["moments"]
-        target = fitted(sums["cross"] @ weight, weight, moments, solver.damping) if "cross" in sums else weight
-        weighed = {"outputs": sums["outputs"]} if "outputs" in sums else {}
-        found, kept = solver(target, moments, sparsity, pattern, **weighed)
+    def solve(matrix: Array, known: Mapping[str, Array]) -> Any:
+        weight, moments = matrix.astype(jnp.float32), known["moments"]
+        target = fitted(known["cross"] @ weight, weight, moments, solver.damping) if "cross" in known else weight
+        weighed = {"outputs": known["outputs"]} if "outputs" in known else {}
+        found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **weighed)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
         size = error(jnp.zeros_like(target), target, moments)
@@ -295,7 +298,11 @@ def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
-    if sparsity is not None:
+    if isinstance(sparsity, Mapping):
+        for name, shares in sparsity.items():
+            for share in np.ravel(shares):
+                check_sparsity(float(share), f"sparsity[{name!r}]")
+    elif sparsity is not None:
         check_sparsity(sparsity)
     elif not isinstance(pattern, NM):
         raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` goes without.")

@@ -1,0 +1,129 @@
+r"""How sparse every matrix becomes, from the errors that a solver makes of it at some sparsities.
+
+minimise  sum of E_l(s_l)     so that     sum of n_l s_l = s x sum of n_l
+
+At the minimum one more weight costs the same everywhere. Errors of outputs weighed by a loss's derivatives are in the
+units of the loss, and comparable as they are; without a loss they are taken relative to the outputs.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune import tree
+from jaxprune.checks import check_sparsity
+from jaxprune.criteria.calibration import of_activations
+from jaxprune.criteria.derivatives import of_outputs
+from jaxprune.distributions import Distribution, Uniform
+from jaxprune.layout import Axes, to_view
+from jaxprune.oneshot.layerwise import Solver, error
+from jaxprune.types import Params
+
+Curves = Mapping[str, Float[np.ndarray, "layers points"]]
+"""Leaf name -> error of each of its layers at some sparsities."""
+
+
+def error_curves(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    solver: Solver,
+    sparsities: Sequence[float],
+    *,
+    pattern: Distribution | None = None,
+    select: tree.Select = tree.weights,
+    loss: Callable[..., Any] | None = None,
+) -> dict[str, Float[np.ndarray, "layers points"]]:
+    r"""$\lVert XW - XW_s \rVert^2$ of every matrix, on the dense model's inputs, at each sparsity s.
+
+    Args:
+        apply_fn: as `prune` has it, with `params`, `batches`, `pattern`, `select`.
+        params: trained weights.
+        batches: calibration inputs.
+        solver: a quick one will do.
+        sparsities: s, rising.
+        pattern: of the contests; None: `Uniform()`.
+        select: leaves to look at.
+        loss: (params, batch) -> scalar: errors count by its derivatives, see `prune`. None: they are divided by
+            $\lVert XW \rVert^2$.
+    """
+    batches = list(batches)
+    seen = of_activations(apply_fn, params, batches, select=select, moments=True)
+    outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
+    errors = _errors(solver, Uniform() if pattern is None else pattern)
+    leaves = tree.named_leaves(params)
+    found = {}
+    for name, one in seen.leaves.items():
+        assert one.moments is not None
+        rows = [
+            [errors(one.axes, leaves[name], layer, moments, None if outputs is None else outputs[name][layer], s)
+             for s in sparsities]
+            for layer, moments in enumerate(one.moments)
+        ]  # fmt: skip
+        found[name] = np.array(rows, np.float64)
+    return found
+
+
+def _errors(solver: Solver, pattern: Distribution) -> Callable[..., Array]:
+    weighs = "outputs" in inspect.signature(solver).parameters
+
+    def errors(
+        axes: Axes, leaf: Array, layer: Array, moments: Array, outputs: Array | None, sparsity: Array
+    ) -> Float[Array, ""]:
+        view = to_view(leaf, axes)
+        weight = view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])[layer].astype(jnp.float32)
+        weighed = {"outputs": outputs} if weighs and outputs is not None else {}
+        found = solver(weight, moments, sparsity, pattern, **weighed).weight
+        lost = error(found, weight, moments, outputs)
+        return lost if outputs is not None else lost / error(jnp.zeros_like(weight), weight, moments)
+
+    return jax.jit(errors, static_argnums=0)
+
+
+def allocate(
+    curves: Curves, sparsities: Sequence[float], sizes: Mapping[str, int], sparsity: float, *, steps: int = 64
+) -> dict[str, Float[np.ndarray, "layers"]]:
+    r"""Sparsities with the least sum of errors, between the first and the last of those that were looked at.
+
+    The logarithm of an error is straight between two sparsities. Weights are removed a step at a time, where the next
+    step costs least for each weight.
+
+    Args:
+        curves: of `error_curves`.
+        sparsities: theirs, rising.
+        sizes: leaf name -> weights of one of its layers.
+        sparsity: s, of all together.
+        steps: between two sparsities.
+
+    Returns:
+        Leaf name -> sparsity of each layer: `prune(..., sparsity=...)` takes it.
+
+    Raises:
+        ValueError: s is not between the first and the last sparsity; errors are not finite, or not above zero.
+    """
+    check_sparsity(sparsity)
+    points = np.asarray(sparsities, np.float64)
+    if len(points) < 2 or (np.diff(points) <= 0).any() or not points[0] <= sparsity <= points[-1]:
+        raise ValueError(f"`allocate` needs rising sparsities around {sparsity:g}; {list(sparsities)} arrived.")
+    for name, errors in curves.items():
+        if not (np.isfinite(errors) & (errors > 0)).all():
+            raise ValueError(f"Errors of {name!r} are not all finite and above zero, so that nothing can be compared.")
+    rows = np.concatenate([np.log(errors) for errors in curves.values()])
+    weights = np.concatenate([np.full(len(errors), sizes[name], np.float64) for name, errors in curves.items()])
+    grid = np.interp(np.arange((len(points) - 1) * steps + 1) / steps, np.arange(len(points)), points)
+    fine = np.exp([np.interp(grid, points, row) for row in rows])
+    removed = weights[:, None] * np.diff(grid)
+    prices = np.maximum.accumulate(np.diff(fine) / removed, axis=1)
+    order = np.argsort(prices, axis=None, kind="stable")
+    left = (sparsity - points[0]) * weights.sum()
+    before = np.cumsum(removed.flat[order]) - removed.flat[order]
+    taken = np.zeros(removed.size)
+    taken[order] = np.clip(left - before, 0, removed.flat[order])
+    found = points[0] + taken.reshape(removed.shape).sum(1) / weights
+    ends = np.cumsum([len(errors) for errors in curves.values()])[:-1]
+    return dict(zip(curves, np.split(found, ends), strict=True))
