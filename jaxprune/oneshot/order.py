@@ -43,16 +43,16 @@ Progress: TypeAlias = Callable[[int, int, Place, float], None]
 
 
 class Solution(NamedTuple):
-    """A matrix that is solved.
+    r"""A matrix that is solved.
 
     Attributes:
         weight: in the leaf's dtype.
         mask: True = alive.
-        error: $\\lVert X W - X T \\rVert_F / \\lVert X T \\rVert_F$, T the target.
+        error: $\lVert X W - X T \rVert_F / \lVert X T \rVert_F$, T the target.
     """
 
-    weight: Shaped[np.ndarray, "inputs outputs"]
-    mask: Bool[np.ndarray, "inputs outputs"]
+    weight: Shaped[Array | np.ndarray, "inputs outputs"]
+    mask: Bool[Array | np.ndarray, "inputs outputs"]
     error: float
 
 
@@ -223,7 +223,7 @@ class _Work:
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
         known |= {"sparsity": jnp.float32(self.each[name][layer])} if self.each else {}
-        weight, mask, error, fine = self._solve(matrix, known)
+        weight, mask, relative, fine = self._solve(matrix, known)
         if not fine[0]:
             raise ValueError(
                 f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
@@ -233,9 +233,10 @@ class _Work:
                 f"The moments of {name!r} are not positive definite in float32, so that no weights can be found. "
                 "Take more calibration data, or more damping in the solver."
             )
+        new = Solution(weight, mask, float(relative))
         if self.kept is not None:
-            self.kept[name, layer] = Solution(np.asarray(weight), np.asarray(mask), float(error))
-        return Solution(weight, mask, float(error))
+            self.kept[name, layer] = new._replace(weight=np.asarray(weight), mask=np.asarray(mask))
+        return new
 
 
 def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[..., Any]:
@@ -325,8 +326,8 @@ def _check_kept(name: str, layer: int, old: Solution, matrix: Array) -> None:
     for what, one, dtype in (("weight", old.weight, matrix.dtype), ("mask", old.mask, np.dtype(bool))):
         if (one.shape, one.dtype) != (matrix.shape, dtype):
             raise ValueError(
-                f"`kept` has a {what} {one.shape} {one.dtype} for layer {layer} of {name!r}, {matrix.shape} {dtype} was "
-                "expected: it is of another model. Begin with an empty one."
+                f"`kept` has a {what} {one.shape} {one.dtype} for layer {layer} of {name!r}, {matrix.shape} {dtype} "
+                "was expected: it is of another model. Begin with an empty one."
             )
 
 
