@@ -4,12 +4,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 import jaxprune as jp
-from jaxprune import files, tree
+from jaxprune import files
 from jaxprune.lab.models.language import blocks, gguf, hugging_face, llama2c, tokenizers
-from jaxprune.lab.models.language.files import Language
+from jaxprune.lab.models.language.files import GGUF as GGUF_NAMES
+from jaxprune.lab.models.language.files import Language, spread
 from jaxprune.types import Masks, Params
 
 OURS, GGUF, LLAMA2C, TOKENIZER = "model.jaxprune", "model.gguf", "model.bin", "tokenizer.bin"
@@ -29,7 +28,8 @@ def kind_of(path: Path) -> str:
 def tokenizer_in(folder: Path) -> tokenizers.Tokenizer | None:
     """The tokenizer of a folder that `Writer` wrote; None where its model had none."""
     if (folder / GGUF).exists():
-        return tokenizers.of_gguf(gguf.read(folder / GGUF).metadata)
+        about = gguf.read(folder / GGUF).metadata
+        return tokenizers.of_gguf(about) if "tokenizer.ggml.model" in about else None
     if (folder / TOKENIZER).exists():
         return tokenizers.of_llama2c((folder / TOKENIZER).read_bytes())
     return None
@@ -59,8 +59,8 @@ class Writer:
             raise ValueError(
                 f"--format {self.type} is not written for {source}. There are: {', '.join(_TYPES[self.kind])}."
             )
-        for shape in {leaf.shape[::-1] for leaf in _matrices(model.params)}:
-            blocks.nbytes(self.type, shape)
+        for array in spread(model.params, GGUF_NAMES).values():
+            blocks.nbytes(self.type if array.ndim > 1 else "F32", array.shape)
 
     def write(self, out: Path, params: Params, masks: Masks) -> list[Path]:
         """The files, ours the first: float32, with masks.
@@ -91,7 +91,3 @@ class Writer:
         """What transformers reads besides config and weights: tokenizers and settings of generation."""
         names = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
         return [path for name in names for path in sorted(self.source.glob(name))]
-
-
-def _matrices(params: Params) -> list[np.ndarray]:
-    return [leaf for leaf in tree.named_leaves(params).values() if leaf.ndim > 1]

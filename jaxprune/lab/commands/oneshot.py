@@ -22,6 +22,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune import files, tree
+from jaxprune.checks import check_sparsity
 from jaxprune.lab.commands import generate, language_files, oneshot_report
 from jaxprune.lab.commands.oneshot_report import Report
 from jaxprune.lab.models.language import decoder, evaluation, texts
@@ -79,7 +80,7 @@ class Options:
         tokenizer: a file of a model whose tokenizer it is; None: the model's own.
 
     Raises:
-        ValueError: numbers of texts or tokens that are none.
+        ValueError: numbers of texts or tokens that are none; not one of sparsity and pattern.
     """
 
     model: Path
@@ -105,6 +106,10 @@ class Options:
         for name, least in {"samples": 1, "length": 2, "evaluate_samples": 1, "evaluate_length": 0, "batch": 1}.items():
             if (number := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {number}, {least} or more was expected.")
+        if bool(self.pattern) == (self.sparsity is not None):
+            raise ValueError("Either --sparsity or --pattern says how many weights go: 0.5, or 2:4.")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
 
 
 def _quiet(*_: Any) -> None:
@@ -188,8 +193,6 @@ def _method(options: Options) -> Method:
 
 
 def _pattern(options: Options) -> Any:
-    if bool(options.pattern) == (options.sparsity is not None):
-        raise ValueError("Either --sparsity or --pattern says how many weights go: 0.5, or 2:4.")
     if not options.pattern:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", options.pattern)

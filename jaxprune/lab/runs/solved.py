@@ -7,7 +7,7 @@ jp.oneshot.prune(..., kept=kept)
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from jaxprune.storage import Artifact, FileError
 class SolvedFiles(MutableMapping[Place, Solution]):
     """A folder of solved matrices.
 
-    A file that is damaged, or of a run with another stamp, counts as not there, and `note` is told why.
+    A file that is damaged, or of a run with another stamp, is deleted, and `note` is told why.
 
     Attributes:
         folder: where they lie.
@@ -44,13 +44,16 @@ class SolvedFiles(MutableMapping[Place, Solution]):
             error = float(about.pop("error"))
         except FileNotFoundError:
             raise KeyError(place) from None
-        except (FileError, KeyError, TypeError, ValueError) as problem:
-            self.note(f"{path} is damaged, and is solved again: {problem}")
-            raise KeyError(place) from None
+        except (FileError, AttributeError, KeyError, TypeError) as problem:
+            raise self._gone(place, f"is damaged: {problem}") from None
         if about != self._about(place) or arrays.keys() != {"weight", "mask"}:
-            self.note(f"{path} is of another run, and is solved again.")
-            raise KeyError(place)
+            raise self._gone(place, "is of another run.")
         return Solution(arrays["weight"], arrays["mask"], error)
+
+    def _gone(self, place: Place, why: str) -> KeyError:
+        self.note(f"{self._path(place)} is deleted, and solved again: it {why}")
+        del self[place]
+        return KeyError(place)
 
     def __delitem__(self, place: Place) -> None:
         try:
@@ -60,11 +63,12 @@ class SolvedFiles(MutableMapping[Place, Solution]):
 
     def __iter__(self) -> Iterator[Place]:
         for path in sorted(self.folder.glob("*.jaxprune")):
-            with Artifact(path) as file:
-                yield file.metadata["leaf"], file.metadata["layer"]
+            name, _, layer = path.stem.rpartition(".")
+            if layer.isdecimal() and (place := (unquote(name), int(layer))) in self:
+                yield place
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.folder.glob("*.jaxprune"))
+        return sum(1 for _ in self)
 
     def _path(self, place: Place) -> Path:
         name, layer = place
