@@ -9,12 +9,13 @@ from jaxprune.oneshot.allocation import allocate, error_curves
 from jaxprune.oneshot.alternating import AlternatingDirections
 from jaxprune.oneshot.layerwise import Solved, Solver
 from jaxprune.oneshot.least_squares import Magnitude, Wanda, refit
-from jaxprune.oneshot.order import prune
+from jaxprune.oneshot.order import Solution, prune
 from jaxprune.oneshot.sparsegpt import SparseGPT
 
 __all__ = [
     "AlternatingDirections",
     "Magnitude",
+    "Solution",
     "Solved",
     "Solver",
     "SparseGPT",

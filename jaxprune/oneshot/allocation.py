@@ -75,7 +75,7 @@ def _errors(solver: Solver, pattern: Distribution) -> Callable[..., Array]:
     def errors(
         axes: Axes, leaf: Array, layer: Array, moments: Array, outputs: Array | None, sparsity: Array
     ) -> Float[Array, ""]:
-        view = to_view(leaf, axes)
+        XX
         weight = view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])[layer].astype(jnp.float32)
         weighed = {"outputs": outputs} if weighs and outputs is not None else {}
         found = solver(weight, moments, sparsity, pattern, **weighed).weight

@@ -12,14 +12,15 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 | own | T = W |
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
@@ -28,15 +29,35 @@ from jaxprune.criteria.derivatives import Derivatives, of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
-from jaxprune.oneshot.layerwise import Solver, fitted
+from jaxprune.oneshot.layerwise import Solver, error, fitted
 from jaxprune.oneshot.program import flat
 from jaxprune.oneshot.streams import Runner, to_host, units
 from jaxprune.tracing.features import places
 from jaxprune.tracing.finder import arrays_of
 from jaxprune.types import Masks, Params, Sparsity
 
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""(products done, products in all, leaf that is next)."""
+Place: TypeAlias = tuple[str, int]
+"""A leaf, and which of its layers; 0 where it has no stack of them."""
+Progress: TypeAlias = Callable[[int, int, Place, float], None]
+"""(matrices done, matrices in all, the one done last, its relative error)."""
+
+
+class Solution(NamedTuple):
+    r"""A matrix that is solved.
+
+    Attributes:
+        weight: in the leaf's dtype.
+        mask: True = alive.
+        error: $\lVert X W - X T \rVert_F / \lVert X T \rVert_F$, T the target.
+    """
+
+    weight: Shaped[Array | np.ndarray, "inputs outputs"]
+    mask: Bool[Array | np.ndarray, "inputs outputs"]
+    error: float
+
+
+Kept: TypeAlias = MutableMapping[Place, Solution]
+"""What is solved already, and where more is put as soon as it is."""
 
 
 def prune(
@@ -52,6 +73,7 @@ def prune(
     fit: Literal["dense", "own"] = "dense",
     loss: Callable[..., Any] | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Params, Masks]:
     r"""Prunes a trained model on some calibration data, moving the weights that stay.
 
@@ -78,7 +100,10 @@ def prune(
             moments of its derivatives there, and tokens by their size (but for order "layers"), see
             `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as `AlternatingDirections()`. None: all
             outputs and tokens count the same.
-        progress: told of every leaf before it is solved.
+        progress: told of every matrix when it is solved, or was kept.
+        kept: such as a dict; every matrix is put there when it is solved. One that is there already is taken as it is:
+            a call that was interrupted goes on where it stopped if all other arguments are the same, which is not
+            checked, and ends with the same weights. Moments of a segment are skipped if all of its matrices are kept.
 
     Returns:
         Params with zeros, each leaf in its dtype, and masks (True = alive) of the same structure.
@@ -86,7 +111,8 @@ def prune(
     Raises:
         ValueError: naming the leaf: it cannot be followed to its products, or is used otherwise too; in two stages; its
             inputs are not finite, or its moments not positive definite; `NM` does not divide its inputs. Also batches
-            of different shapes, none at all, words that are none of the above, and a loss for a solver that takes none.
+            of different shapes, none at all, words that are none of the above, a loss for a solver that takes none, and
+            a kept matrix of another shape or dtype.
 
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
@@ -96,8 +122,8 @@ def prune(
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
-    outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
-    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress)
+    outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
+    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress, kept)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
@@ -122,12 +148,14 @@ class _Work:
         solver: Solver,
         sparsity: Any,
         pattern: Distribution,
-        outputs: Mapping[str, Derivatives] | None,
+        outputs: Callable[[], Mapping[str, Derivatives]] | None,
         progress: Progress | None,
+        kept: Kept | None,
     ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
+        self.kept = kept
         self.done = self.total = 0
         self.each = sparsity if isinstance(sparsity, Mapping) else None
         self._solve = _solving(solver, sparsity, pattern)
@@ -138,7 +166,7 @@ class _Work:
         """Every product on the dense model's inputs."""
         seen = of_activations(apply_fn, params, batches, select=_named(leaves), moments=True)
         self.leaves = dict(leaves)
-        self.total = len(seen.leaves)
+        self.total = sum(one.tokens.size for one in seen.leaves.values())
         for name, one in seen.leaves.items():
             assert one.moments is not None
             self.solve(name, one.axes, range(len(one.moments)), {"moments": one.moments})
@@ -157,72 +185,105 @@ class _Work:
         program = flat(apply_fn, params, batches[0], set(leaves))
         parts = segments(program, order)
         _check_once(parts)
-        self.total = sum(len(units(part)) for part in parts)
+        self.total = sum(len(unit.layers) for part in parts for unit in units(part).values())
         self.leaves, runner = dict(leaves), Runner(program.fixed)
         first = [program.inputs.index(var) for var in parts[0].before]
         ours = [to_host([batch[i] for i in first]) for batch in arrays]
         dense: list[Any] = list(ours) if fit == "dense" else [None] * len(ours)
         for part in parts:
-            found = runner.moments(part, leaves, list(zip(ours, dense, strict=True)), self.tokens(part))
+            streams = list(zip(ours, dense, strict=True))
+            found = {} if self._knows(part) else runner.moments(part, leaves, streams, self._tokens(part))
             for name, unit in units(part).items():
                 axes = next(places(s.site).axes for s in part.products if s.site is not None and s.site.name == name)
-                self.solve(name, axes, unit.layers, found[name])
+                self.solve(name, axes, unit.layers, found.get(name, {}))
             if part is not parts[-1]:
                 ours = runner.advanced(part, self.leaves, ours)
                 dense = runner.advanced(part, leaves, dense) if fit == "dense" else dense
 
-    def tokens(self, part: Segment) -> dict[str, list[Array]]:
+    def _tokens(self, part: Segment) -> dict[str, list[Array]]:
         """How much each token counts, of the products of a segment."""
         if self.outputs is None:
             return {}
-        known = {name: (self.outputs[name].tokens, unit) for name, unit in units(part).items()}
+        known = {name: (self.outputs()[name].tokens, unit) for name, unit in units(part).items()}
         return {
             name: [one[np.array(unit.layers)] for one in tokens]
             for name, (tokens, unit) in known.items() if tokens is not None
         }  # fmt: skip
 
+    def _knows(self, part: Segment) -> bool:
+        places = ((unit.name, layer) for unit in units(part).values() for layer in unit.layers)
+        return self.kept is not None and all(place in self.kept for place in places)
+
     def solve(self, name: str, axes: Axes, layers: Iterable[int], sums: Mapping[str, Array]) -> None:
-        """Some layers of a leaf, each by its own moments."""
-        if self.progress is not None:
-            self.progress(self.done, self.total, name)
-        self.done += 1
+        """Some layers of a leaf, each by its own moments, or as it was kept."""
         leaf = self.leaves[name]
         _check_runs(name, axes, leaf.shape, self.pattern)
         mask = self.masks.get(name, np.ones(leaf.shape, bool))
         for place, layer in enumerate(layers):
-            known = {word: one[place] for word, one in sums.items()}
-            known |= {} if self.outputs is None else {"outputs": self.outputs[name].moments[layer]}
-            known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
-            leaf, mask, fine = self._solve(axes, leaf, mask, layer, known)
-            if not fine[0]:
-                raise ValueError(
-                    f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
-                )
-            if not fine[1]:
-                raise ValueError(
-                    f"The moments of {name!r} are not positive definite in float32, so that no weights can be found. "
-                    "Take more calibration data, or more damping in the solver."
-                )
+            found = self._solution(name, axes, layer, {word: one[place] for word, one in sums.items()})
+            leaf, mask = _with_layer(axes, leaf, mask, layer, found.weight, found.mask)
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.total, (name, layer), found.error)
         self.leaves[name], self.masks[name] = leaf, mask
+
+    def _solution(self, name: str, axes: Axes, layer: int, known: dict[str, Array]) -> Solution:
+        """The kept one, or a new one, which is kept from now on."""
+        matrix = _layer(axes, self.leaves[name], layer)
+        if self.kept is not None and (old := self.kept.get((name, layer))) is not None:
+            _check_kept(name, layer, old, matrix)
+            return old
+        known |= {} if self.outputs is None else {"outputs": self.outputs()[name].moments[layer]}
+        known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
+        weight, mask, relative, fine = self._solve(matrix, known)
+        if not fine[0]:
+            raise ValueError(
+                f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
+            )
+        if not fine[1]:
+            raise ValueError(
+                f"The moments of {name!r} are not positive definite in float32, so that no weights can be found. "
+                "Take more calibration data, or more damping in the solver."
+            )
+        new = Solution(weight, mask, float(relative))
+        if self.kept is not None:
+            self.kept[name, layer] = new._replace(weight=np.asarray(weight), mask=np.asarray(mask))
+        return new
 
 
 def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[..., Any]:
-    """(axes, leaf, mask, layer, known) -> leaf and mask with this layer solved, whether sums and weights are finite."""
+    """(matrix, known) -> weight, mask, relative error, and whether sums and weights are finite."""
 
-    def solve(axes: Axes, leaf: Array, mask: Array, layer: Array, known: Mapping[str, Array]) -> Any:
-        view, alive = (to_view(one, axes) for one in (leaf, mask))
-        matrices, masks = (one.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1]) for one in (view, alive))
-        weight, moments = matrices[layer].astype(jnp.float32), known["moments"]
+    def solve(matrix: Array, known: Mapping[str, Array]) -> Any:
+        weight, moments = matrix.astype(jnp.float32), known["moments"]
         target = fitted(known["cross"] @ weight, weight, moments, solver.damping) if "cross" in known else weight
         weighed = {"outputs": known["outputs"]} if "outputs" in known else {}
         found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **weighed)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
-        matrices, masks = matrices.at[layer].set(found.astype(leaf.dtype)), masks.at[layer].set(kept)
-        new = (from_view(one.reshape(view.shape), axes, leaf.shape) for one in (matrices, masks))
-        return *new, fine
+        size = error(jnp.zeros_like(target), target, moments)
+        relative = jnp.where(size > 0, jnp.sqrt(jnp.maximum(error(found, target, moments), 0) / size), 0)
+        return found.astype(matrix.dtype), kept, relative, fine
 
-    return jax.jit(solve, static_argnums=0)
+    return jax.jit(solve)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(axes: Axes, leaf: Array, layer: Any) -> Shaped[Array, "inputs outputs"]:
+    """A layer of a leaf as a matrix."""
+    return _matrices(to_view(leaf, axes))[layer]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_layer(axes: Axes, leaf: Array, mask: Array, layer: Any, weight: Array, alive: Array) -> tuple[Array, Array]:
+    """A leaf and its mask with another matrix as one of the layers."""
+    pairs = [(to_view(leaf, axes), weight), (to_view(mask, axes), alive)]
+    new = [_matrices(view).at[layer].set(matrix).reshape(view.shape) for view, matrix in pairs]
+    return from_view(new[0], axes, leaf.shape), from_view(new[1], axes, leaf.shape)
+
+
+def _matrices(view: Array) -> Array:
+    return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
 
 
 def _share(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
@@ -282,6 +343,15 @@ def _check_once(parts: list[Segment]) -> None:
                         f"{unit.name!r} is used in products that come one after the other, and the second one's inputs "
                         "are known only when it is pruned. Leave it out with `select`, or take `order='layers'`."
                     )
+
+
+def _check_kept(name: str, layer: int, old: Solution, matrix: Array) -> None:
+    for what, one, dtype in (("weight", old.weight, matrix.dtype), ("mask", old.mask, np.dtype(bool))):
+        if (one.shape, one.dtype) != (matrix.shape, dtype):
+            raise ValueError(
+                f"`kept` has a {what} {one.shape} {one.dtype} for layer {layer} of {name!r}, {matrix.shape} {dtype} "
+                "was expected: it is of another model. Begin with an empty one."
+            )
 
 
 def _check_runs(name: str, axes: Axes, shape: tuple[int, ...], pattern: Distribution) -> None:

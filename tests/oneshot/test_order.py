@@ -83,7 +83,52 @@ def test_weights_are_those_of_float64(order, fit):
         np.testing.assert_allclose(new[name], want, rtol=1e-3, atol=1e-4)
         np.testing.assert_array_equal(masks[name], want != 0)
         np.testing.assert_array_equal(new[name] == 0, ~masks[name])
-    assert told == [(i, 4, f"w{i}") for i in range(4)]
+    assert [one[:3] for one in told] == [(i + 1, 4, (f"w{i}", 0)) for i in range(4)]
+
+
+class Stops(dict):
+    """Keeps so many matrices; then the process is killed."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def __setitem__(self, place, solution):
+        if len(self) == self.after:
+            raise RuntimeError("killed")
+        super().__setitem__(place, solution)
+
+
+@pytest.mark.parametrize("order", ["products", "layers"])
+@pytest.mark.parametrize("after", [1, 3])
+def test_what_is_kept_is_taken_as_it_is_and_ends_the_same(order, after):
+    """Of the two matrices of a stack one is kept, or three of four."""
+    params = {"a": normal(2, 8, 8), "b": normal(2, 8, 8, seed=1)}
+    apply = lambda params, x: lax.scan(lambda x, w: (jnp.tanh(x @ w[0]) @ w[1], None), x, (params["a"], params["b"]))[0]  # noqa: E731
+    data = [normal(20, 8, seed=i) for i in range(2)]
+    of = lambda **more: prune(apply, params, data, Wanda(refit=True), 0.5, order=order, **more)  # noqa: E731
+    whole, kept, told = of(), Stops(after), []
+    with pytest.raises(RuntimeError, match="killed"):
+        of(kept=kept)
+    first = dict(kept)
+    kept.after = None
+    again = of(kept=kept, progress=lambda *a: told.append(a))
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert all(kept[place] is solution for place, solution in first.items())
+    assert {one[2]: one[3] for one in told} == {place: solution.error for place, solution in kept.items()}
+    assert {type(solution.weight) for solution in kept.values()} == {np.ndarray}
+    kept["a", 1] = kept["a", 1]._replace(weight=np.zeros((8, 8), np.float32), mask=np.zeros((8, 8), bool))
+    assert not of(kept=kept)[0]["a"][1].any()
+    kept["a", 1] = kept["a", 1]._replace(mask=np.zeros((4, 8), bool))
+    with pytest.raises(ValueError, match=r"`kept` has a mask \(4, 8\) bool for layer 1 of 'a'"):
+        of(kept=kept)
+
+
+def test_errors_told_are_relative_to_the_outputs_wanted():
+    params, x, told = {"w0": normal(5, 8)}, batches(), []
+    new, _ = prune(mlp, params, x, Wanda(), 0.5, fit="own", progress=lambda *a: told.append(a))
+    outputs, wanted = (np.concatenate(x).astype(np.float64) @ np.asarray(one["w0"]) for one in (new, params))
+    error = np.linalg.norm(outputs - wanted) / np.linalg.norm(wanted)
+    assert told == [(1, 1, ("w0", 0), pytest.approx(error, rel=1e-4))]
 
 
 def matrices(name, leaf):
@@ -166,7 +211,7 @@ def test_a_leaf_that_is_split_into_products_of_one_stage_is_solved_once():
 
     params, told = {"qk": normal(5, 8), "o": normal(4, 3, seed=1)}, []
     new, _ = prune(apply, params, batches(), Wanda(), 0.5, fit="own", progress=lambda *a: told.append(a[2]))
-    assert told == ["qk", "o"]
+    assert told == [("qk", 0), ("o", 0)]
     whole = np.concatenate(batches()).astype(np.float64)
     np.testing.assert_allclose(new["qk"], wanda64(np.asarray(params["qk"]), whole.T @ whole, 0.5), rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The words of `jaxprune inspect`, `convert` and `predict`. Nothing heavy is imported to show help."""
+"""The words of `jaxprune inspect`, `convert`, `predict` and `costs`. Nothing heavy is imported to show help."""
 
 import argparse
 from pathlib import Path
@@ -31,13 +31,13 @@ on light or light on dark. A sample that is no image is a .npy file, an array of
 
   jaxprune predict runs/quickstart-1a2b3c4d/seed_0/model.jaxprune four.png photo.jpg
 """
-GENERATE = """\
-Let a language model go on with a text, and time it: tokens a second, dense and, where weights are zero, sparse. FILE is
-a GGUF file, a folder of Hugging Face's, a file of llama2.c with its tokenizer behind or beside it, or a file of
-`jaxprune.save` whose metadata say which decoder it is.
+COSTS = """\
+Count the weights and multiply-adds of a model, per layer and in total, dense and with the non-zeros of a profile: one
+column of a csv file, or all of them. The model is seen by its shapes; nothing is computed.
 
-  jaxprune generate stories15M.bin "Once upon a time" --tokens 100 --seed 1
-  jaxprune generate pruned.jaxprune "Once upon a time" --tokenizer stories15M.bin
+  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv
+  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv:pruned_83 --out figures
+  jaxprune costs lenet_5 --batch 64 --json
 """
 FORMS = (*(f"codebook{bits}" for bits in range(1, 9)), "int8", "int4", "bfloat16", "float16", "none")
 
@@ -69,19 +69,18 @@ def add_parsers(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> Non
     predict.set_defaults(do=do["predict"])
 
 
-def add_generate(commands: Any, style: dict[str, Any], do: Any) -> None:
-    """Add the command `generate`; arguments as of `add_parsers`."""
-    generate = commands.add_parser("generate", help="let a language model write", description=GENERATE, **style)
-    generate.add_argument("file", metavar="FILE", type=Path, help="a language model")
-    generate.add_argument("prompt", metavar="TEXT", help="what it goes on with")
-    generate.add_argument("--tokens", metavar="N", type=int, default=100, help="at most (default: 100)")
-    generate.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: the likeliest (default: 1)")
-    generate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the tokens (default: 0)")
-    generate.add_argument("--tokenizer", metavar="FILE", type=Path, help="a language model whose tokenizer it is")
-    generate.add_argument("--formats", metavar="FORMAT", nargs="+", default=["native"],
-                          help="sparse formats to time (default: native)")  # fmt: skip
-    generate.add_argument("--json", action="store_true", help="print plain data instead")
-    generate.set_defaults(do=do)
+def add_costs(commands: Any, style: dict[str, Any], do: Any) -> None:
+    """Add the command `costs`; arguments as of `add_parsers`."""
+    costs = commands.add_parser("costs", help="count a model's weights and multiply-adds", description=COSTS, **style)
+    costs.add_argument("model", metavar="MODEL", help="a model's name, such as resnet50, vgg19 or lenet_5")
+    costs.add_argument("--profile", metavar="FILE[:COLUMN]", default="", help="non-zeros per layer, from a csv")
+    costs.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")
+    costs.add_argument("--batch", metavar="N", type=int, default=1, help="inputs in one call (default: 1)")
+    form = costs.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print plain data instead")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables instead")
+    costs.add_argument("--out", metavar="FOLDER", type=Path, help="draw the weights and multiply-adds of each layer")
+    costs.set_defaults(do=do)
 
 
 def _add_convert(commands: argparse._SubParsersAction, style: dict[str, Any], do: Any) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune import tree
+from jaxprune.lab.commands import language_files
 from jaxprune.lab.models import language
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.decoder import empty_cache, step
@@ -57,20 +58,40 @@ def load(path: Path, tokenizer: Path | None = None) -> Language:
     """A language model with its tokenizer.
 
     Args:
-        path: a file of `jaxprune.save`, or what `language.read` takes.
+        path: as `read` has it.
+        tokenizer: likewise.
+
+    Raises:
+        ValueError: as `read`; no tokenizer.
+    """
+    model = read(path, tokenizer)
+    if model.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer. Name a file of a model that has it: --tokenizer FILE.")
+    return model
+
+
+def read(path: Path, tokenizer: Path | None = None) -> Language:
+    """A language model, with its tokenizer if there is one.
+
+    Args:
+        path: a file of `jaxprune.save`, a folder of `jaxprune oneshot`, or what `language.read` takes.
         tokenizer: a file of a model whose tokenizer it is; None: the model's own.
 
     Raises:
         FileError: damaged, or none of these.
-        ValueError: a file of ours that is no language model; no tokenizer.
+        ValueError: a file of ours that is no language model.
         OSError: it cannot be read.
     """
-    model = _of_artifact(path) if path.suffix == ".jaxprune" else language.read(path)
-    if tokenizer is not None:
-        model = model._replace(tokenizer=language.read(tokenizer).tokenizer)
-    if model.tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer. Name a file of a model that has it: --tokenizer FILE.")
-    return model
+    if language_files.kind_of(path) != "jaxprune":
+        model = language.read(path)
+    elif path.is_dir():
+        model = _of_artifact(path / language_files.OURS)._replace(tokenizer=language_files.tokenizer_in(path))
+    else:
+        model = _of_artifact(path)
+    if tokenizer is None:
+        return model
+    other = language_files.tokenizer_in(tokenizer) if tokenizer.is_dir() else language.read(tokenizer).tokenizer
+    return model._replace(tokenizer=other)
 
 
 def _of_artifact(path: Path) -> Language:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.lab.bench import options
-from jaxprune.lab.commands import file_options
+from jaxprune.lab.commands import file_options, language_options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -40,15 +40,6 @@ A file with a [sweep] is a run for every combination of its values, and a table;
 Every value of the config can be given on the command line; `jaxprune keys` says which there are:
 
   jaxprune run experiments/quickstart.toml --prune.sparsity 0.95 --seeds "[0, 1, 2]" --finetune.duration "5 epochs"
-"""
-
-COSTS = """\
-Count the weights and multiply-adds of a model, per layer and in total, dense and with the non-zeros of a profile: one
-column of a csv file, or all of them. The model is seen by its shapes; nothing is computed.
-
-  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv
-  jaxprune costs resnet50 --profile experiments/benchmarks/profiles/resnet50.csv:pruned_83 --out figures
-  jaxprune costs lenet_5 --batch 64 --json
 """
 
 
@@ -154,20 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data(commands, style)
 
-    costs = commands.add_parser("costs", help="count a model's weights and multiply-adds", description=COSTS, **style)
-    costs.add_argument("model", metavar="MODEL", help="a model's name, such as resnet50, vgg19 or lenet_5")
-    costs.add_argument("--profile", metavar="FILE[:COLUMN]", default="", help="non-zeros per layer, from a csv")
-    costs.add_argument("--image", metavar="N", type=int, help="height and width of the images (default: the model's)")
-    costs.add_argument("--batch", metavar="N", type=int, default=1, help="inputs in one call (default: 1)")
-    form = costs.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print plain data instead")
-    form.add_argument("--markdown", action="store_true", help="print Markdown tables instead")
-    costs.add_argument("--out", metavar="FOLDER", type=Path, help="draw the weights and multiply-adds of each layer")
-    costs.set_defaults(do=_costs)
-
+    file_options.add_costs(commands, style, _costs)
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     file_options.add_parsers(commands, style, {"inspect": _inspect, "convert": _convert, "predict": _predict})
-    file_options.add_generate(commands, style, _generate)
+    language_options.add_parsers(commands, style, {"generate": _generate, "oneshot": _oneshot})
     return parser
 
 
@@ -343,6 +324,15 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab.commands import generate
 
     print(generate.of_arguments(arguments))
+    return 0
+
+
+def _oneshot(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab.commands import oneshot, terminal
+
+    with terminal.steps("solved") as progress:
+        text = oneshot.of_arguments(arguments, terminal.note, progress)
+    print(text)
     return 0
 
 

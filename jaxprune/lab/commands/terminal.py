@@ -1,6 +1,7 @@
 """Progress on the terminal: a bar a stage, with rate and time left."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -51,6 +52,23 @@ def watcher(*, quiet: bool = False) -> Iterator[Watcher]:
     finally:
         if bars.tasks:  # it ends with an empty line, also where nothing was shown
             bars.stop()
+
+
+def note(line: str) -> None:
+    """A line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def steps(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Told (done, total, what was done): a bar, or a line each where there is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, what: note(f"{description} {done}/{total}: {what}")
+        return
+    with _bars(console, quiet=False) as bars:
+        task = bars.add_task(description, total=None)
+        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
     perplexity(apply, params, windows)
     compare(apply, pruned, params, windows)     # both perplexities, the divergence a token, how often both say the same
+    loss(apply, params, tokens)                 # what calibration weighs outputs by
 
 Windows are (n, length) tokens, each a text by itself; of its tokens all but the first are predicted. Logits are those
 of the model, in its own precision; what is summed over tokens is summed in float64.
@@ -38,6 +39,11 @@ class Comparison:
     dense: float
     divergence: float
     agreement: float
+
+
+def loss(apply: Apply, params: Params, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
+    """The negative log-likelihood of the tokens of a batch, all but the first of each text, in nats."""
+    return jnp.sum(_loss(_log_probabilities(apply, params, tokens), tokens))
 
 
 def perplexity(apply: Apply, params: Params, windows: Int[np.ndarray, "n length"], *, batch: int = 8) -> float:
