@@ -20,8 +20,8 @@ from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Distribution, Uniform
-from jaxprune.layout import Axes, to_view
-from jaxprune.oneshot.layerwise import Solver, error
+from jaxprune.layout import Axes
+from jaxprune.oneshot.layerwise import Solver, error, matrix
 from jaxprune.types import Params
 
 Curves = Mapping[str, Float[np.ndarray, "layers points"]]
@@ -75,8 +75,7 @@ def _errors(solver: Solver, pattern: Distribution) -> Callable[..., Array]:
     def errors(
         axes: Axes, leaf: Array, layer: Array, moments: Array, outputs: Array | None, sparsity: Array
     ) -> Float[Array, ""]:
-        XX
-        weight = view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])[layer].astype(jnp.float32)
+        weight = matrix(axes, leaf, layer).astype(jnp.float32)
         weighed = {"outputs": outputs} if weighs and outputs is not None else {}
         found = solver(weight, moments, sparsity, pattern, **weighed).weight
         lost = error(found, weight, moments, outputs)

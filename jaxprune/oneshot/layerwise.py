@@ -8,13 +8,14 @@ inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but
 the loss rises by if its derivatives do not depend on the inputs.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.distributions import Distribution
+from jaxprune.layout import Axes, to_view
 from jaxprune.types import Sparsity
 
 Weight = Float[Array, "inputs outputs"]
@@ -55,6 +56,16 @@ class Solver(Protocol):
             pattern: who competes with whom: `Uniform()`, all weights of the matrix; `PerOutput()`; `NM(2, 4)`.
         """
         ...
+
+
+def matrices(view: Float[Array, "*layers window inputs outputs"]) -> Float[Array, "matrices inputs outputs"]:
+    """Every layer of a leaf's view as a matrix: of a convolution (window x inputs, outputs)."""
+    return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
+
+
+def matrix(axes: Axes, leaf: Float[Array, "..."], layer: Any) -> Weight:
+    """One layer of a leaf as a matrix."""
+    return matrices(to_view(leaf, axes))[layer]
 
 
 def damped(moments: Moments, damping: float) -> Moments:

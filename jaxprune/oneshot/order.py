@@ -29,7 +29,7 @@ from jaxprune.criteria.derivatives import Derivatives, of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
-from jaxprune.oneshot.layerwise import Solver, error, fitted
+from jaxprune.oneshot.layerwise import Solver, error, fitted, matrices, matrix
 from jaxprune.oneshot.program import flat
 from jaxprune.oneshot.streams import Runner, to_host, units
 from jaxprune.tracing.features import places
@@ -229,13 +229,13 @@ class _Work:
 
     def _solution(self, name: str, axes: Axes, layer: int, known: dict[str, Array]) -> Solution:
         """The kept one, or a new one, which is kept from now on."""
-        matrix = _layer(axes, self.leaves[name], layer)
+        dense = _matrix(axes, self.leaves[name], layer)
         if self.kept is not None and (old := self.kept.get((name, layer))) is not None:
-            _check_kept(name, layer, old, matrix)
+            _check_kept(name, layer, old, dense)
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name].moments[layer]}
         known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
-        weight, mask, relative, fine = self._solve(matrix, known)
+        weight, mask, relative, fine = self._solve(dense, known)
         if not fine[0]:
             raise ValueError(
                 f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
@@ -269,21 +269,14 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _layer(axes: Axes, leaf: Array, layer: Any) -> Shaped[Array, "inputs outputs"]:
-    """A layer of a leaf as a matrix."""
-    return _matrices(to_view(leaf, axes))[layer]
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _with_layer(axes: Axes, leaf: Array, mask: Array, layer: Any, weight: Array, alive: Array) -> tuple[Array, Array]:
     """A leaf and its mask with another matrix as one of the layers."""
     pairs = [(to_view(leaf, axes), weight), (to_view(mask, axes), alive)]
-    new = [_matrices(view).at[layer].set(matrix).reshape(view.shape) for view, matrix in pairs]
+    new = [matrices(view).at[layer].set(matrix).reshape(view.shape) for view, matrix in pairs]
     return from_view(new[0], axes, leaf.shape), from_view(new[1], axes, leaf.shape)
 
 
-def _matrices(view: Array) -> Array:
-    return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
+_matrix = jax.jit(matrix, static_argnums=0)
 
 
 def _share(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
