@@ -125,4 +125,4 @@ def allocate(
     taken[order] = np.clip(left - before, 0, removed.flat[order])
     found = points[0] + taken.reshape(removed.shape).sum(1) / weights
     ends = np.cumsum([len(errors) for errors in curves.values()])[:-1]
-    return dict(zip(curves, np.split(found, ends), strict=True))
+    return dict(zip(curves, np.split(np.minimum(found, points[-1]), ends), strict=True))

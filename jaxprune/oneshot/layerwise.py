@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes, to_view
@@ -58,12 +58,12 @@ class Solver(Protocol):
         ...
 
 
-def matrices(view: Float[Array, "*layers window inputs outputs"]) -> Float[Array, "matrices inputs outputs"]:
+def matrices(view: Shaped[Array, "*layers window inputs outputs"]) -> Shaped[Array, "matrices inputs outputs"]:
     """Every layer of a leaf's view as a matrix: of a convolution (window x inputs, outputs)."""
     return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
 
 
-def matrix(axes: Axes, leaf: Float[Array, "..."], layer: Any) -> Weight:
+def matrix(axes: Axes, leaf: Shaped[Array, "..."], layer: Any) -> Shaped[Array, "inputs outputs"]:
     """One layer of a leaf as a matrix."""
     return matrices(to_view(leaf, axes))[layer]
 
