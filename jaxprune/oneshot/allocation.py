@@ -61,7 +61,7 @@ def error_curves(
     for name, one in seen.leaves.items():
         assert one.moments is not None
         rows = [
-            [errors(one.axes, leaves[name], layer, moments, outputs and outputs[name].moments[layer], s)
+            [errors(one.axes, leaves[name], layer, moments, outputs and outputs[name][layer], s)
              for s in sparsities]
             for layer, moments in enumerate(one.moments)
         ]  # fmt: skip

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
-from jaxprune.criteria.derivatives import Derivatives, of_outputs
+from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
@@ -97,9 +97,8 @@ def prune(
         fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
             not pruned yet, outputs of the dense model are aimed at from inputs that will change.
         loss: (params, batch) -> scalar, a sum over tokens: errors of a product's outputs then count by the second
-            moments of its derivatives there, and tokens by their size (but for order "layers"), see
-            `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as `AlternatingDirections()`. None: all
-            outputs and tokens count the same.
+            moments of its derivatives there, see `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as
+            `AlternatingDirections()`. None: all outputs count the same.
         progress: told of every matrix when it is solved, or was kept.
         kept: such as a dict; every matrix is put there when it is solved. One that is there already is taken as it is:
             a call that was interrupted goes on where it stopped if all other arguments are the same, which is not
@@ -148,7 +147,7 @@ class _Work:
         solver: Solver,
         sparsity: Any,
         pattern: Distribution,
-        outputs: Callable[[], Mapping[str, Derivatives]] | None,
+        outputs: Callable[[], Mapping[str, Array]] | None,
         progress: Progress | None,
         kept: Kept | None,
     ) -> None:
@@ -191,24 +190,13 @@ class _Work:
         ours = [to_host([batch[i] for i in first]) for batch in arrays]
         dense: list[Any] = list(ours) if fit == "dense" else [None] * len(ours)
         for part in parts:
-            streams = list(zip(ours, dense, strict=True))
-            found = {} if self._knows(part) else runner.moments(part, leaves, streams, self._tokens(part))
+            found = {} if self._knows(part) else runner.moments(part, leaves, list(zip(ours, dense, strict=True)))
             for name, unit in units(part).items():
                 axes = next(places(s.site).axes for s in part.products if s.site is not None and s.site.name == name)
                 self.solve(name, axes, unit.layers, found.get(name, {}))
             if part is not parts[-1]:
                 ours = runner.advanced(part, self.leaves, ours)
                 dense = runner.advanced(part, leaves, dense) if fit == "dense" else dense
-
-    def _tokens(self, part: Segment) -> dict[str, list[Array]]:
-        """How much each token counts, of the products of a segment."""
-        if self.outputs is None:
-            return {}
-        known = {name: (self.outputs()[name].tokens, unit) for name, unit in units(part).items()}
-        return {
-            name: [one[np.array(unit.layers)] for one in tokens]
-            for name, (tokens, unit) in known.items() if tokens is not None
-        }  # fmt: skip
 
     def _knows(self, part: Segment) -> bool:
         places = ((unit.name, layer) for unit in units(part).values() for layer in unit.layers)
@@ -233,7 +221,7 @@ class _Work:
         if self.kept is not None and (old := self.kept.get((name, layer))) is not None:
             _check_kept(name, layer, old, dense)
             return old
-        known |= {} if self.outputs is None else {"outputs": self.outputs()[name].moments[layer]}
+        known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
         known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
         weight, mask, relative, fine = self._solve(dense, known)
         if not fine[0]:

@@ -98,7 +98,6 @@ class Runner:
         segment: Segment,
         leaves: Mapping[str, Any],
         streams: Sequence[tuple[Stream, Stream | None]],
-        tokens: Mapping[str, Sequence[Float[Array, "layers tokens"]]],
     ) -> dict[str, dict[str, Float[Array, "layers features features"]]]:
         """Leaf name -> "moments" and, where there is a dense stream, "cross", of the layers of its unit.
 
@@ -106,14 +105,12 @@ class Runner:
             segment: of `segments`.
             leaves: name -> weights, those of the segment not pruned yet.
             streams: for every batch, the stream of the pruned model, and that of the dense one or None.
-            tokens: leaf name -> for every batch, how much each token counts; 1 where there is nothing.
         """
         found = units(segment)
+
         names = list(found)
 
-        def add(
-            operands: list[Any], fixed: list[Any], stream: list[Any], dense: Any, shares: list[Any], totals: list[Sums]
-        ) -> list[Sums]:
+        def add(operands: list[Any], fixed: list[Any], stream: list[Any], dense: Any, totals: list[Sums]) -> Any:
             _, pruned = _run(segment, operands, fixed, stream)
             theirs = pruned if dense is None else _run(segment, operands, fixed, dense)[1]
             totals = list(totals)
@@ -122,22 +119,19 @@ class Runner:
                 place = names.index(site.name)
                 rows = [found[site.name].layers.index(int(layer)) for layer in places(site).layers]
                 share = jnp.float32(share_of(site))
-                counted = ours if shares[place] is None else ours * shares[place][..., None]
-                sums = {"moments": second_moments(counted, ours) * share}
+                sums = {"moments": second_moments(ours, ours) * share}
                 if dense is not None:
-                    sums["cross"] = second_moments(counted, inputs_of(other)) * share
+                    sums["cross"] = second_moments(ours, inputs_of(other)) * share
                 totals[place] = added(totals[place], jnp.asarray(rows), sums)
             return totals
 
         operands, fixed = _operands(segment, leaves), self._fixed(segment)
         words = ("moments",) if streams[0][1] is None else ("moments", "cross")
         totals = [_zeros(segment, unit, words) for unit in found.values()]
-        each = [[tokens[name][i] if name in tokens else None for name in names] for i in range(len(streams))]
         first = [None if one is None else _from_host(one) for one in streams[0]]
-        run = self._compiled(add, segment, operands, fixed, *first, each[0], totals)
-        for (stream, dense), shares in zip(streams, each, strict=True):
-            known = _from_host(stream), None if dense is None else _from_host(dense)
-            totals = run(operands, fixed, *known, shares, totals)
+        run = self._compiled(add, segment, operands, fixed, *first, totals)
+        for stream, dense in streams:
+            totals = run(operands, fixed, _from_host(stream), None if dense is None else _from_host(dense), totals)
         return dict(zip(names, _exact(totals), strict=True))
 
     def _fixed(self, segment: Segment) -> list[Any]:
