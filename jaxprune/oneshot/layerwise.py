@@ -58,7 +58,7 @@ class Solver(Protocol):
         ...
 
 
-def matrices(view: Shaped[Array, "*layers window inputs outputs"]) -> Shaped[Array, "matrices inputs outputs"]:
+def matrices(view: Shaped[Array, "*layers window inputs outputs"]) -> Shaped[Array, "matrices window*inputs outputs"]:
     """Every layer of a leaf's view as a matrix: of a convolution (window x inputs, outputs)."""
     return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
 

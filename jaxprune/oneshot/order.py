@@ -14,6 +14,7 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -70,7 +71,7 @@ def prune(
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
     order: Literal["products", "blocks", "layers"] = "products",
-    fit: Literal["dense", "own"] = "dense",
+    fit: Literal["dense", "own"] | None = None,
     loss: Callable[..., Any] | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
@@ -94,8 +95,9 @@ def prune(
             a convolution is one of (window x inputs, outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
         order: see above.
-        fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
-            not pruned yet, outputs of the dense model are aimed at from inputs that will change.
+        fit: see above; in order "layers" both are the same. None: "dense" in order "products", else "own". In order
+            "blocks" the outputs of the dense model would be aimed at from inputs that still change, each product making
+            up for what the ones before it will make up for themselves: a warning, since models have collapsed by it.
         loss: (params, batch) -> scalar, a sum over tokens: errors of a product's outputs then count by the second
             moments of its derivatives there, see `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as
             `AlternatingDirections()`. None: all outputs count the same.
@@ -116,6 +118,7 @@ def prune(
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
+    fit = fit or ("dense" if order == "products" else "own")
     _check_words(order, fit, sparsity, pattern)
     if loss is not None and "outputs" not in inspect.signature(solver).parameters:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
@@ -303,6 +306,12 @@ def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
+    if (order, fit) == ("blocks", "dense"):
+        warnings.warn(
+            "`fit='dense'` with `order='blocks'` aims at outputs of the dense model from inputs that still change, by "
+            "which models have collapsed: take `order='products'`, or `fit='own'`.",
+            stacklevel=3,
+        )
     if isinstance(sparsity, Mapping):
         for name, shares in sparsity.items():
             for share in np.ravel(shares):
