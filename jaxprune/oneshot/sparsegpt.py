@@ -179,4 +179,5 @@ def inverse_factor(moments: Moments) -> Moments:
 
 
 def _scores(here: Weight, square: Moments) -> Weight:
-    return jnp.square(here / jnp.diagonal(square)[:, None])
+    """The roots of the errors: in the same order, and within float32 where their squares may not be."""
+    return jnp.abs(here / jnp.diagonal(square)[:, None])
