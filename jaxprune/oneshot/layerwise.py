@@ -11,6 +11,7 @@ the loss rises by if its derivatives do not depend on the inputs.
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -77,6 +78,11 @@ def damped(moments: Moments, damping: float) -> Moments:
     mean = jnp.mean(diagonal)
     added = jnp.where(mean > 0, damping * mean, 1.0)
     return moments + jnp.diag(jnp.where((diagonal > 0) | (mean == 0), added, 1e-6 * added))
+
+
+def power_of_two(size: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The one nearest to a size, 1 for 0: dividing by it changes no digit, and squares of quotients are in float32."""
+    return jnp.where(size > 0, jnp.minimum(lax.reduce_precision(size, exponent_bits=8, mantissa_bits=0), 2.0**127), 1.0)
 
 
 def error(weight: Weight, target: Weight, moments: Moments, outputs: OutputMoments | None = None) -> Float[Array, ""]:
