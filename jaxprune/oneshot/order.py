@@ -48,6 +48,7 @@ def prune(
     *,
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
+    masks: Masks | None = None,
     order: Literal["products", "blocks", "layers"] = "products",
     fit: Literal["dense", "own"] = "dense",
     loss: Callable[..., Any] | None = None,
@@ -70,6 +71,7 @@ def prune(
         pattern: `NM(2, 4)`, `PerOutput()`; None: any weights of a matrix. A layer of a stack is a matrix of its own,
             a convolution is one of (window x inputs, outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
+        masks: True where a weight may stay, for a solver that takes a mask, such as `LeastSquares()`; None: everywhere.
         order: see above.
         fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
             not pruned yet, outputs of the dense model are aimed at from inputs that will change.
@@ -89,22 +91,24 @@ def prune(
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
-    _check_words(order, fit, sparsity, pattern)
+    _check_words(order, fit, sparsity, pattern, masks)
+    _check_masks(solver, masks, params)
     if loss is not None and "outputs" not in inspect.signature(solver).parameters:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
     work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress)
+    work.given = tree.named_leaves(masks)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
         work.in_turn(apply_fn, params, batches, leaves, order, fit)
     new = tree.map_named(lambda name, leaf: _like(work.leaves.get(name, leaf), leaf), params)
-    masks = tree.map_named(
+    found = tree.map_named(
         lambda name, leaf: _like(work.masks.get(name, jnp.ones(jnp.shape(leaf), bool)), leaf), params
     )
-    return new, masks
+    return new, found
 
 
 class _Work:
@@ -113,6 +117,7 @@ class _Work:
     Attributes:
         leaves: name -> weights so far.
         masks: name -> mask so far, of leaves that are in a product.
+        given: name -> where weights may stay, for solvers that take it.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class _Work:
     ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.done = self.total = 0
         self._solve = _solving(solver, sparsity, pattern)
@@ -175,7 +181,7 @@ class _Work:
         self.done += 1
         leaf = self.leaves[name]
         _check_runs(name, axes, leaf.shape, self.pattern)
-        mask = self.masks.get(name, np.ones(leaf.shape, bool))
+        mask = self.masks.get(name, self.given.get(name, np.ones(leaf.shape, bool)))
         for place, layer in enumerate(layers):
             known = {word: one[place] for word, one in sums.items()}
             known |= {} if self.outputs is None else {"outputs": self.outputs[name][layer]}
@@ -195,13 +201,16 @@ class _Work:
 def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[..., Any]:
     """(axes, leaf, mask, layer, sums) -> leaf and mask with this layer solved, whether sums and weights are finite."""
 
+    takes_mask = "mask" in inspect.signature(solver).parameters
+
     def solve(axes: Axes, leaf: Array, mask: Array, layer: Array, sums: Mapping[str, Array]) -> Any:
         view, alive = (to_view(one, axes) for one in (leaf, mask))
         matrices, masks = (one.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1]) for one in (view, alive))
         weight, moments = matrices[layer].astype(jnp.float32), sums["moments"]
         target = fitted(sums["cross"] @ weight, weight, moments, solver.damping) if "cross" in sums else weight
         weighed = {"outputs": sums["outputs"]} if "outputs" in sums else {}
-        found, kept = solver(target, moments, sparsity, pattern, **weighed)
+        given = {"mask": masks[layer]} if takes_mask else {}
+        found, kept = solver(target, moments, sparsity, pattern, **weighed, **given)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
         matrices, masks = matrices.at[layer].set(found.astype(leaf.dtype)), masks.at[layer].set(kept)
@@ -232,14 +241,24 @@ def _alike(batches: list[Any]) -> list[list[Any]]:
     return arrays
 
 
-def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
+def _check_masks(solver: Solver, masks: Masks | None, params: Params) -> None:
+    takes = "mask" in inspect.signature(solver).parameters
+    if masks is None and takes:
+        raise ValueError(f"`{solver}` fits the weights of a mask: say which stay, `masks=`.")
+    if masks is not None and not takes:
+        raise ValueError(f"`{solver}` chooses a mask of its own: leave `masks` out, or take `LeastSquares()`.")
+    if masks is not None:
+        tree.check_like("The masks", masks, params)
+
+
+def _check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -> None:
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
     if sparsity is not None:
         check_sparsity(sparsity)
-    elif not isinstance(pattern, NM):
-        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` goes without.")
+    elif not isinstance(pattern, NM) and masks is None:
+        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` and `masks` go without.")
 
 
 def _check_once(parts: list[Segment]) -> None:
