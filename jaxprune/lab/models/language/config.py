@@ -79,7 +79,7 @@ class Config:
         ]
         if len(set(sizes)) != 1:
             raise ValueError(
-                f"Blocks have (queries, keys, hidden) of {', '.join(map(str, sizes))}; a decoder has one width for all. "
+                f"Blocks have (queries, keys, hidden) of {', '.join(map(str, sizes))}; a decoder has the same in all. "
                 "Remove the same fraction of each."
             )
         queries, keys, hidden = sizes[0]
