@@ -168,19 +168,25 @@ def _steps_of_removal(places: list[Any], states: list[tuple[Array, Array]], coun
 
 def _errors(weight: Weight, inverse: Moments, places: Int[Array, "channels each"], here: Array) -> Channel:
     """The error of every channel that is still there; of others a number without meaning."""
+    rows = weight[places]
+    if places.shape[1] == 1:  # hidden units: no systems of equations, which are slow by the thousand
+        diagonal = jnp.diagonal(inverse)[places[:, 0]]
+        return jnp.sum(rows**2, axis=(1, 2)) / jnp.where(here, diagonal, 1.0)
     blocks = inverse[places[:, :, None], places[:, None, :]]
     blocks = jnp.where(here[:, None, None], blocks, jnp.eye(places.shape[1], dtype=blocks.dtype)[None])
-    rows = weight[places]
     return jnp.sum(rows * jnp.linalg.solve(blocks, rows), axis=(1, 2))
 
 
 def _without(weight: Weight, inverse: Moments, group: Int[Array, "each"]) -> tuple[Weight, Moments]:
-    """The weights that make up best for a channel's, and the inverse of the moments of the inputs that are left."""
-    factors = jnp.linalg.solve(inverse[group][:, group], jnp.concatenate([weight[group], inverse[group]], axis=1))
-    both = jnp.concatenate([weight, inverse], axis=1) - inverse[:, group] @ factors
-    both = both.at[group].set(0.0)
-    weight, inverse = both[:, : weight.shape[1]], both[:, weight.shape[1] :]
-    return weight, inverse.at[:, group].set(0.0)
+    """The weights that make up best for a channel's, and the inverse of the moments of the inputs that are left.
+
+    What is left of the channel itself is zero but for rounding.
+    """
+    rows, block, columns = (weight[group], inverse[group]), inverse[group][:, group], inverse[:, group]
+    if len(group) == 1:  # in one pass over both, in place
+        return weight - columns * (rows[0] / block), inverse - columns * (rows[1] / block)
+    weights, inverses = (jnp.linalg.solve(block, row) for row in rows)
+    return weight - columns @ weights, inverse - columns @ inverses
 
 
 def _places(reader: Reader, count: int) -> Int[np.ndarray, "channels each"]:

@@ -50,7 +50,7 @@ def reader(x, w, channels=CHANNELS, outputs=None):
 
 
 def of_channel(c):
-    return np.flatnonzero(CHANNELS == c)
+    return np.flatnonzero(c == CHANNELS)
 
 
 ORACLES = {
@@ -122,7 +122,7 @@ def test_of_two_channels_that_say_the_same_one_goes_first_and_the_other_late():
 
 
 def test_channels_of_different_sizes_are_refused_where_blocks_are_needed():
-    with pytest.raises(ValueError, match="'w' reads have from 1 to 3 inputs there; .* Take `OutputImportance"):
+    with pytest.raises(ValueError, match=r"'w' reads have from 1 to 3 inputs there; .* Take `OutputImportance"):
         CompensatedImportance()([reader(*data(), np.asarray([0, 0, 0, 1, 1, 2, -1]))], 3)
 
 
@@ -252,7 +252,7 @@ def test_a_decoder_becomes_a_smaller_one_of_its_kind(tmp_path):
         back = language.read(path)
         again = decoder.forward(back.params, jnp.asarray(text), back.config)
         np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="`head_dim` is 6, a file of llama2.c can only have 12"):
+    with pytest.raises(ValueError, match=r"`head_dim` is 6, a file of llama2.c can only have 12"):
         llama2c.write(tmp_path / "model.bin", small.params, config)
 
 
