@@ -91,8 +91,8 @@ def prune(
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
-    _check_words(order, fit, sparsity, pattern, masks)
     _check_masks(solver, masks, params)
+    _check_words(order, fit, sparsity, pattern, masks)
     if loss is not None and "outputs" not in inspect.signature(solver).parameters:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
