@@ -27,7 +27,7 @@ from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Uniform
 from jaxprune.granularity import Geometry
 from jaxprune.layout import Axes, to_view
-from jaxprune.oneshot.importance import CompensatedImportance, Importance, Reader
+from jaxprune.oneshot.importance import ActivationImportance, Importance, Reader
 from jaxprune.oneshot.layerwise import best
 from jaxprune.oneshot.least_squares import LeastSquares
 from jaxprune.oneshot.order import prune
@@ -35,7 +35,7 @@ from jaxprune.tracing.finder import trace
 from jaxprune.tracing.sites import PRODUCTS
 from jaxprune.types import Masks, Params
 
-_COMPENSATED = CompensatedImportance()
+_ACTIVATIONS = ActivationImportance()
 
 
 def prune_channels(
@@ -44,7 +44,7 @@ def prune_channels(
     batches: Iterable[Any],
     sparsity: float | tree.Rules[float],
     *,
-    importance: Importance = _COMPENSATED,
+    importance: Importance = _ACTIVATIONS,
     refit: bool = True,
     damping: float = 0.01,
     loss: Callable[..., Any] | None = None,
@@ -64,7 +64,7 @@ def prune_channels(
         sparsity: fraction of the channels of every layer to remove, in [0, 1); or rules, pattern -> fraction, over the
             names of a layer and of all that belongs to it, see `jaxprune.Channels`: "*/down/*" or "*/down/kernel:0".
             The first that matches wins, and layers that none matches keep all their channels.
-        importance: what is left out first.
+        importance: what channels are scored by; the lowest go.
         refit: whether to fit weights; without, those that stay stay as they are.
         damping: of the fit, see `Solver`.
         loss: (params, batch) -> scalar, a sum over tokens: errors of outputs then count by how much the loss sees of
