@@ -39,13 +39,12 @@ class Solved(NamedTuple):
 
 @runtime_checkable
 class Solver(Protocol):
-    """Chooses which weights stay, and what they are then.
+    """Chooses which weights stay, and what they are then."""
 
-    Attributes:
-        damping: what is added to the diagonal of the moments, as a fraction of its mean.
-    """
-
-    damping: float
+    @property
+    def damping(self) -> float:
+        """What is added to the diagonal of the moments, as a fraction of its mean."""
+        ...
 
     def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
         """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too.

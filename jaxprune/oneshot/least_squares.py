@@ -119,6 +119,30 @@ class Magnitude:
         return _solved(target, moments, mask, self.damping if self.refit else None)
 
 
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """No choice: the weights of a mask that is given (`prune(..., masks=)`) are fitted by `refit`.
+
+    Attributes:
+        damping: see `Solver`.
+    """
+
+    damping: float = 0.01
+
+    def __call__(
+        self,
+        target: Weight,
+        moments: Moments,
+        sparsity: Sparsity | None = None,
+        pattern: Distribution | None = None,
+        *,
+        mask: Mask | None = None,
+    ) -> Solved:
+        """See `Solver`; without a mask, the target."""
+        mask = jnp.ones(target.shape, bool) if mask is None else mask
+        return _solved(target, moments, mask, self.damping)
+
+
 def _solved(target: Weight, moments: Moments, mask: Mask, damping: float | None) -> Solved:
     """The target on a mask, fitted there where a damping is given."""
     fitted = target if damping is None else refit(target, damped(moments, damping), mask)

@@ -70,6 +70,7 @@ def prune(
     *,
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
+    masks: Masks | None = None,
     order: Literal["products", "blocks", "layers"] = "products",
     fit: Literal["dense", "own"] | None = None,
     loss: Callable[..., Any] | None = None,
@@ -94,6 +95,7 @@ def prune(
         pattern: `NM(2, 4)`, `PerOutput()`; None: any weights of a matrix. A layer of a stack is a matrix of its own,
             a convolution is one of (window x inputs, outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
+        masks: True where a weight may stay, for a solver that takes a mask, such as `LeastSquares()`; None: everywhere.
         order: see above.
         fit: see above; in order "layers" both are the same. None: "dense" in order "products", else "own". In order
             "blocks" the outputs of the dense model would be aimed at from inputs that still change, each product making
@@ -119,22 +121,23 @@ def prune(
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
     fit = fit or ("dense" if order == "products" else "own")
-    _check_words(order, fit, sparsity, pattern)
+    _check_masks(solver, masks, params)
+    _check_words(order, fit, sparsity, pattern, masks)
     if loss is not None and "outputs" not in inspect.signature(solver).parameters:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
-    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress, kept)
+    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, masks, outputs, progress, kept)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
         work.in_turn(apply_fn, params, batches, leaves, order, fit)
     new = tree.map_named(lambda name, leaf: _like(work.leaves.get(name, leaf), leaf), params)
-    masks = tree.map_named(
+    found = tree.map_named(
         lambda name, leaf: _like(work.masks.get(name, jnp.ones(jnp.shape(leaf), bool)), leaf), params
     )
-    return new, masks
+    return new, found
 
 
 class _Work:
@@ -143,6 +146,7 @@ class _Work:
     Attributes:
         leaves: name -> weights so far.
         masks: name -> mask so far, of leaves that are in a product.
+        given: name -> where weights may stay, for solvers that take it.
     """
 
     def __init__(
@@ -150,12 +154,14 @@ class _Work:
         solver: Solver,
         sparsity: Any,
         pattern: Distribution,
+        given: Masks | None,
         outputs: Callable[[], Mapping[str, Array]] | None,
         progress: Progress | None,
         kept: Kept | None,
     ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
+        self.given = tree.named_leaves(given)
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.kept = kept
         self.done = self.total = 0
@@ -225,6 +231,7 @@ class _Work:
             _check_kept(name, layer, old, dense)
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
+        known |= {"mask": _matrix(axes, self.given[name], layer)} if self.given else {}
         known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
         weight, mask, relative, fine = self._solve(dense, known)
         if not fine[0]:
@@ -248,8 +255,8 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
     def solve(matrix: Array, known: Mapping[str, Array]) -> Any:
         weight, moments = matrix.astype(jnp.float32), known["moments"]
         target = fitted(known["cross"] @ weight, weight, moments, solver.damping) if "cross" in known else weight
-        weighed = {"outputs": known["outputs"]} if "outputs" in known else {}
-        found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **weighed)
+        given = {word: known[word] for word in ("outputs", "mask") if word in known}
+        found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **given)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
         size = error(jnp.zeros_like(target), target, moments)
@@ -302,7 +309,17 @@ def _alike(batches: list[Any]) -> list[list[Any]]:
     return arrays
 
 
-def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
+def _check_masks(solver: Solver, masks: Masks | None, params: Params) -> None:
+    takes = "mask" in inspect.signature(solver).parameters
+    if masks is None and takes:
+        raise ValueError(f"`{solver}` fits the weights of a mask: say which stay, `masks=`.")
+    if masks is not None and not takes:
+        raise ValueError(f"`{solver}` chooses a mask of its own: leave `masks` out, or take `LeastSquares()`.")
+    if masks is not None:
+        tree.check_like("The masks", masks, params)
+
+
+def _check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -> None:
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
@@ -318,8 +335,8 @@ def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
                 check_sparsity(float(share), f"sparsity[{name!r}]")
     elif sparsity is not None:
         check_sparsity(sparsity)
-    elif not isinstance(pattern, NM):
-        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` goes without.")
+    elif not isinstance(pattern, NM) and masks is None:
+        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` and `masks` go without.")
 
 
 def _check_once(parts: list[Segment]) -> None:
