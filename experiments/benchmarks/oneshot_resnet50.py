@@ -37,7 +37,7 @@ BATCH = 8
 
 
 def compared(logits, dense, truth, held):
-    """Photographs called right, and called what the dense model calls them, of those calibrated on and those held out."""
+    """How many photographs are called right, and as by the dense model, of those calibrated on and those held out."""
     ours, theirs = jax.nn.log_softmax(logits), jax.nn.log_softmax(dense)
     apart = np.asarray(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))
     guess, of_dense = np.asarray(logits.argmax(-1)), np.asarray(dense.argmax(-1))

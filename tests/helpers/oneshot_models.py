@@ -16,9 +16,8 @@ import linen_models
 import numpy as np
 from flax import linen, nnx
 
-from jaxprune.lab.models import parts
 from jaxprune.lab.models.language import bert
-from jaxprune.lab.models.resnet import ResNet50
+from jaxprune.tracing.inlined import bind
 
 VOCABULARY, LAYERS, DIM, HEADS, HIDDEN = 11, 2, 12, 3, 20
 
@@ -164,18 +163,12 @@ def linen_resnet():
     return Case(module.apply, drawn(jax.eval_shape(module.init, jax.random.key(0), batches[0])), batches)
 
 
-def plain_resnet():
-    model = ResNet50((1, 1), width=4, classes=5, stride_first=True, image=(16, 16, 3))
-    return Case(model.apply, parts.random_params(model.shapes(), jax.random.key(0)), images(16))
-
-
 MODELS = {
     "NNX scanned decoder": nnx_decoder,
     "Linen scanned decoder": linen_decoder,
     "Equinox BERT": equinox_bert,
     "Equinox ViT": equinox_vit,
     "Linen ResNet": linen_resnet,
-    "plain ResNet": plain_resnet,
 }
 
 
@@ -210,9 +203,7 @@ def _run(jaxpr, consts, args, found):
         else:
             if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
                 found.append(Done(eqn.primitive.name, eqn.params, *(np.asarray(x, np.float64) for x in given)))
-            functions, params = eqn.primitive.get_bind_params(eqn.params)
-            results = eqn.primitive.bind(*functions, *given, **params)
-            results = results if eqn.primitive.multiple_results else [results]
+            results = bind(eqn, given, eqn.params)
         known |= zip(eqn.outvars, results, strict=True)
     return [known[atom] if isinstance(atom, jax.extend.core.Var) else atom.val for atom in jaxpr.outvars]
 
