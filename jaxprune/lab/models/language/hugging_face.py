@@ -3,7 +3,7 @@
     params, config, _, said = read("SmolLM2-135M")
     write("pruned", params, config, metadata=said)
 
-Read are Llama (SmolLM as well) and Qwen2. Matrices are (out, in), positions turn halves of a head.
+Read are Llama (SmolLM as well) and Qwen2; of BERT see `bert`. Matrices are (out, in), positions turn halves of a head.
 """
 
 import json
