@@ -215,9 +215,9 @@ def output_sums(product: Product, became: Became) -> dict[str, Float[Array, "lay
     """What one product adds to the sums over what outputs became, for the layers that it has."""
     site, numbers = product.site, places(product.site).outputs
     rows = results_of(site, product.weight.ndim, became.activation)
-    single = {"tokens": jnp.ones_like(rows), "magnitudes": jnp.abs(rows), "zeros": (rows == 0).astype(jnp.float32)}
-    whole = jnp.zeros((rows.shape[0], _outputs(site)), jnp.float32)
-    return {word: whole.at[:, numbers].add(jnp.squeeze(ordered_sum(one, (1,)), 1)) for word, one in single.items()}
+    none, single = jnp.zeros((len(rows), _outputs(site)), jnp.float32), (jnp.abs(rows), (rows == 0).astype(jnp.float32))
+    magnitudes, zeros = (none.at[:, numbers].add(jnp.squeeze(ordered_sum(one, (1,)), 1)) for one in single)
+    return {"tokens": none.at[:, numbers].add(rows.shape[1]), "magnitudes": magnitudes, "zeros": zeros}
 
 
 def second_moments(
