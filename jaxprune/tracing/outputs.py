@@ -68,7 +68,7 @@ class Became(NamedTuple):
     scales: tuple[Scale, ...]
 
 
-def became(uses: "Uses", product: JaxprEqn, known: Mapping[Var, Any]) -> Became:
+def became(uses: "Uses", product: JaxprEqn, known: Mapping[Any, Any]) -> Became:
     """What the result of a product became in the jaxpr that it stands in.
 
     Args:
@@ -82,23 +82,23 @@ def became(uses: "Uses", product: JaxprEqn, known: Mapping[Var, Any]) -> Became:
 
 
 class Uses:
-    """Which equations of a jaxpr take a variable.
+    """Where the variables of a jaxpr come from and go to; equations that make nothing, such as prints, do not count.
 
-    Args:
-        jaxpr: without calls, see `jaxprune.tracing.inlined`.
+    Attributes:
+        eqns: the equations.
+        made: variable -> the equation that makes it.
+        of: variable -> numbers of the equations that take it.
+        leaving: variables that are results.
     """
 
     def __init__(self, jaxpr: Jaxpr) -> None:
         self.eqns = jaxpr.eqns
-        self.of: dict[Var, set[int]] = defaultdict(set)
         self.made: dict[Var, JaxprEqn] = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+        self.of: dict[Var, list[int]] = defaultdict(list)
+        self.leaving = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
         for number, eqn in enumerate(jaxpr.eqns):
-            for var in eqn.invars:
-                if not isinstance(var, Literal):
-                    self.of[var].add(number)
-        for var in jaxpr.outvars:
-            if not isinstance(var, Literal):
-                self.of[var].add(len(jaxpr.eqns))  # which is nobody's number: it leaves
+            for var in dict.fromkeys(_variables(eqn) if eqn.outvars else ()):
+                self.of[var].append(number)
 
 
 def stages(uses: Uses, product: JaxprEqn, varies: Callable[[Var], bool]) -> list[Stage]:
@@ -109,28 +109,33 @@ def stages(uses: Uses, product: JaxprEqn, varies: Callable[[Var], bool]) -> list
         product: its equation.
         varies: whether a variable depends on the model's inputs.
     """
-    result = product.outvars[0]
-    back: dict[Var, tuple[Step, ...]] = {result: ()}
-    pending = sorted(uses.of[result])
-    while pending:
-        number = heapq.heappop(pending)
-        eqn = uses.eqns[number] if number < len(uses.eqns) else None
-        moves = None if eqn is None or eqn.outvars[0] in back else _back(eqn, back, varies)
-        if moves is None:
-            continue
-        back[eqn.outvars[0]] = moves
-        for user in uses.of[eqn.outvars[0]]:
-            heapq.heappush(pending, user)
+    back = _followed(uses, product, varies)
     passed = _passed(uses, back)
-    found, bends, weighted = [Stage(result, product, (), False, False)], False, False
+    found, bends, weighted = [Stage(product.outvars[0], product, (), False, False)], False, False
     for var, moves in itertools.islice(back.items(), 1, None):
         eqn = uses.made[var]
         bends |= _bends(eqn, back)
-        weighted |= any(given not in back and math.prod(given.aval.shape) > 1 for given in _variables(eqn))
+        weighted |= any(given not in back and math.prod(_shape(given)) > 1 for given in _variables(eqn))
         if var in passed:
             found.append(Stage(var, eqn, moves, bends, weighted))
             bends = weighted = False
     return found
+
+
+def _followed(uses: Uses, product: JaxprEqn, varies: Callable[[Var], bool]) -> dict[Var, tuple[Step, ...]]:
+    """What is made of a product's outputs, each by itself, in the order of the jaxpr -> moves back to the result."""
+    back: dict[Var, tuple[Step, ...]] = {product.outvars[0]: ()}
+    pending, seen = list(uses.of[product.outvars[0]]), set[int]()
+    while pending:
+        number = heapq.heappop(pending)
+        moves = None if number in seen else _back(uses.eqns[number], back, varies)
+        seen.add(number)
+        if moves is not None:
+            [made] = uses.eqns[number].outvars
+            back[made] = moves
+            for user in uses.of[made]:
+                heapq.heappush(pending, user)
+    return back
 
 
 def activation(found: Sequence[Stage]) -> Stage:
@@ -144,13 +149,15 @@ def activation(found: Sequence[Stage]) -> Stage:
     return found[next(until, len(found)) - 1]
 
 
-def _back(eqn: JaxprEqn, back: Mapping[Var, tuple[Step, ...]], varies: Callable[[Var], bool]) -> Any:
+def _back(
+    eqn: JaxprEqn, back: Mapping[Var, tuple[Step, ...]], varies: Callable[[Var], bool]
+) -> tuple[Step, ...] | None:
     """Moves back from what an equation makes of a product's outputs; None where these meet others, or are mixed."""
     ours = [var for var in _variables(eqn) if var in back]
     if len(eqn.outvars) != 1 or any(var not in back and varies(var) for var in _variables(eqn)):
         return None
     if eqn.primitive.name in ELEMENTWISE | IDENTITIES:
-        shapes = {tuple(var.aval.shape) for var in (*ours, *eqn.outvars)}
+        shapes = {_shape(var) for var in (*ours, *eqn.outvars)}
         return back[ours[0]] if len({back[var] for var in ours}) == len(shapes) == 1 else None
     undone = _undone(eqn)
     return None if undone is None else (undone, *back[ours[0]])
@@ -158,11 +165,11 @@ def _back(eqn: JaxprEqn, back: Mapping[Var, tuple[Step, ...]], varies: Callable[
 
 def _undone(move: JaxprEqn) -> Step | None:
     """The step that brings back what an equation moves; None where it does more than that."""
-    name, shape = move.primitive.name, tuple(move.invars[0].aval.shape)
+    name, shape = move.primitive.name, _shape(move.invars[0])
     if name == "transpose":
         return ("transpose", tuple(map(int, np.argsort(move.params["permutation"]))))
     plain = name in ("squeeze", "broadcast_in_dim") or (name == "reshape" and move.params["dimensions"] is None)
-    return ("reshape", shape) if plain and math.prod(shape) == math.prod(move.outvars[0].aval.shape) else None
+    return ("reshape", shape) if plain and math.prod(shape) == math.prod(_shape(move.outvars[0])) else None
 
 
 def _bends(eqn: JaxprEqn, ours: Collection[Var]) -> bool:
@@ -175,28 +182,28 @@ def _bends(eqn: JaxprEqn, ours: Collection[Var]) -> bool:
     return name not in _LINEAR and _undone(eqn) is None
 
 
-def _passed(uses: Uses, ours: Mapping[Var, Any]) -> set[Var]:
+def _passed(uses: Uses, ours: dict[Var, tuple[Step, ...]]) -> set[Var]:
     """Those of some variables, in the order in which they are made, that all comes through which the first becomes."""
     after: dict[Var, set[Var]] = {}
     for var in reversed(ours):
-        users = [uses.eqns[number].outvars[0] if number < len(uses.eqns) else None for number in uses.of[var]]
-        through = [{user, *after[user]} if user in after else set() for user in users]
-        after[var] = set.intersection(*through) if through else set()
-    return {next(iter(ours)), *after[next(iter(ours))]}
+        users = [uses.eqns[number].outvars[0] for number in uses.of[var]]
+        ways = [{user, *after[user]} if user in after else set[Var]() for user in users]
+        after[var] = set.intersection(*ways) if ways and var not in uses.leaving else set()
+    return after[next(iter(ours))]
 
 
 def _scales(uses: Uses, found: Sequence[Stage], known: Mapping[Var, Any]) -> Iterator[Scale]:
     for before, stage in itertools.pairwise(found):
         factors = _variables(stage.made_by) if stage.made_by.primitive.name == "mul" else []
         for name, array, path in (one for var in factors if var is not before.var for one in _own(var, uses, known)):
-            there = _moved(path.broadcast(tuple(stage.var.aval.shape), range(len(path.shape))), stage.back)
+            there = _moved(path.broadcast(_shape(stage.var), range(len(path.shape))), stage.back)
             axes = frozenset(axis for axis, size in enumerate(there.shape) if size > 1 and there.axes[axis])
             yield Scale(name, replay(there.steps, array), axes)
 
 
 def _own(var: Var, uses: Uses, known: Mapping[Var, Any]) -> Iterator[tuple[str, Any, Path]]:
     """Leaves whose own numbers are factors of a variable: name, array, and the path from that to the variable."""
-    leaf, eqn, shape = known[var].what if var in known else False, uses.made.get(var), tuple(var.aval.shape)
+    leaf, eqn, shape = known[var].what if var in known else False, uses.made.get(var), _shape(var)
     if isinstance(leaf, Path) and leaf.changed_by is None:
         yield leaf.name, known[var].array, start(leaf.name, shape, leaf.leaf_dtype)
         return
@@ -216,6 +223,10 @@ def _moved(path: Path, steps: Sequence[Step]) -> Path:
         assert moved is not None
         path = moved
     return path
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
 
 
 def _variables(eqn: JaxprEqn) -> list[Var]:

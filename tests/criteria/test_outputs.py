@@ -87,6 +87,7 @@ ENDS = {
     "weights are part of it": (
         lambda y, p, x: jnp.where(y > 0, y, p["slopes"] * y), lambda y: np.where(y > 0, y, np.asarray(SLOPES) * y),
     ),
+    "a print": (lambda y, p, x: (jax.debug.callback(len, y), jax.nn.relu(y))[1], relu),
     "a branch": (lambda y, p, x: lax.cond(x[0, 0] > 9, jnp.zeros_like, jax.nn.relu, y), lambda y: y),
     "a mask": (lambda y, p, x: jax.nn.relu(jnp.where(jnp.arange(6) > 2, y, 0)), lambda y: relu(y) * (np.arange(6) > 2)),
 }  # fmt: skip
