@@ -2,11 +2,12 @@
 
     python experiments/benchmarks/oneshot_minilm.py MODEL --calibrate FOLDER --evaluate FOLDER
         --out oneshot_minilm.jsonl [--methods "alternating, products, dense"] [--patterns 0.5 2:4]
-        [--sentences 512]
+        [--windows 256] [--sentences 256]
 
 MODEL is the folder of all-MiniLM-L6-v2. The other two hold plain texts (*.txt), of which sentences of 6 to 40 words are
-taken, evenly over all files: to calibrate with, filled up to 64 tokens, and to measure on. The six products of each
-layer are pruned, embeddings and norms are not.
+taken, evenly over all files. Those to calibrate with are put one behind the other and cut into windows of 64 tokens, so
+that no product is fitted to what only fills up; those to measure on stand alone. The six products of each layer are
+pruned, embeddings and norms are not.
 """
 
 import argparse
@@ -22,20 +23,21 @@ import numpy as np
 from tables import describe_machine
 
 import jaxprune as jp
-from jaxprune.lab.models.language import bert, wordpiece
+from jaxprune.lab.models.encoders import bert, wordpiece
 
 BLOCKS = {"order": "blocks", "fit": "own"}
 PRODUCTS = {"order": "products", "fit": "dense"}
+ALTERNATING = jp.oneshot.AlternatingDirections(iterations=120)
 METHODS = {
     "magnitude": (jp.oneshot.Magnitude(), {"order": "layers"}),
     "wanda": (jp.oneshot.Wanda(), BLOCKS),
     "sparsegpt": (jp.oneshot.SparseGPT(), BLOCKS),
     "sparsegpt, products, dense": (jp.oneshot.SparseGPT(), PRODUCTS),
-    "alternating": (jp.oneshot.AlternatingDirections(), BLOCKS),
-    "alternating, products, dense": (jp.oneshot.AlternatingDirections(), PRODUCTS),
+    "alternating, products, dense": (ALTERNATING, PRODUCTS),
+    "weighed": (ALTERNATING, PRODUCTS),
 }
-"""Name -> solver and order."""
-LENGTH, BATCH = 64, 64
+"""Name -> solver and order; "weighed" has the errors of outputs weighed by what they do to the vectors."""
+LENGTH, BATCH = 64, 32
 
 
 def sentences(folder: Path, count: int) -> list[str]:
@@ -43,6 +45,15 @@ def sentences(folder: Path, count: int) -> list[str]:
     text = " ".join(path.read_text("utf-8") for path in sorted(folder.rglob("*.txt")))
     found = [one for one in re.split(r"(?<=[.!?])\s+", text) if 6 <= len(one.split()) <= 40]
     return [" ".join(found[i * len(found) // count].split()) for i in range(count)]
+
+
+def windows(tokenizer: wordpiece.WordPiece, texts: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts behind one another, cut into windows; and that all of them are seen."""
+    encoded = [tokenizer.encode(text) for text in texts]
+    (first, *_, last), inside = encoded[0], np.concatenate([one[1:-1] for one in encoded])
+    rows = inside[: count * (LENGTH - 2)].reshape(count, -1)
+    tokens = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (first, last)))
+    return tokens, np.ones(tokens.shape, bool)
 
 
 def main() -> None:
@@ -54,7 +65,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"])
-    parser.add_argument("--sentences", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=256, help="to calibrate with")
+    parser.add_argument("--sentences", type=int, default=256, help="to measure on")
     options = parser.parse_args()
     tokenizer = wordpiece.read(options.model)
     params, rest = eqx.partition(bert.read(options.model), jp.tree.is_array)
@@ -63,11 +75,18 @@ def main() -> None:
     def vectors(params, batch):
         return bert.sentence_vectors(eqx.combine(params, rest), *batch)
 
-    def batches(folder):
-        tokens, seen = (jnp.asarray(x) for x in tokenizer.batch(sentences(folder, options.sentences), LENGTH))
-        return [(tokens[i : i + BATCH], seen[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
+    def along(params, batch):
+        """Vectors along random directions, whose derivatives have the second moments of the vectors' own."""
+        found = vectors(params, batch)
+        return jnp.sum(found * jax.random.normal(jax.random.key(jnp.sum(batch[0])), found.shape))
 
-    calibrating, evaluated = batches(options.calibrate), batches(options.evaluate)
+    def batches(tokens, seen):
+        pairs = zip(*(np.split(one, range(BATCH, len(one), BATCH)) for one in (tokens, seen)), strict=True)
+        return [tuple(map(jnp.asarray, pair)) for pair in pairs]
+
+    texts = sentences(options.calibrate, 4 * options.windows)
+    calibrating = batches(*windows(tokenizer, texts, options.windows))
+    evaluated = batches(*tokenizer.batch(sentences(options.evaluate, options.sentences), LENGTH))
     dense = [vectors(params, batch) for batch in evaluated]
     for method in options.methods:
         for pattern in options.patterns:
@@ -76,14 +95,15 @@ def main() -> None:
                 {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
             )
             begun = time.perf_counter()
-            pruned, _ = jp.oneshot.prune(vectors, params, calibrating, solver, **order, **chosen)
+            loss = along if method == "weighed" else None
+            pruned, _ = jp.oneshot.prune(vectors, params, calibrating, solver, loss=loss, **order, **chosen)
             seconds = time.perf_counter() - begun
             ours = [vectors(pruned, batch) for batch in evaluated]
             cosines = np.concatenate([np.sum(np.asarray(a) * b, axis=-1) for a, b in zip(ours, dense, strict=True)])
             row = {
                 "method": method, "pattern": pattern, "cosine": round(float(cosines.mean()), 4),
                 "lowest of 20": round(float(np.quantile(cosines, 0.05)), 4), "sentences": len(cosines),
-                "seconds": round(seconds), "machine": describe_machine(),
+                "windows": options.windows, "seconds": round(seconds), "machine": describe_machine(),
             }  # fmt: skip
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -16,7 +16,7 @@ import linen_models
 import numpy as np
 from flax import linen, nnx
 
-from jaxprune.lab.models.language import bert
+from jaxprune.lab.models.encoders import bert
 from jaxprune.tracing.inlined import bind
 
 VOCABULARY, LAYERS, DIM, HEADS, HIDDEN = 11, 2, 12, 3, 20

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxprune import tree
-from jaxprune.lab.models.language import bert, wordpiece
-from jaxprune.lab.models.language.wordpiece import WordPiece
+from jaxprune.lab.models.encoders import bert, wordpiece
+from jaxprune.lab.models.encoders.wordpiece import WordPiece
 from jaxprune.storage.container import FileError
 
 pytestmark = pytest.mark.usefixtures("quick", "relaxed")

@@ -15,9 +15,8 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.tokenizers import Tokenizer
-from jaxprune.lab.models.parts import Shapes
 from jaxprune.storage.container import FileError
-from jaxprune.types import Params
+from jaxprune.types import Leaves, Params
 
 
 class Language(NamedTuple):
@@ -91,13 +90,13 @@ def theirs(name: str, table: Mapping[str, str]) -> str:
     return f"{block}{table[layer]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
-def gathered(read: Callable[[str], np.ndarray], table: Mapping[str, str], shapes: Shapes) -> Params:
+def gathered(read: Callable[[str], np.ndarray], table: Mapping[str, str], shapes: Leaves) -> Params:
     """Params in float32, of these shapes.
 
     Args:
         read: gives an array by their name, or raises KeyError.
         table: theirs.
-        shapes: of the params.
+        shapes: of the params, a pytree of `jax.ShapeDtypeStruct`.
 
     Raises:
         FileError: an array is missing, or of another shape.

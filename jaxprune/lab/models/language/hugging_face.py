@@ -3,7 +3,8 @@
     params, config, _, said = read("SmolLM2-135M")
     write("pruned", params, config, metadata=said)
 
-Read are Llama (SmolLM as well) and Qwen2; of BERT see `bert`. Matrices are (out, in), positions turn halves of a head.
+Read are Llama (SmolLM as well) and Qwen2; of BERT see `encoders`. Matrices are (out, in), positions turn halves of a
+head.
 """
 
 import json
