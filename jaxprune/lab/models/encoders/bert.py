@@ -19,6 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxprune import tree
@@ -139,7 +140,7 @@ class Bert(eqx.Module):
 
 
 def sentence_vectors(
-    model: Bert, tokens: Int[Array, "batch length"], seen: Bool[Array, "batch length"]
+    model: Bert, tokens: Int[Array | np.ndarray, "batch length"], seen: Bool[Array | np.ndarray, "batch length"]
 ) -> Float[Array, "batch dim"]:
     """Means over the seen tokens of each text, of length 1."""
     states = jax.vmap(model)(tokens, seen)
