@@ -39,8 +39,9 @@ METHODS = {
     "alternating": (ALTERNATING, BLOCKS),
     "alternating, products, dense": (ALTERNATING, PRODUCTS),
     "weighed": (ALTERNATING, PRODUCTS),
+    "weighed, allocated": (ALTERNATING, PRODUCTS),
 }
-"""Name -> solver and order; "weighed" has the errors of outputs weighed by the loss's derivatives."""
+"""Name -> solver and order; "weighed" has errors weighed by the loss's derivatives, "allocated" a sparsity a matrix."""
 
 
 def kept_texts(folder: Path, model: language.Language, name: str, count: int, seed: int) -> np.ndarray:
@@ -70,10 +71,18 @@ def measured(
 
     solver, order = METHODS[method]
     chosen = {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
+    select = "*layers*kernel"
+    weighed = {"loss": loss} if "weighed" in method else {}
     begun = time.perf_counter()
+    if "allocated" in method:
+        mean = chosen["sparsity"]
+        points = np.linspace(mean - 0.15, mean + 0.15, 5)
+        quick = jp.oneshot.SparseGPT()
+        curves = jp.oneshot.error_curves(forward, model.params, batches, quick, points, select=select, **weighed)
+        sizes = {name: leaf.size for name, leaf in jp.tree.named_leaves(model.params).items()}
+        chosen = {"sparsity": jp.oneshot.allocate(curves, points, sizes, mean)}
     params, masks = jp.oneshot.prune(
-        forward, model.params, batches, solver, select="*layers*kernel", **order, **chosen,
-        loss=loss if method == "weighed" else None,
+        forward, model.params, batches, solver, select=select, **order, **chosen, **weighed
     )  # fmt: skip
     row = {"method": method, "pattern": pattern, "seconds": round(time.perf_counter() - begun)}
     pruned = [mask for name, mask in jp.tree.named_leaves(masks).items() if "kernel" in name]

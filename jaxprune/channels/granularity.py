@@ -71,6 +71,10 @@ class Channels:
         named = zip(self._names.items(), self.couplings.layers, strict=True)
         return {layer: group for (layer, names), group in named if not self._is_ignored(names)}
 
+    def matching(self, pattern: str) -> list[str]:
+        """Names of the layers that have the name, or anything with it, as `ignore` has patterns; ignored ones too."""
+        return [layer for layer, names in self._names.items() if fnmatch.filter(names, pattern)]
+
     @property
     def _names(self) -> dict[str, list[str]]:
         """Layer -> what a pattern may call it by."""

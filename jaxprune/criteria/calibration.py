@@ -1,16 +1,15 @@
 r"""Calibration: what every weight of any function meets on some data, in one pass over it.
 
-    seen = of_activations(apply_fn, params, batches)          seen.input_norms    seen.moments    seen.for_(method)
+    seen = of_activations(apply_fn, params, batches)          seen.input_norms    seen.output_means    seen.moments
 
 For a leaf that is multiplied, with inputs $X$ (tokens, features): $\sum_t X_{ti}^2$, $\sum_t |X_{ti}|$, how many
-$X_{ti}$ are zero, and on request the second moments $X^\top X$. Features are those of the leaf's view, as
+$X_{ti}$ are zero, and on request the second moments $X^\top X$; for the activations $A$ (tokens, outputs) that its
+outputs become, $\sum_t |A_{tj}|$ and how many $A_{tj}$ are zero. Features and outputs are those of the leaf's view, as
 `jaxprune.tracing.features` finds them. Sums within a batch are pairwise, of batches compensated: float32, in pairs.
 """
 
-import dataclasses
-import glob
-import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,10 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import tree
 from jaxprune.checks import is_concrete
+from jaxprune.criteria.seen import Inputs, Outputs, Seen
 from jaxprune.exact.numerics import ordered_sum
-from jaxprune.layout import BY_NAME, Axes, Layout
-from jaxprune.tracing.features import inputs_of, layers_of, places, share_of
+from jaxprune.tracing.features import batch_axes, inputs_of, layers_of, output_axes, places, results_of, share_of
 from jaxprune.tracing.finder import arrays_of, jaxpr_of
+from jaxprune.tracing.outputs import Became, Scale
 from jaxprune.tracing.products import Product, Products
 from jaxprune.tracing.sites import Site
 from jaxprune.types import Leaves, Params
@@ -33,97 +33,19 @@ Sums: TypeAlias = dict[str, tuple[Any, Any]]
 """What is summed -> (sum, what rounding took from it), each (layers, ...)."""
 
 
-class Inputs(NamedTuple):
-    """What one leaf met: `layers` are its stacked layers, `features` its window and its inputs, each flattened.
+class Totals(NamedTuple):
+    """What is gathered for a leaf: sums over its inputs, over what its outputs became, and what scales these."""
 
-    Attributes:
-        shape: of the leaf.
-        axes: of the leaf, as its product uses them.
-        tokens: how many rows were multiplied by it; of a use of some of its outputs, in proportion.
-        squares: sums of squares.
-        magnitudes: sums of absolute values.
-        zeros: how many were zero.
-        moments: $X^\\top X$; None where nobody asked for them.
-    """
-
-    shape: tuple[int, ...]
-    axes: Axes
-    tokens: Float[Array, "layers"]
-    squares: Float[Array, "layers features"]
-    magnitudes: Float[Array, "layers features"]
-    zeros: Float[Array, "layers features"]
-    moments: Float[Array, "layers features features"] | None
-
-    def shaped(self, values: Float[Array, "layers features"]) -> Float[Array, "..."]:
-        """Numbers of features as criteria have them, (*layers, in), or (*layers, window, in) of a convolution."""
-        parts = [tuple(self.shape[a] for a in part) for part in (self.axes.layers, self.axes.spatial, self.axes.inputs)]
-        layers, spatial, inputs = (*parts[0],), math.prod(parts[1]), math.prod(parts[2])
-        return values.reshape(*layers, *([spatial] if spatial > 1 else []), inputs)
+    inputs: Sums
+    outputs: Sums
+    scales: Float[Array, "layers outputs"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What every leaf met, by its name; of `of_activations`.
+class Met(NamedTuple):
+    """What shapes say of a leaf: its first product, and the leaves that scale its outputs, None where none does."""
 
-    Attributes:
-        leaves: name -> sums.
-    """
-
-    leaves: Mapping[str, Inputs]
-
-    @property
-    def input_norms(self) -> dict[str, Array]:
-        """L2 norm of every input over all tokens, (*layers, in), of a convolution (window, in): for `wanda`."""
-        return {name: one.shaped(jnp.sqrt(one.squares)) for name, one in self.leaves.items()}
-
-    @property
-    def input_means(self) -> dict[str, Array]:
-        """Mean absolute value of every input, shaped as `input_norms`."""
-        return {name: one.shaped(_ratio(one.magnitudes, one.tokens)) for name, one in self.leaves.items()}
-
-    @property
-    def input_zero_fractions(self) -> dict[str, Array]:
-        """Fraction of zeros of every input, shaped as `input_norms`."""
-        return {name: one.shaped(_ratio(one.zeros, one.tokens)) for name, one in self.leaves.items()}
-
-    @property
-    def moments(self) -> dict[str, Array]:
-        r"""$X^\top X$, (*layers, features, features) with features (window, in) flattened.
-
-        Raises:
-            ValueError: they were not asked for.
-        """
-        found = {name: one.moments for name, one in self.leaves.items()}
-        if any(one is None for one in found.values()):
-            raise ValueError("No second moments were gathered: `of_activations(..., moments=True)` does.")
-        layers = {name: [one.shape[a] for a in one.axes.layers] for name, one in self.leaves.items()}
-        return {name: one.reshape(*layers[name], *one.shape[1:]) for name, one in found.items() if one is not None}
-
-    @property
-    def layout(self) -> Layout:
-        """The axes of the leaves that were met, for `Method(layout=...)`."""
-        return dataclasses.replace(
-            BY_NAME, rules=tuple((glob.escape(name), one.axes) for name, one in self.leaves.items())
-        )
-
-    def for_(self, method: Any) -> dict[str, dict[str, Array]]:
-        """The evidence that a method's criterion takes: `compute_masks(method, params, s, **seen.for_(method))`.
-
-        Args:
-            method: `Method`, or whatever has a `criterion` and a `layout`.
-
-        Raises:
-            ValueError: the method's layout takes other axes of a leaf for its outputs than its product does.
-        """
-        words = inspect.signature(method.criterion).parameters
-        return {word: self._laid_out(word, method.layout) for word in _EVIDENCE if word in words}
-
-    def _laid_out(self, word: str, layout: Layout) -> dict[str, Array]:
-        values = getattr(self, word)
-        return {name: _in_axes(name, one, values[name], layout) for name, one in self.leaves.items()}
-
-
-_EVIDENCE = ("input_norms", "input_means", "input_zero_fractions")
+    site: Site
+    scaled_by: frozenset[str | None]
 
 
 def of_activations(
@@ -134,12 +56,19 @@ def of_activations(
     select: tree.Select = tree.weights,
     moments: bool = False,
 ) -> Seen:
-    r"""Statistics of the inputs of every product with a selected leaf, in one pass over the batches.
+    r"""Statistics of what every product with a selected leaf meets and makes, in one pass over the batches.
 
     Any function of JAX will do: products are found in its jaxpr, also under `jit`, `vmap`, `remat`, in `scan`, `while`
     and `cond`. Stacked layers have a statistic each. A leaf that is used more than once has the sum over its uses, one
     that is split between products along its outputs that of the average output. Each batch is one call under jit, data
     may be sharded; under a jit of yours it is pure, and what is not finite stays so.
+
+    Of an output its *activation* is looked at: what the product's result is after bias, batch norm and nonlinearity,
+    however these are written (ReLU's zeros are those that Hu et al. 2016 count, before any pooling). It is followed as
+    long as it is a function of this output at this place alone, of weights and constants, and as all of it goes the
+    same way; so it ends where a residual or a gate joins, where channels or positions are mixed or taken apart, at the
+    end of a loop's body or a branch, and after the nonlinearity where weights come in again. Where there is no
+    nonlinearity before, the last value is taken: the output of a layer with its bias.
 
     Args:
         apply_fn: the model, (params, batch) -> anything.
@@ -159,24 +88,26 @@ def of_activations(
     """
     names = tree.selected_leaves(select, params)
     observe = jax.jit(lambda params, batch, totals: _observed(apply_fn, params, batch, names, totals))
-    sites: dict[str, Site] = {}
-    totals: dict[str, Sums] = {}
+    met: dict[str, Met] = {}
+    totals: dict[str, Totals] = {}
     for batch in batches:
         if not totals:
-            sites = _met(apply_fn, params, batch, names)
-            totals = {name: _zeros(site, moments) for name, site in sites.items()}
+            met = _met(apply_fn, params, batch, names)
+            totals = {name: _zeros(one.site, moments) for name, one in met.items()}
         totals = observe(params, batch, totals)
     if not totals:
         raise ValueError("There is no batch, or no product with a selected leaf, so there is nothing to look at.")
-    leaves = {}
-    for name, sums in totals.items():
-        found = {word: high + low for word, (high, low) in sums.items()}
-        fine = jnp.isfinite(found["squares"]).all()
-        if is_concrete(fine) and not fine:
-            raise ValueError(f"Inputs of {name!r} are not finite in float32. Mend the model, or the batch.")
-        site = sites[name]
-        leaves[name] = Inputs(site.leaf_shape, places(site).axes, **{"moments": None, **found})
-    return Seen(leaves)
+    inputs, outputs = {}, {}
+    for name, (site, scaled_by) in met.items():
+        had, became = ({word: high + low for word, (high, low) in sums.items()} for sums in totals[name][:2])
+        for word, sums in (("Inputs", had["squares"]), ("Outputs", became["magnitudes"])):
+            fine = jnp.isfinite(sums).all()
+            if is_concrete(fine) and not fine:
+                raise ValueError(f"{word} of {name!r} are not finite in float32. Mend the model, or the batch.")
+        axes = places(site).axes
+        inputs[name] = Inputs(site.leaf_shape, axes, **{"moments": None, **had})
+        outputs[name] = Outputs(site.leaf_shape, axes, **became, scales=totals[name].scales, scaled_by=scaled_by)
+    return Seen(inputs, outputs)
 
 
 def bytes_of_moments(
@@ -193,13 +124,14 @@ def bytes_of_moments(
     Raises:
         ValueError: as `of_activations`, where shapes tell it.
     """
-    sites = _met(apply_fn, params, batch, tree.selected_leaves(select, params))
-    return {name: 8 * _layers(site) * places(site).order.size ** 2 for name, site in sites.items()}
+    met = _met(apply_fn, params, batch, tree.selected_leaves(select, params))
+    return {name: 8 * _layers(site) * places(site).order.size ** 2 for name, (site, _) in met.items()}
 
 
-def _met(apply_fn: Callable[..., Any], params: Leaves, batch: Any, names: Collection[str]) -> dict[str, Site]:
+def _met(apply_fn: Callable[..., Any], params: Leaves, batch: Any, names: Collection[str]) -> dict[str, Met]:
     """The first product of every leaf, in the order of the params; all of a leaf's must agree on its axes."""
     met: dict[str, Site] = {}
+    scaled: dict[str, set[str | None]] = defaultdict(set)
 
     def do(product: Product, state: Any) -> Any:
         site = product.site
@@ -211,34 +143,63 @@ def _met(apply_fn: Callable[..., Any], params: Leaves, batch: Any, names: Collec
             )
         return state, product.plain()
 
-    program = Products(jaxpr_of(apply_fn, params, batch), params, set(names), do)
+    def after(product: Product, became: Became, state: Any) -> Any:
+        found = _scale(product, became)
+        scaled[product.site.name].add(found and found.name)
+        return state
+
+    program = Products(jaxpr_of(apply_fn, params, batch), params, set(names), do, after)
     values = arrays_of((params, (batch,), {}))[0]
     jax.eval_shape(
         lambda values: program.run(values, ())[1], [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in values]
     )
-    return {name: met[name] for name in names if name in met}
+    return {name: Met(met[name], frozenset(scaled[name])) for name in names if name in met}
 
 
 def _observed(
-    apply_fn: Callable[..., Any], params: Params, batch: Any, names: Collection[str], totals: dict[str, Sums]
-) -> dict[str, Sums]:
-    def do(product: Product, state: dict[str, Sums]) -> Any:
-        name = product.site.name
-        return {**state, name: added(state[name], layers_of(product), sums_of(product, state[name]))}, product.plain()
+    apply_fn: Callable[..., Any], params: Params, batch: Any, names: Collection[str], totals: dict[str, Totals]
+) -> dict[str, Totals]:
+    def do(product: Product, state: dict[str, Totals]) -> Any:
+        name, had = product.site.name, state[product.site.name]
+        inputs = added(had.inputs, layers_of(product), sums_of(product, had.inputs))
+        return {**state, name: had._replace(inputs=inputs)}, product.plain()
 
-    program = Products(jaxpr_of(apply_fn, params, batch), params, set(names), do)
+    def after(product: Product, became: Became, state: dict[str, Totals]) -> dict[str, Totals]:
+        name, had, layers = product.site.name, state[product.site.name], layers_of(product)
+        scales, found = had.scales, _scale(product, became)
+        if found is not None:
+            values = results_of(product.site, product.weight.ndim, found.values)[:, 0]
+            scales = scales.at[layers[:, None], jnp.asarray(places(product.site).outputs)[None]].set(values)
+        return {**state, name: Totals(had.inputs, added(had.outputs, layers, output_sums(product, became)), scales)}
+
+    program = Products(jaxpr_of(apply_fn, params, batch), params, set(names), do, after)
     return program.run(arrays_of((params, (batch,), {}))[0], totals)[0]
+
+
+def _scale(product: Product, became: Became) -> Scale | None:
+    """The first leaf that scales the outputs of a product, and nothing else of it."""
+    y = became.activation.ndim
+    outputs = set(output_axes(product.site, product.weight.ndim, y))
+    elsewhere = set(range(batch_axes(product.site), y)) - outputs
+    return next((one for one in became.scales if one.axes & outputs and not one.axes & elsewhere), None)
 
 
 def _layers(site: Site) -> int:
     return math.prod(site.leaf_shape[a] for a in places(site).axes.layers)
 
 
-def _zeros(site: Site, moments: bool) -> Sums:
-    layers, features = _layers(site), places(site).order.size
-    vectors = dict.fromkeys(("squares", "magnitudes", "zeros"), (layers, features))
-    shapes = {"tokens": (layers,), **vectors, **({"moments": (layers, features, features)} if moments else {})}
-    return {word: (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)) for word, shape in shapes.items()}
+def _outputs(site: Site) -> int:
+    return math.prod(site.leaf_shape[a] for a in places(site).axes.outputs)
+
+
+def _zeros(site: Site, moments: bool) -> Totals:
+    layers, features, outputs = _layers(site), places(site).order.size, _outputs(site)
+    shapes = {"tokens": (layers,), **dict.fromkeys(("squares", "magnitudes", "zeros"), (layers, features))}
+    shapes |= {"moments": (layers, features, features)} if moments else {}
+    both = shapes, dict.fromkeys(("tokens", "magnitudes", "zeros"), (layers, outputs))
+    pair = lambda shape: (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))  # noqa: E731
+    sums = ({word: pair(shape) for word, shape in one.items()} for one in both)
+    return Totals(*sums, scales=jnp.zeros((layers, outputs), jnp.float32))
 
 
 def sums_of(product: Product, words: Collection[str]) -> dict[str, Array]:
@@ -248,6 +209,15 @@ def sums_of(product: Product, words: Collection[str]) -> dict[str, Array]:
     single = {"squares": jnp.square, "magnitudes": jnp.abs, "zeros": lambda x: (x == 0).astype(jnp.float32)}
     sums |= {word: lambda of=of: jnp.squeeze(ordered_sum(of(x), (1,)), 1) for word, of in single.items()}
     return {word: sums[word]() * share for word in words}
+
+
+def output_sums(product: Product, became: Became) -> dict[str, Float[Array, "layers outputs"]]:
+    """What one product adds to the sums over what outputs became, for the layers that it has."""
+    site, numbers = product.site, places(product.site).outputs
+    rows = results_of(site, product.weight.ndim, became.activation)
+    none, single = jnp.zeros((len(rows), _outputs(site)), jnp.float32), (jnp.abs(rows), (rows == 0).astype(jnp.float32))
+    magnitudes, zeros = (none.at[:, numbers].add(jnp.squeeze(ordered_sum(one, (1,)), 1)) for one in single)
+    return {"tokens": none.at[:, numbers].add(rows.shape[1]), "magnitudes": magnitudes, "zeros": zeros}
 
 
 def second_moments(
@@ -267,22 +237,3 @@ def added(totals: Sums, layers: Int[Array, "some"], sums: Mapping[str, Array]) -
         lost = (old - (total - back)) + (sums[word] - back)
         new[word] = high.at[layers].set(total), low.at[layers].add(lost)
     return new
-
-
-def _ratio(sums: Float[Array, "layers features"], tokens: Float[Array, "layers"]) -> Float[Array, "layers features"]:
-    return sums / jnp.maximum(tokens, 1)[:, None]
-
-
-def _in_axes(name: str, one: Inputs, values: Array, layout: Layout) -> Array:
-    """Numbers of features, laid out along the axes that a method takes for the leaf's layers, window and inputs."""
-    ours, theirs = one.axes, layout.axes(name, one.shape)
-    if set(ours.outputs) != set(theirs.outputs):
-        raise ValueError(
-            f"The method's layout says {theirs} of {name!r} {one.shape}, its product sums over axes "
-            f"{(*ours.spatial, *ours.inputs)}. Hand the method `layout=seen.layout`."
-        )
-    before, after = ([axis for part in axes[:3] for axis in part] for axes in (ours, theirs))
-    values = values.reshape([one.shape[axis] for axis in before])
-    values = jnp.transpose(values, [before.index(axis) for axis in after])
-    layers, spatial, inputs = ([one.shape[axis] for axis in part] for part in theirs[:3])
-    return values.reshape(*layers, *([math.prod(spatial)] if theirs.spatial else []), math.prod(inputs))

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxprune.compat import present_forms
-from jaxprune.criteria.calibration import Inputs, Seen, bytes_of_moments, of_activations
+from jaxprune.criteria.calibration import bytes_of_moments, of_activations
 from jaxprune.criteria.derivatives import of_outputs
+from jaxprune.criteria.seen import Inputs, Outputs, Seen
 from jaxprune.tracing.exponents import known_power, scaled, times_power
 from jaxprune.types import Params
 
 __all__ = [
     "Activations",
     "Inputs",
+    "Outputs",
     "Seen",
     "activations",
     "bytes_of_moments",

@@ -118,5 +118,6 @@ def of_outputs(key: str, evidence: OfOutputs, name: str, view: View) -> View:
     expected = (*view.shape[:-3], view.shape[-1])
     arrived = jnp.shape(evidence[name]) if name in evidence else None
     if arrived != expected:
-        raise ValueError(f"`{key}` needs one number for each output of {name!r}, {expected}; {arrived} arrived.")
+        hint = " Leave out leaves that have none with `select`." if arrived is None else ""
+        raise ValueError(f"`{key}` needs one number for each output of {name!r}, {expected}; {arrived} arrived.{hint}")
     return jnp.broadcast_to(jnp.abs(evidence[name]).astype(jnp.float32)[..., None, None, :], view.shape)

@@ -7,21 +7,42 @@ to whose outputs it is fitted. Nothing here trains: no loss, no optimizer. Masks
 
 from jaxprune.oneshot.allocation import allocate, error_curves
 from jaxprune.oneshot.alternating import AlternatingDirections
+from jaxprune.oneshot.depth import layer_importance, prune_layers, without_layers
+from jaxprune.oneshot.importance import (
+    ActivationImportance,
+    CompensatedImportance,
+    Importance,
+    OutputImportance,
+    Reader,
+    WeightImportance,
+)
 from jaxprune.oneshot.layerwise import Solved, Solver
-from jaxprune.oneshot.least_squares import Magnitude, Wanda, refit
+from jaxprune.oneshot.least_squares import LeastSquares, Magnitude, Wanda, refit
 from jaxprune.oneshot.order import Solution, prune
 from jaxprune.oneshot.sparsegpt import SparseGPT
+from jaxprune.oneshot.structured import prune_channels
 
 __all__ = [
+    "ActivationImportance",
     "AlternatingDirections",
+    "CompensatedImportance",
+    "Importance",
+    "LeastSquares",
     "Magnitude",
+    "OutputImportance",
+    "Reader",
     "Solution",
     "Solved",
     "Solver",
     "SparseGPT",
     "Wanda",
+    "WeightImportance",
     "allocate",
     "error_curves",
+    "layer_importance",
     "prune",
+    "prune_channels",
+    "prune_layers",
     "refit",
+    "without_layers",
 ]

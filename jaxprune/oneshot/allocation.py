@@ -20,8 +20,8 @@ from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Distribution, Uniform
-from jaxprune.layout import Axes, to_view
-from jaxprune.oneshot.layerwise import Solver, error
+from jaxprune.layout import Axes
+from jaxprune.oneshot.layerwise import Solver, error, matrix
 from jaxprune.types import Params
 
 Curves = Mapping[str, Float[np.ndarray, "layers points"]]
@@ -61,7 +61,7 @@ def error_curves(
     for name, one in seen.leaves.items():
         assert one.moments is not None
         rows = [
-            [errors(one.axes, leaves[name], layer, moments, None if outputs is None else outputs[name][layer], s)
+            [errors(one.axes, leaves[name], layer, moments, outputs and outputs[name][layer], s)
              for s in sparsities]
             for layer, moments in enumerate(one.moments)
         ]  # fmt: skip
@@ -75,8 +75,7 @@ def _errors(solver: Solver, pattern: Distribution) -> Callable[..., Array]:
     def errors(
         axes: Axes, leaf: Array, layer: Array, moments: Array, outputs: Array | None, sparsity: Array
     ) -> Float[Array, ""]:
-        view = to_view(leaf, axes)
-        weight = view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])[layer].astype(jnp.float32)
+        weight = matrix(axes, leaf, layer).astype(jnp.float32)
         weighed = {"outputs": outputs} if weighs and outputs is not None else {}
         found = solver(weight, moments, sparsity, pattern, **weighed).weight
         lost = error(found, weight, moments, outputs)
@@ -126,4 +125,4 @@ def allocate(
     taken[order] = np.clip(left - before, 0, removed.flat[order])
     found = points[0] + taken.reshape(removed.shape).sum(1) / weights
     ends = np.cumsum([len(errors) for errors in curves.values()])[:-1]
-    return dict(zip(curves, np.split(found, ends), strict=True))
+    return dict(zip(curves, np.split(np.minimum(found, points[-1]), ends), strict=True))

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.distributions import Distribution, Uniform
-from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, best, damped, error
+from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, best, damped, error, power_of_two
 from jaxprune.oneshot.least_squares import refit
 from jaxprune.types import Sparsity
 
@@ -70,6 +70,8 @@ class AlternatingDirections:
             across = jnp.sqrt(jnp.diagonal(outputs))[None]
             outputs, scale = outputs / across / across.T, scale * across
         goal = target * scale
+        unit = power_of_two(jnp.max(jnp.abs(goal)))
+        goal = goal / unit
 
         def fit(mask: Mask) -> tuple[Weight, Float[Array, ""]]:
             weight = refit(goal, full, mask, None, outputs)
@@ -79,7 +81,7 @@ class AlternatingDirections:
         first = best(jnp.abs(goal), sparsity, pattern)  # never worse than this
         (weight, off), (plain, plain_off) = fit(mask), fit(first)
         mask, weight = (jnp.where(off <= plain_off, *pair) for pair in ((mask, first), (weight, plain)))
-        return Solved(weight / scale, mask)
+        return Solved(weight / scale * unit, mask)
 
     def _settle(
         self,

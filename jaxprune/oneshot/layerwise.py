@@ -8,13 +8,15 @@ inputs X, (tokens, in). The error is $\lVert XW - XT \rVert_F^2$, so nothing but
 the loss rises by if its derivatives do not depend on the inputs.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.linalg import cho_solve
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxprune.distributions import Distribution
+from jaxprune.layout import Axes, to_view
 from jaxprune.types import Sparsity
 
 Weight = Float[Array, "inputs outputs"]
@@ -37,13 +39,12 @@ class Solved(NamedTuple):
 
 @runtime_checkable
 class Solver(Protocol):
-    """Chooses which weights stay, and what they are then.
+    """Chooses which weights stay, and what they are then."""
 
-    Attributes:
-        damping: what is added to the diagonal of the moments, as a fraction of its mean.
-    """
-
-    damping: float
+    @property
+    def damping(self) -> float:
+        """What is added to the diagonal of the moments, as a fraction of its mean."""
+        ...
 
     def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
         """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too.
@@ -57,6 +58,16 @@ class Solver(Protocol):
         ...
 
 
+def matrices(view: Shaped[Array, "*layers window inputs outputs"]) -> Shaped[Array, "matrices window*inputs outputs"]:
+    """Every layer of a leaf's view as a matrix: of a convolution (window x inputs, outputs)."""
+    return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
+
+
+def matrix(axes: Axes, leaf: Shaped[Array, "..."], layer: Any) -> Shaped[Array, "inputs outputs"]:
+    """One layer of a leaf as a matrix."""
+    return matrices(to_view(leaf, axes))[layer]
+
+
 def damped(moments: Moments, damping: float) -> Moments:
     r"""$H + \lambda I$ with $\lambda$ = `damping` times the mean of the diagonal; the identity if all inputs are dead.
 
@@ -66,6 +77,11 @@ def damped(moments: Moments, damping: float) -> Moments:
     mean = jnp.mean(diagonal)
     added = jnp.where(mean > 0, damping * mean, 1.0)
     return moments + jnp.diag(jnp.where((diagonal > 0) | (mean == 0), added, 1e-6 * added))
+
+
+def power_of_two(size: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The one nearest to a size, 1 for 0: dividing by it changes no digit, and squares of quotients are in float32."""
+    return jnp.where(size > 0, jnp.minimum(lax.reduce_precision(size, exponent_bits=8, mantissa_bits=0), 2.0**127), 1.0)
 
 
 def error(weight: Weight, target: Weight, moments: Moments, outputs: OutputMoments | None = None) -> Float[Array, ""]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.distributions import Distribution, PerOutput, Uniform
-from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, applied, best, damped
+from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, applied, best, damped, power_of_two
 from jaxprune.types import Sparsity
 
 
@@ -36,11 +36,14 @@ def refit(
         iterations: most that are done; without, as many as there are inputs, after which the answer for single outputs
             is exact but for rounding.
     """
+    unit = power_of_two(jnp.max(jnp.abs(target)))
+    target, moments = target / unit, moments / power_of_two(jnp.max(jnp.diagonal(moments)))
+    outputs = None if outputs is None else outputs / power_of_two(jnp.max(jnp.diagonal(outputs)))
     diagonal = jnp.diagonal(moments)[:, None]
     diagonal = diagonal if outputs is None else diagonal * jnp.diagonal(outputs)[None]
     together = (0,) if outputs is None else (0, 1)  # what is one system of equations
     wanted = jnp.where(mask, applied(target, moments, outputs), 0.0)
-    weight = jnp.where(mask, target if start is None else start, 0.0)
+    weight = jnp.where(mask, target if start is None else start / unit, 0.0)
     most = target.shape[0] if iterations is None else iterations
 
     def inner(a: Weight, b: Weight) -> Any:
@@ -69,7 +72,7 @@ def refit(
 
     left = residual(weight)
     eased = left / diagonal
-    return lax.while_loop(unfinished, step, (0, weight, left, eased, inner(left, eased)))[1]
+    return unit * lax.while_loop(unfinished, step, (0, weight, left, eased, inner(left, eased)))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,30 @@ class Magnitude:
         """See `Solver`."""
         mask = best(jnp.abs(target), sparsity, Uniform() if pattern is None else pattern)
         return _solved(target, moments, mask, self.damping if self.refit else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """No choice: the weights of a mask that is given (`prune(..., masks=)`) are fitted by `refit`.
+
+    Attributes:
+        damping: see `Solver`.
+    """
+
+    damping: float = 0.01
+
+    def __call__(
+        self,
+        target: Weight,
+        moments: Moments,
+        sparsity: Sparsity | None = None,
+        pattern: Distribution | None = None,
+        *,
+        mask: Mask | None = None,
+    ) -> Solved:
+        """See `Solver`; without a mask, the target."""
+        mask = jnp.ones(target.shape, bool) if mask is None else mask
+        return _solved(target, moments, mask, self.damping)
 
 
 def _solved(target: Weight, moments: Moments, mask: Mask, damping: float | None) -> Solved:

@@ -14,13 +14,14 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxprune import tree
 from jaxprune.checks import check_sparsity
@@ -29,7 +30,7 @@ from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import NM, Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.cuts import Segment, segments
-from jaxprune.oneshot.layerwise import Solver, error, fitted
+from jaxprune.oneshot.layerwise import Solver, error, fitted, matrices, matrix
 from jaxprune.oneshot.program import flat
 from jaxprune.oneshot.streams import Runner, to_host, units
 from jaxprune.tracing.features import places
@@ -69,8 +70,9 @@ def prune(
     *,
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
+    masks: Masks | None = None,
     order: Literal["products", "blocks", "layers"] = "products",
-    fit: Literal["dense", "own"] = "dense",
+    fit: Literal["dense", "own"] | None = None,
     loss: Callable[..., Any] | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
@@ -93,9 +95,11 @@ def prune(
         pattern: `NM(2, 4)`, `PerOutput()`; None: any weights of a matrix. A layer of a stack is a matrix of its own,
             a convolution is one of (window x inputs, outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
+        masks: True where a weight may stay, for a solver that takes a mask, such as `LeastSquares()`; None: everywhere.
         order: see above.
-        fit: see above; in order "layers" both are the same. "dense" is meant for order "products": from within a block
-            not pruned yet, outputs of the dense model are aimed at from inputs that will change.
+        fit: see above; in order "layers" both are the same. None: "dense" in order "products", else "own". In order
+            "blocks" the outputs of the dense model would be aimed at from inputs that still change, each product making
+            up for what the ones before it will make up for themselves: a warning, since models have collapsed by it.
         loss: (params, batch) -> scalar, a sum over tokens: errors of a product's outputs then count by the second
             moments of its derivatives there, see `jp.evidence.of_outputs`; for solvers that can weigh outputs, such as
             `AlternatingDirections()`. None: all outputs count the same.
@@ -116,22 +120,24 @@ def prune(
     References:
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
-    _check_words(order, fit, sparsity, pattern)
+    fit = fit or ("dense" if order == "products" else "own")
+    _check_masks(solver, masks, params)
+    _check_words(order, fit, sparsity, pattern, masks)
     if loss is not None and "outputs" not in inspect.signature(solver).parameters:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
-    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, outputs, progress, kept)
+    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, masks, outputs, progress, kept)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
         work.in_turn(apply_fn, params, batches, leaves, order, fit)
     new = tree.map_named(lambda name, leaf: _like(work.leaves.get(name, leaf), leaf), params)
-    masks = tree.map_named(
+    found = tree.map_named(
         lambda name, leaf: _like(work.masks.get(name, jnp.ones(jnp.shape(leaf), bool)), leaf), params
     )
-    return new, masks
+    return new, found
 
 
 class _Work:
@@ -140,6 +146,7 @@ class _Work:
     Attributes:
         leaves: name -> weights so far.
         masks: name -> mask so far, of leaves that are in a product.
+        given: name -> where weights may stay, for solvers that take it.
     """
 
     def __init__(
@@ -147,12 +154,14 @@ class _Work:
         solver: Solver,
         sparsity: Any,
         pattern: Distribution,
+        given: Masks | None,
         outputs: Callable[[], Mapping[str, Array]] | None,
         progress: Progress | None,
         kept: Kept | None,
     ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
+        self.given = tree.named_leaves(given)
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.kept = kept
         self.done = self.total = 0
@@ -217,13 +226,14 @@ class _Work:
 
     def _solution(self, name: str, axes: Axes, layer: int, known: dict[str, Array]) -> Solution:
         """The kept one, or a new one, which is kept from now on."""
-        matrix = _layer(axes, self.leaves[name], layer)
+        dense = _matrix(axes, self.leaves[name], layer)
         if self.kept is not None and (old := self.kept.get((name, layer))) is not None:
-            _check_kept(name, layer, old, matrix)
+            _check_kept(name, layer, old, dense)
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
-        known |= {"sparsity": jnp.float32(self.each[name][layer])} if self.each else {}
-        weight, mask, relative, fine = self._solve(matrix, known)
+        known |= {"mask": _matrix(axes, self.given[name], layer)} if self.given else {}
+        known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
+        weight, mask, relative, fine = self._solve(dense, known)
         if not fine[0]:
             raise ValueError(
                 f"Inputs of {name!r} are not finite, or too large for float32. Mend the model, or the batch."
@@ -245,8 +255,8 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
     def solve(matrix: Array, known: Mapping[str, Array]) -> Any:
         weight, moments = matrix.astype(jnp.float32), known["moments"]
         target = fitted(known["cross"] @ weight, weight, moments, solver.damping) if "cross" in known else weight
-        weighed = {"outputs": known["outputs"]} if "outputs" in known else {}
-        found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **weighed)
+        given = {word: known[word] for word in ("outputs", "mask") if word in known}
+        found, kept = solver(target, moments, known.get("sparsity", sparsity), pattern, **given)
         found = jnp.where(kept, found, 0)
         fine = jnp.stack([jnp.isfinite(moments).all(), jnp.isfinite(found).all()])
         size = error(jnp.zeros_like(target), target, moments)
@@ -257,21 +267,25 @@ def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _layer(axes: Axes, leaf: Array, layer: Any) -> Shaped[Array, "inputs outputs"]:
-    """A layer of a leaf as a matrix."""
-    return _matrices(to_view(leaf, axes))[layer]
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _with_layer(axes: Axes, leaf: Array, mask: Array, layer: Any, weight: Array, alive: Array) -> tuple[Array, Array]:
     """A leaf and its mask with another matrix as one of the layers."""
     pairs = [(to_view(leaf, axes), weight), (to_view(mask, axes), alive)]
-    new = [_matrices(view).at[layer].set(matrix).reshape(view.shape) for view, matrix in pairs]
+    new = [matrices(view).at[layer].set(matrix).reshape(view.shape) for view, matrix in pairs]
     return from_view(new[0], axes, leaf.shape), from_view(new[1], axes, leaf.shape)
 
 
-def _matrices(view: Array) -> Array:
-    return view.reshape(-1, view.shape[-3] * view.shape[-2], view.shape[-1])
+_matrix = jax.jit(matrix, static_argnums=0)
+
+
+def _share(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
+    """The sparsity of one layer."""
+    shares = np.ravel(each.get(name, ()))
+    if layer >= len(shares):
+        raise ValueError(
+            f"`sparsity` has {len(shares)} numbers for {name!r}, which has layer {layer} too, counted from 0. Leave it "
+            "out with `select`, or give each layer a number."
+        )
+    return jnp.float32(shares[layer])
 
 
 def _named(leaves: Mapping[str, Any]) -> Callable[[str, Any], bool]:
@@ -295,18 +309,34 @@ def _alike(batches: list[Any]) -> list[list[Any]]:
     return arrays
 
 
-def _check_words(order: str, fit: str, sparsity: Any, pattern: Any) -> None:
+def _check_masks(solver: Solver, masks: Masks | None, params: Params) -> None:
+    takes = "mask" in inspect.signature(solver).parameters
+    if masks is None and takes:
+        raise ValueError(f"`{solver}` fits the weights of a mask: say which stay, `masks=`.")
+    if masks is not None and not takes:
+        raise ValueError(f"`{solver}` chooses a mask of its own: leave `masks` out, or take `LeastSquares()`.")
+    if masks is not None:
+        tree.check_like("The masks", masks, params)
+
+
+def _check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -> None:
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
+    if (order, fit) == ("blocks", "dense"):
+        warnings.warn(
+            "`fit='dense'` with `order='blocks'` aims at outputs of the dense model from inputs that still change, by "
+            "which models have collapsed: take `order='products'`, or `fit='own'`.",
+            stacklevel=3,
+        )
     if isinstance(sparsity, Mapping):
         for name, shares in sparsity.items():
             for share in np.ravel(shares):
                 check_sparsity(float(share), f"sparsity[{name!r}]")
     elif sparsity is not None:
         check_sparsity(sparsity)
-    elif not isinstance(pattern, NM):
-        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` goes without.")
+    elif not isinstance(pattern, NM) and masks is None:
+        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` and `masks` go without.")
 
 
 def _check_once(parts: list[Segment]) -> None:

@@ -13,6 +13,7 @@ from jaxprune.exact.numerics import rounded_share
 from jaxprune.exact.ranking import top_k_mask
 from jaxprune.oneshot.layerwise import Mask, Moments, Solved, Weight, best, damped
 from jaxprune.oneshot.least_squares import refit
+from jaxprune.quantize import grids
 from jaxprune.types import Sparsity
 
 
@@ -25,23 +26,39 @@ class SparseGPT:
     weights have been moved by all blocks before it: a contest over all outputs of the block, or over each run of N:M
     when its turn comes.
 
+    With `quantize`, the weights that stay are rounded to a grid Q in the same pass, and later inputs make up for that
+    too: input i leaves $e_j = (w_{ij} - m_{ij} Q(w_{ij})) / U_{ii}$ and moves the inputs k > i by $-e_j U_{ik}$. The
+    grid is fixed before: that with the least $\sum m_{ij} (w_{ij} - Q(w_{ij}))^2 / U_{ii}^2$ over the weights w and the
+    mask m that a pass without it gives. See `jaxprune.quantize.grids`. Saving changes no bit of such weights:
+
+        integers     jp.storage.to_integers(params, masks, bits=4, exact=True)
+        codebooks    jp.storage.to_codebooks(params, masks, bits=4)     of a stack of layers, each a leaf of its own
+
     Attributes:
         block: inputs whose mask is chosen together.
         damping: see `Solver`.
-        refit: exact least squares on the mask afterwards.
+        refit: exact least squares on the mask afterwards; not on a grid.
+        quantize: "int8" or "int4", symmetric with a scale for each output; "codebook1" to "codebook8", 2 to 256 values
+            for each matrix; None: weights are not rounded. A weight that stays may be 0 then.
 
     References:
-        Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1. Theirs removes one weight too many in a block and all
-        that tie with it; here counts are exact over the whole matrix.
+        Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1, with quantization section 3.4. Theirs removes one
+        weight too many in a block and all that tie with it; here counts are exact over the whole matrix. Its script's
+        grids are asymmetric, from the smallest to the largest weight of an output.
     """
 
     block: int = 128
     damping: float = 0.01
     refit: bool = False
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"`SparseGPT(block=...)` is a number of inputs, at least 1; got {self.block}.")
+        if self.quantize is not None:
+            grids.bits_of(self.quantize)
+            if self.refit:
+                raise ValueError("`SparseGPT(refit=True)` would leave the grid of `quantize`: take one of them.")
 
     def __call__(
         self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution | None = None
@@ -56,6 +73,17 @@ class SparseGPT:
         self._check(pattern, target.shape[0])
         full = damped(moments, self.damping)
         upper = inverse_factor(full)
+        weight, mask = self._pass(target, upper, sparsity, pattern, lambda rows: rows)
+        if self.quantize is not None:
+            worth = jnp.where(mask, 1 / jnp.square(jnp.diagonal(upper))[:, None], 0.0)
+            rounded = grids.rounding(self.quantize, weight, worth)
+            weight, mask = self._pass(target, upper, sparsity, pattern, rounded)
+        return Solved(refit(target, full, mask, weight) if self.refit else weight, mask)
+
+    def _pass(
+        self, target: Weight, upper: Moments, sparsity: Any, pattern: Distribution, rounded: grids.Rounding
+    ) -> tuple[Weight, Mask]:
+        """Algorithm 1, with the weights that stay rounded."""
         inputs, outputs = target.shape
         size = min(self.block, inputs)
         count = -(-inputs // size)
@@ -72,15 +100,14 @@ class SparseGPT:
             square = lax.dynamic_slice(rows, (0, start), (size, size))
             real = start + jnp.arange(size) < inputs
             kept = self._choose(here, square, sparsity, pattern, start, real, inputs)
-            here, kept, errors = self._block(here, square, kept, sparsity, pattern)
+            here, kept, errors = self._block(here, square, kept, sparsity, pattern, rounded)
             later = jnp.where(jnp.arange(upper.shape[1])[None] >= start + size, rows, 0.0)
             weights = weights - later.T @ errors
             weights = lax.dynamic_update_slice(weights, here, (start, 0))
             return weights, lax.dynamic_update_slice(mask, kept, (start, 0))
 
         weights, mask = lax.fori_loop(0, count, one, (weights, jnp.ones(weights.shape, bool)))
-        weight, mask = weights[:inputs], mask[:inputs]
-        return Solved(refit(target, full, mask, weight) if self.refit else weight, mask)
+        return weights[:inputs], mask[:inputs]
 
     def _check(self, pattern: Distribution, inputs: int) -> None:
         if not isinstance(pattern, Uniform | PerOutput | NM) or getattr(pattern, "along", "inputs") != "inputs":
@@ -111,7 +138,13 @@ class SparseGPT:
         return top_k_mask(scores, here.shape[0] * each - removed, axes)
 
     def _block(
-        self, here: Weight, square: Moments, kept: Mask, sparsity: Any, pattern: Distribution
+        self,
+        here: Weight,
+        square: Moments,
+        kept: Mask,
+        sparsity: Any,
+        pattern: Distribution,
+        rounded: grids.Rounding,
     ) -> tuple[Weight, Mask, Float[Array, "inputs outputs"]]:
         """A block input after input, and the errors that the inputs after the block make up for."""
 
@@ -121,9 +154,10 @@ class SparseGPT:
                 kept = lax.cond(
                     i % pattern.m == 0, lambda: self._run(here, square, kept, i, sparsity, pattern), lambda: kept
                 )
-            lost = (jnp.where(kept[i], 0.0, here[i]) / square[i, i])[None]
+            stays = jnp.where(kept[i], rounded(here[i][None])[0], 0.0)
+            lost = ((here[i] - stays) / square[i, i])[None]
             row = jnp.where(jnp.arange(here.shape[0]) > i, square[i], 0.0)
-            here = (here - row[:, None] * lost).at[i].set(jnp.where(kept[i], here[i], 0.0))
+            here = (here - row[:, None] * lost).at[i].set(stays)
             return here, kept, errors.at[i].set(lost[0])
 
         return lax.fori_loop(0, here.shape[0], one, (here, kept, jnp.zeros_like(here)))
@@ -145,4 +179,5 @@ def inverse_factor(moments: Moments) -> Moments:
 
 
 def _scores(here: Weight, square: Moments) -> Weight:
-    return jnp.square(here / jnp.diagonal(square)[:, None])
+    """The roots of the errors: in the same order, and within float32 where their squares may not be."""
+    return jnp.abs(here / jnp.diagonal(square)[:, None])

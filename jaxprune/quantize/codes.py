@@ -9,6 +9,7 @@ alive, and a dead one is +0 exactly.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -21,11 +22,10 @@ from jaxtyping import Bool, Float, Float32, Int8, UInt8
 from jaxprune import tree
 from jaxprune.layout import BY_NAME, Layout
 from jaxprune.quantize.codebooks import k_means, nearest
+from jaxprune.quantize.scales import asymmetric_grid, scale_of, symmetric_scale, to_codes
 
 LARGEST = 1e38
 """No weight may be larger: float32 must hold the code after it too."""
-TINY = float(np.finfo(np.float32).tiny)
-"""The smallest scale: below it, processors may take numbers for zero."""
 
 Host: TypeAlias = np.ndarray
 
@@ -99,6 +99,7 @@ def to_integers(
     bits: int = 8,
     symmetric: bool = True,
     per_output: bool = True,
+    exact: bool = False,
     select: tree.Select = tree.weights,
     layout: Layout = BY_NAME,
 ) -> Any:
@@ -116,6 +117,8 @@ def to_integers(
         bits: 8 or 4.
         symmetric: see above.
         per_output: a scale for each output (and each of stacked layers), or one for the leaf. A vector has one.
+        exact: the weights lie on such a grid, as `jp.oneshot.SparseGPT(quantize="int4")` leaves them: its scales, of
+            seven binary digits, are found from them, and no weight changes; symmetric alone.
         select: which leaves, as a function (name, leaf) -> bool or name rules.
         layout: which axes are outputs.
 
@@ -124,7 +127,7 @@ def to_integers(
 
     Raises:
         ValueError: a living weight is not finite or beyond 1e38; `bits` is neither 4 nor 8; masks do not fit; nothing
-            is selected.
+            is selected; `exact` and weights on no such grid, or not symmetric.
         TypeError: a selected leaf is traced, or quantized already.
 
     References:
@@ -132,61 +135,30 @@ def to_integers(
     """
     if bits not in (4, 8):
         raise ValueError(f"`bits` of integers is 4 or 8, got {bits}. For other widths there is `to_codebooks`.")
+    if exact and not symmetric:
+        raise ValueError("`exact` finds symmetric grids: leave `symmetric=False` out.")
 
     def one(name: str, weights: Host, alive: Host) -> Affine:
         if float(np.abs(weights).max(initial=0)) > LARGEST:
             raise ValueError(
                 f"{name!r} has weights beyond {LARGEST:g}, too close to the end of float32. Leave it out with `select`."
             )
-        exact = weights.astype(np.float32)
+        numbers = weights.astype(np.float32)
         _, spatial, inputs, outputs = layout.axes(name, weights.shape)
         over = (spatial + inputs or outputs) if per_output else None
-        low, high = (extreme(axis=over, keepdims=per_output, initial=0) for extreme in (exact.min, exact.max))
-        if symmetric:
+        low, high = (extreme(axis=over, keepdims=per_output, initial=0) for extreme in (numbers.min, numbers.max))
+        if exact:
+            scale = _found_scale(name, weights, over, bits).reshape(low.shape)
+            zero = np.zeros_like(scale)
+        elif symmetric:
             scale = symmetric_scale(np.maximum(high, -low), bits)
             zero = np.zeros_like(scale)
         else:
             scale, zero = asymmetric_grid(low, high, bits)
-        codes = to_codes(exact, scale, zero, bits).astype(np.int8)
+        codes = to_codes(numbers, scale, zero, bits).astype(np.int8)
         return Affine(codes, np.asarray(scale), np.asarray(zero, np.int8), bits, alive, weights.dtype)
 
     return _quantized(params, masks, select, one)
-
-
-def symmetric_scale(peak: Any, bits: int) -> Any:
-    """Scale of the integers up to 2^(bits-1) - 1 for weights up to `peak`.
-
-    Args:
-        peak: largest magnitude, float32, of NumPy or of JAX.
-        bits: of an integer.
-    """
-    limit = 2 ** (bits - 1) - 1
-    return peak.clip(limit * TINY) * np.float32(1 / limit)  # no division: compilers may replace those, differently
-
-
-def asymmetric_grid(low: Any, high: Any, bits: int) -> tuple[Any, Any]:
-    """Scale of integers of so many bits for numbers from `low` to `high`, and which of them is 0, as float32.
-
-    Args:
-        low: at most 0, float32 of NumPy.
-        high: at least 0, likewise.
-        bits: of an integer.
-    """
-    steps = 2**bits - 1
-    scale = (high / steps - low / steps).clip(TINY)
-    return scale, -(2 ** (bits - 1)) - (low * (1 / scale)).round()
-
-
-def to_codes(numbers: Any, scale: Any, zero: Any, bits: int) -> Any:
-    """The nearest integer of each number, still as float32; what is outside of the grid goes to its end.
-
-    Args:
-        numbers: float32, of NumPy or of JAX.
-        scale: see `Affine`.
-        zero: likewise, as float32.
-        bits: of an integer.
-    """
-    return ((numbers * (1 / scale)).round() + zero).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def to_codebooks(
@@ -300,6 +272,19 @@ def _quantized(params: Any, masks: Any, select: tree.Select, one: Callable[[str,
         return one(name, weights, alive)
 
     return tree.map_named(each, params)
+
+
+def _found_scale(name: str, weights: Host, over: tuple[int, ...] | None, bits: int) -> Host:
+    """The scales, one after the other, of weights that lie on the grid."""
+    over = tuple(range(weights.ndim)) if over is None else over
+    moved = np.moveaxis(weights, over, range(len(over)))
+    scale, off = scale_of(moved.reshape(math.prod(moved.shape[: len(over)]), math.prod(moved.shape[len(over) :])), bits)
+    if off.size:
+        raise ValueError(
+            f"Weights of {off.size} of the {scale.size} outputs of {name!r} are no multiples, up to "
+            f"{2 ** (bits - 1) - 1}, of a scale. Leave `exact` out to have them rounded, or check `bits` and `layout`."
+        )
+    return scale
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int8, Shaped
 
 from jaxprune import tree
 from jaxprune.exact.ranking import kth_largest
-from jaxprune.quantize.codes import asymmetric_grid, symmetric_scale, to_codes
+from jaxprune.quantize.scales import asymmetric_grid, symmetric_scale, to_codes
 from jaxprune.tracing.finder import arrays_of, jaxpr_of
 from jaxprune.tracing.products import Product, Products
 from jaxprune.tracing.sites import Site

@@ -66,18 +66,31 @@ def results_of(site: Site, weight_ndim: int, y: Shaped[Array, "..."]) -> Float[A
         weight_ndim: number of axes of its operand.
         y: the array.
     """
-    found = places(site)
+    found, outputs = places(site), output_axes(site, weight_ndim, y.ndim)
+    batch = range(batch_axes(site))
+    rows = jnp.transpose(y, (*batch, *_others(y.ndim, batch, outputs), *outputs))
+    return rows.astype(jnp.float32).reshape(found.layers.size, -1, found.outputs.size)
+
+
+def output_axes(site: Site, weight_ndim: int, ndim: int) -> range:
+    """Axes of a product's result along which its outputs lie.
+
+    Args:
+        site: of the product.
+        weight_ndim: number of axes of its operand.
+        ndim: of its result.
+    """
     numbers = dict(site.params)["dimension_numbers"]
     if site.op != "dot_general":
-        rows = jnp.moveaxis(y, numbers[2][1], -1)
-    else:
-        batch, count = len(numbers[1][0]), found.outputs.size
-        kept = weight_ndim - len(numbers[0][0]) - batch
-        first = batch if site.weight_first else y.ndim - kept
-        outputs = range(first, first + kept)
-        rows = jnp.transpose(y, (*range(batch), *_others(y.ndim, range(batch), outputs), *outputs))
-        rows = rows.reshape(*rows.shape[:batch], -1, count)
-    return rows.astype(jnp.float32).reshape(found.layers.size, -1, found.outputs.size)
+        return range(numbers[2][1], numbers[2][1] + 1)
+    kept = weight_ndim - len(numbers[0][0]) - batch_axes(site)
+    first = batch_axes(site) if site.weight_first else ndim - kept
+    return range(first, first + kept)
+
+
+def batch_axes(site: Site) -> int:
+    """How many axes of a product's result, its first, are those of a batch of weights."""
+    return len(dict(site.params)["dimension_numbers"][1][0]) if site.op == "dot_general" else 0
 
 
 def layers_of(product: Product) -> Int[Array, "layers"]:

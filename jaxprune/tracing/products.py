@@ -2,6 +2,7 @@
 
     program = Products(jaxpr, params, names, do)
     state, results = program.run(values, state)         do : (product, state) -> (state, result)
+                                                        after : (product, what its result became, state) -> state
 
 Loops and branches are run as such, the state carried through them.
 """
@@ -22,6 +23,7 @@ from jaxtyping import Array, Shaped
 from jaxprune import tree
 from jaxprune.compat import ClosedJaxpr, present_forms, primitive_name, scan_groups
 from jaxprune.tracing.inlined import bind, evaluate, inlined
+from jaxprune.tracing.outputs import Became, Uses, became
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site
 from jaxprune.tracing.transfer import Value, end, use
@@ -49,6 +51,7 @@ class Product(NamedTuple):
 
 
 Do: TypeAlias = Callable[[Product, Any], tuple[Any, Any]]
+After: TypeAlias = Callable[[Product, Became, Any], Any]
 
 
 class Known(NamedTuple):
@@ -66,10 +69,14 @@ class Products:
         params: those that it was made with.
         names: leaves whose products are done in another way.
         do: (product, state) -> (state, result).
+        after: (product, what its result became, state) -> state; told of each product at the end of the loop's body or
+            the branch that it is in, or of the program.
     """
 
-    def __init__(self, jaxpr: ClosedJaxpr, params: Leaves, names: Collection[str], do: Do) -> None:
-        self.jaxpr, self.names, self.do = inlined(jaxpr), names, do
+    def __init__(
+        self, jaxpr: ClosedJaxpr, params: Leaves, names: Collection[str], do: Do, after: After | None = None
+    ) -> None:
+        self.jaxpr, self.names, self.do, self.after = inlined(jaxpr), names, do, after
         named = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
         paths: list[Value] = [start(name, tuple(leaf.shape), leaf.dtype.name) for name, leaf in named.items()]
         self._inputs = paths + [True] * (len(self.jaxpr.in_avals) - len(paths))
@@ -93,16 +100,28 @@ class Products:
     def _run(
         self, jaxpr: ClosedJaxpr, values: Sequence[Any], known: Sequence[Value], state: Any
     ) -> tuple[Any, list[Known]]:
+        inputs, made = pairs(values, known), {}
+        done: list[tuple[JaxprEqn, Product]] = []
+
         def step(eqn: JaxprEqn, given: list[Any]) -> list[Known]:
             nonlocal state
             pairs = list(map(_known, given))
-            state, results = self._step(eqn, [pair.array for pair in pairs], [pair.what for pair in pairs], state)
+            state, results = self._step(eqn, [pair.array for pair in pairs], [pair.what for pair in pairs], state, done)
+            if self.after is not None:
+                made.update(zip(eqn.outvars, results, strict=True))
             return results
 
-        results = evaluate(jaxpr, pairs(values, known), step)
+        results = evaluate(jaxpr, inputs, step)
+        if self.after is not None and done:
+            made |= zip(jaxpr.jaxpr.invars, inputs, strict=True)
+            uses = Uses(jaxpr.jaxpr)
+            for eqn, product in done:
+                state = self.after(product, became(uses, eqn, made), state)
         return state, list(map(_known, results))
 
-    def _step(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
+    def _step(
+        self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any, done: list[tuple[JaxprEqn, Product]]
+    ) -> tuple[Any, list[Known]]:
         loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
         if eqn.primitive.name in loops:
             return loops[eqn.primitive.name](eqn, arrays, known, state)
@@ -116,6 +135,7 @@ class Products:
         layer = tuple(self._steps[loop] for word, loop in sites[0].weight_transforms if word == "layer")
         product = Product(sites[0], number, weight, x, layer, lambda: bind(eqn, arrays, eqn.params)[0])
         state, result = self.do(product, state)
+        done.append((eqn, product))
         return state, pairs([result], found.results)
 
     def _number(self, eqn: JaxprEqn, name: str) -> int:

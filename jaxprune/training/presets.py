@@ -233,6 +233,10 @@ _PRESETS = {
     "apoz": Preset(
         Method(criteria.apoz, OUTPUT, UNIFORM), "Hu et al. 2016, arXiv:1607.03250", "neurons that rarely fire",
     ),
+    "activation_mean": Preset(
+        Method(criteria.activation_mean, OUTPUT, UNIFORM), "Molchanov et al. 2017, arXiv:1611.06440, section 2.2",
+        "neurons that do little when they fire",
+    ),
     "taylor_filters": Preset(
         Method(criteria.joint_taylor(OUTPUT), OUTPUT), "Molchanov et al. 2019, arXiv:1906.10771",
         "fewer filters, by the loss", "gradual",

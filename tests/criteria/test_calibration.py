@@ -80,6 +80,9 @@ def test_sums_are_those_of_float64(model, relaxed):
         np.testing.assert_allclose(seen.input_zero_fractions[name], (rows == 0).mean(0), rtol=1e-5)
         np.testing.assert_allclose(seen.moments[name], rows.T @ rows, rtol=1e-5, atol=1e-5)
         assert float(seen.leaves[name].tokens[0]) == len(rows)
+    met = expected[names[1]]  # what the second meets, the first makes
+    np.testing.assert_allclose(seen.output_means[names[0]], np.abs(met).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.output_zero_fractions[names[0]], (met == 0).mean(0), rtol=1e-5)
     method = jp.Method(criterion=jp.wanda, distribution=jp.PerOutput(), layout=seen.layout)
     masks = jp.tree.named_leaves(jp.compute_masks(method, params, 0.5, **seen.for_(method)))
     for name, rows in expected.items():
@@ -103,6 +106,7 @@ def test_of_stacked_layers_every_one_has_its_own():
             other = name.replace("layers/", f"layers/{i}/")
             np.testing.assert_allclose(together.input_norms[name][i], apart.input_norms[other], rtol=1e-5)
             np.testing.assert_allclose(together.moments[name][i], apart.moments[other], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(together.output_means[name][i], apart.output_means[other], rtol=1e-5)
     moments = evidence.bytes_of_moments(apply, plain_decoder.stacked(params), tokens[0], select=select)
     assert moments["layers/down"] == 2 * together.moments["layers/down"].nbytes == 2 * 2 * 4 * 20 * 20
 
@@ -148,6 +152,8 @@ def test_data_on_eight_devices_give_the_same():
     for name in names:
         np.testing.assert_allclose(eight.input_norms[name], one.input_norms[name], rtol=1e-6)
         np.testing.assert_allclose(eight.moments[name], one.moments[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(eight.output_means[name], one.output_means[name], rtol=1e-6)
+        np.testing.assert_array_equal(eight.output_zero_fractions[name], one.output_zero_fractions[name])
 
 
 def test_under_jit_it_is_the_same():

@@ -162,7 +162,10 @@ def test_a_users_own_answers_are_imported(monkeypatch):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"criterion": "wanda"}, "'wanda' looks at input_norms, which a run that prunes 'one-shot' does not have"),
+        (
+            {"criterion": "wanda", "how": "gradual"},
+            "'wanda' looks at input_norms, which a run that prunes 'gradual' does not have",
+        ),
         ({"criterion": "movement"}, "looks at statistics"),
         ({"criterion": "grasp", "how": "gradual"}, "'grasp' looks at hessian_grads"),
     ],

@@ -89,6 +89,11 @@ PRUNE = {
         "--prune", "{how = 'iterative', sparsity = 0.9, rounds = 3, duration = '6 steps', criterion = 'taylor'}"
     ],
     "random gradual": ["--prune.criterion", "random", "--prune.distribution", "uniform"],
+    "wanda": ["--prune", "{preset = 'wanda', sparsity = 0.5}"],
+    "iterative apoz": [
+        "--prune", "{preset = 'apoz', how = 'iterative', rounds = 2, duration = '6 steps', sparsity = 0.5, "
+        "select = ['layers/0/kernel']}",
+    ],
     "threshold": ["--prune", "{distribution = {name = 'threshold', t = 0.2}}"],
     "by rule, adamw, bcsr": [
         "--prune", "{distribution = {name = 'by_rule', rules = {'layers/0/*' = 0.75, '*' = {name = 'nm',"
@@ -98,6 +103,7 @@ PRUNE = {
 }  # fmt: skip
 EXPECTED = {  # sparsity of the 64 x 16 and of the 16 x 10 kernel, where it is known beforehand
     "random gradual": (round(1024 * 0.8) / 1024, 0.8), "by rule, adamw, bcsr": (0.75, 0.5),
+    "wanda": (0.5, 0.5), "iterative apoz": (0.5, 0),
 }  # fmt: skip
 
 
@@ -376,18 +382,21 @@ def test_histograms_show_the_pruned_leaves():
 
 
 def test_a_run_computes_all_evidence_that_it_says_it_has():
-    def looks_at_all(params, *, grads, hessian_grads, flow_grads, squared_grads, key):
+    def looks_at_all(
+        params, *, grads, hessian_grads, flow_grads, squared_grads, input_norms, input_means, input_zero_fractions,
+        output_means, zero_fractions, scales, key,
+    ):  # fmt: skip
         """Not called."""
 
     assert words.looks_at(looks_at_all) == {*build.EVIDENCE, "key"}
-    params, key = {"kernel": jnp.ones((4, 3))}, jax.random.key(0)
+    params, key = {"kernel": jnp.ones((4, 3)), "scale": jnp.ones(3)}, jax.random.key(0)
 
     def apply(params, images, key=None):
-        return images.reshape(images.shape[0], -1) @ params["kernel"]
+        return images.reshape(images.shape[0], -1) @ params["kernel"] * params["scale"]
 
     samples = samples_of(np.ones((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32) % 3, 1.0)
-    found = evidence.of(looks_at_all, apply, params, samples, key)
+    found = evidence.of(jp.Method(looks_at_all), apply, params, samples, key)
     assert found.pop("key") is key
-    assert {name: jax.tree.map(jnp.shape, one) for name, one in found.items()} == {
-        name: {"kernel": (4, 3)} for name in build.EVIDENCE
-    }
+    shapes = {word: {"kernel": (4,) if word.startswith("input") else (3,)} for word in build.ACTIVATIONS}
+    shapes |= {word: {"kernel": (4, 3), "scale": (3,)} for word in build.DERIVATIVES}
+    assert {name: jax.tree.map(jnp.shape, one) for name, one in found.items()} == shapes

@@ -61,6 +61,22 @@ class MLP(nnx.Module):
         return self.layers[-1](x)
 
 
+class NormedMLP(nnx.Module):
+    """Fully connected layers with batch norm and ReLU between them; "jaxprune.lab.models.small:NormedMLP" names it."""
+
+    def __init__(self, image: Sequence[int], classes: int, rngs: nnx.Rngs, widths: Sequence[int] = (300, 100)):
+        sizes = (math.prod(image), *widths, classes)
+        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
+        self.norms = nnx.List(nnx.BatchNorm(width, rngs=rngs) for width in widths)
+
+    def __call__(self, x: Array) -> Array:
+        """Images (batch, h, w, c) to logits (batch, classes)."""
+        x = x.reshape(x.shape[0], -1)
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+            x = nnx.relu(norm(layer(x)))
+        return self.layers[-1](x)
+
+
 class ConvNet(nnx.Module):
     """Two 5x5 convolutions with 2x2 max pooling, then two fully connected layers.
 

@@ -6,10 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from jaxprune import tree
+from jaxprune import layout, tree
+from jaxprune.criteria import seen
 from jaxprune.lab.recipe import config as cfg
 from jaxprune.lab.recipe import words
 from jaxprune.lab.recipe.answers import STAND_INS
@@ -17,7 +19,8 @@ from jaxprune.lab.recipe.prune_section import THRESHOLDS
 from jaxprune.methods import init_statistics
 from jaxprune.types import Params
 
-EVIDENCE = ("grads", "hessian_grads", "flow_grads", "squared_grads")
+DERIVATIVES, ACTIVATIONS = ("grads", "hessian_grads", "flow_grads", "squared_grads"), tuple(seen.EVIDENCE)
+EVIDENCE = (*DERIVATIVES, *ACTIVATIONS)
 """What a run computes of its training samples for criteria that look at it, see `jaxprune.lab.runs.evidence`."""
 AT_EVERY_STEP = {"grads", "key", "statistics"}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -77,7 +80,7 @@ def check(prune: cfg.Prune, params: Params, found: Mapping[str, Any] = NOTHING) 
 
     def masks(params: Params, key: Any) -> Any:
         statistics = init_statistics(made, params)
-        known: dict[str, Any] = dict.fromkeys(EVIDENCE, params)
+        known: dict[str, Any] = dict.fromkeys(DERIVATIVES, params) | _activations(made, params)
         known |= {"key": key} | ({"statistics": statistics} if statistics else {})
         sparsity = prune.levels[-1] if prune.levels else prune.sparsity
         return jp.compute_masks(made, params, sparsity, **known)
@@ -85,6 +88,16 @@ def check(prune: cfg.Prune, params: Params, found: Mapping[str, Any] = NOTHING) 
     jax.eval_shape(masks, params, jax.random.key(0))
     for patterns in prune.groups:
         of_group(made, patterns, params)
+
+
+def _activations(made: jp.Method, params: Params) -> dict[str, Any]:
+    """What stands in for statistics of activations: a number for every input or output of a leaf."""
+    leaves = {name: jnp.shape(leaf) for name, leaf in tree.selected_leaves(made.select, params).items()}
+    views = {name: layout.view_shape(shape, made.layout.axes(name, shape)) for name, shape in leaves.items()}
+    axes = {word: -2 if word.startswith("input") else -1 for word in ACTIVATIONS}
+    return {
+        word: {name: jnp.zeros((*view[:-3], view[axis])) for name, view in views.items()} for word, axis in axes.items()
+    }
 
 
 def _check_evidence(prune: cfg.Prune, criterion: Any) -> None:

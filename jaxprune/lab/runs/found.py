@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 import jaxprune as jp
 from jaxprune.lab import models
-from jaxprune.lab.recipe import build
+from jaxprune.lab.recipe import build, words
 from jaxprune.lab.recipe import config as cfg
+from jaxprune.lab.runs import evidence
+from jaxprune.methods import group_scores
 from jaxprune.types import Params
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -38,7 +40,7 @@ def of_dense(
     known: dict[str, Any],
     dense: Params,
     evaluate: Callable[[Params], float | None],
-    evidence: Callable[[jp.Method, Params], dict[str, Any]],
+    evidence_of: Callable[[jp.Method, Params], dict[str, Any]],
 ) -> dict[str, Any]:
     """The same, and what only the trained model says.
 
@@ -47,14 +49,14 @@ def of_dense(
         known: of `of_model`.
         dense: trained params.
         evaluate: params -> accuracy on held-out samples; None where there are none.
-        evidence: (method, params) -> what its criterion looks at.
+        evidence_of: (method, params) -> what its criterion looks at.
     """
     if "curves" not in prune.distribution.left_to_the_run:
         return known
     method = build.method(prune, {**build.STAND_INS, **known})
     scanned = sorted({*SPARSITIES, *prune.levels, prune.sparsity or 0.0} - {0.0})
     found = jp.sensitivity(
-        evaluate=evaluate, params=dense, method=method, sparsities=scanned, **evidence(method, dense)
+        evaluate=evaluate, params=dense, method=method, sparsities=scanned, **evidence_of(method, dense)
     )
     return {**known, "curves": found.distribution().curves}
 
@@ -77,3 +79,26 @@ def check(prune: cfg.Prune, held_out: int) -> None:
             "prune.distribution: by_sensitivity is measured leaf by leaf, and channels reach across leaves: give it "
             'curves by the layers of channels, such as "conv1/kernel:3".'
         )
+
+
+def check_activations(prune: cfg.Prune, network: models.Network, image: tuple[int, ...], known: dict[str, Any]) -> None:
+    """Refuse a model whose activations do not say what the criterion looks at, before anything is trained.
+
+    Args:
+        prune: the [prune] section.
+        network: the model.
+        image: shape of one input.
+        known: of `of_model`.
+
+    Raises:
+        ValueError: a leaf cannot be followed, or nothing scales its outputs where scales are looked at.
+    """
+    method = build.method(prune, {**build.STAND_INS, **known})
+    if not words.looks_at(method.criterion) & {*build.ACTIVATIONS}:
+        return
+
+    def scores(params: Params, images: jax.Array) -> Any:
+        met = evidence.of_activations(method, network.apply, params, [images])
+        return group_scores(method, params, **met)[2]
+
+    jax.eval_shape(scores, network.params, jax.ShapeDtypeStruct((1, *image), jnp.float32))

@@ -108,6 +108,7 @@ def run_seed(
     network, keys = _network(config, seed, dataset)
     known = found.of_model(config.prune, network, dataset.train_images.shape[1:])
     build.check(config.prune, network.params, known)
+    found.check_activations(config.prune, network, dataset.train_images.shape[1:], known)
     found.check(config.prune, len(validation[0]))
     if config.prune.tolerance is not None and not len(validation[0]):
         raise cfg.ConfigError("prune.tolerance: needs held-out samples, data.validation above 0")
@@ -293,7 +294,7 @@ class _SeedStages:
 
     def _evidence(self, method: jp.Method, params: Params) -> dict[str, Any]:
         samples = streams.held(self.samples, evidence.SAMPLES)
-        return evidence.of(method.criterion, self.network.apply, params, samples, self.keys["prune"])
+        return evidence.of(method, self.network.apply, params, samples, self.keys["prune"])
 
     def _per_epoch(self, phase: cfg.Phase) -> int:
         return max(self.samples.labels.shape[0] // self._batch(phase), 1)

@@ -129,7 +129,7 @@ def _no_tally() -> Tally:
 
 def _look(apply: Callable[..., Array], state: TrainState, samples: Samples) -> Tally:
     """The tally of a stage that takes no step: what the model makes of the first samples."""
-    rows = jnp.arange(min(_chunk(samples), samples.labels.shape[0]))
+    rows = jnp.arange(min(chunk_size(samples), samples.labels.shape[0]))
     loss, (correct, _) = mean_loss(jax.jit(apply), state.params, samples, rows, None)
     return state.tally._replace(loss=loss * rows.size, correct=correct, seen=jnp.int32(rows.size))
 
@@ -205,14 +205,15 @@ def epoch_order(key: Key[Array, ""], n: int, epoch: Int[Array, ""]) -> Int[Array
 
 def predict(apply: Callable[..., Array], params: Params, samples: Samples) -> np.ndarray:
     """Classes, int32 (n,), evaluated in chunks; `apply` is jitted already."""
-    n, size = samples.labels.shape[0], _chunk(samples)
+    n, size = samples.labels.shape[0], chunk_size(samples)
     chunks = [
         jnp.argmax(apply(params, scaled(samples, samples.images[i : i + size])), axis=-1) for i in range(0, n, size)
     ]
     return np.concatenate([np.asarray(chunk, np.int32) for chunk in chunks]) if chunks else np.zeros(0, np.int32)
 
 
-def _chunk(samples: Samples) -> int:
+def chunk_size(samples: Samples) -> int:
+    """How many samples are looked at at once, where no batch size says it."""
     return min(CHUNK, max(PIXELS // math.prod(samples.images.shape[1:]), 1))
 
 

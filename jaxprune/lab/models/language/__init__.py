@@ -1,4 +1,4 @@
-"""Language models: decoders as functions of plain params, their files, their tokenizers, and what to measure on texts.
+"""Language models: decoders as functions of plain params, BERT, files, tokenizers, and what to measure on texts.
 
 | module | holds |
 |---|---|
@@ -9,6 +9,7 @@
 | `llama2c`, `gguf`, `hugging_face` | files, read and written |
 | `blocks` | the types of GGUF's tensors |
 | `tokenizers` | SentencePiece's and GPT-2's way |
+| `bert`, `wordpiece` | an encoder in Equinox with its files and vectors of sentences, and its tokenizer |
 | `evaluation` | perplexity, divergence from dense, agreement |
 | `texts` | texts that a model samples itself, and windows of any text |
 

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Literal, TypeAlias
 
+from jaxprune import tree
 from jaxprune.lab.models.parts import Shapes, layer, norm, table
+from jaxprune.types import Params
 
 Pairs: TypeAlias = Literal["neighbours", "halves"]
 """Which features a rotary position turns together: 2i and 2i + 1 (llama2.c, GGUF's llama), or i and i + n/2 (Hugging
@@ -59,6 +61,37 @@ class Config:
             raise ValueError(f"A head of {self.head_dim} features has no pairs to turn: an even number was expected.")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} heads of keys cannot serve {self.heads} heads of queries evenly.")
+
+    def resized(self, params: Params) -> "Config":
+        """The config of params that have lost layers, heads or hidden units.
+
+        Args:
+            params: of a decoder of this width, head width and vocabulary; blocks as a list, or stacked.
+
+        Raises:
+            ValueError: blocks are of different sizes, or something else than these numbers is another.
+        """
+        blocks = params["layers"]
+        several = isinstance(blocks, list | tuple)
+        sizes = [
+            tuple(block[name]["kernel"].shape[-1] for name in ("query", "key", "gate"))
+            for block in (blocks if several else [blocks])
+        ]
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"Blocks have (queries, keys, hidden) of {', '.join(map(str, sizes))}; a decoder has the same in all. "
+                "Remove the same fraction of each."
+            )
+        queries, keys, hidden = sizes[0]
+        layers = len(blocks) if several else blocks["gate"]["kernel"].shape[0]
+        found = dataclasses.replace(
+            self, layers=layers, heads=queries // self.head_dim, kv_heads=keys // self.head_dim, hidden=hidden
+        )
+        shapes = tree.named_leaves({**found.shapes(), **({} if several else {"layers": []})})
+        for name, leaf in tree.named_leaves(params).items():
+            if name in shapes and shapes[name].shape != leaf.shape:
+                raise ValueError(f"{name!r} has shape {leaf.shape}, a decoder of these sizes {shapes[name].shape}.")
+        return found
 
     def shapes(self) -> Shapes:
         """Of the params: "embed", "layers" (a list), "norm" and, if it is not tied, "output"."""

@@ -1,7 +1,7 @@
 """What a file of a language model holds, and the leaves of our params by the names that formats have of them.
 
-    params = gathered(read, HUGGING_FACE, config)        # read: their name -> array
-    arrays = spread(params, HUGGING_FACE)                # their name -> array
+    params = gathered(read, HUGGING_FACE, config.shapes())      # read: their name -> array
+    arrays = spread(params, HUGGING_FACE)                       # their name -> array
 
 A kernel, (in, out), is a "weight" (out, in) there.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.lab.models.language.config import Config
 from jaxprune.lab.models.language.tokenizers import Tokenizer
+from jaxprune.lab.models.parts import Shapes
 from jaxprune.storage.container import FileError
 from jaxprune.types import Params
 
@@ -50,6 +51,22 @@ HUGGING_FACE = {
     "norm": "model.norm",
     "output": "lm_head",
 }
+BERT = {
+    "embed": "embeddings.word_embeddings",
+    "position_embed": "embeddings.position_embeddings",
+    "kind_embed": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "layers": "encoder.layer.{}.",
+    "query_proj": "attention.self.query",
+    "key_proj": "attention.self.key",
+    "value_proj": "attention.self.value",
+    "output_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+    "pooler": "pooler.dense",
+}
 GGUF = {
     "embed": "token_embd",
     "layers": "blk.{}.",
@@ -74,13 +91,13 @@ def theirs(name: str, table: Mapping[str, str]) -> str:
     return f"{block}{table[layer]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
-def gathered(read: Callable[[str], np.ndarray], table: Mapping[str, str], config: Config) -> Params:
-    """Params in float32, shaped as `config.shapes()`.
+def gathered(read: Callable[[str], np.ndarray], table: Mapping[str, str], shapes: Shapes) -> Params:
+    """Params in float32, of these shapes.
 
     Args:
         read: gives an array by their name, or raises KeyError.
         table: theirs.
-        config: of the model.
+        shapes: of the params.
 
     Raises:
         FileError: an array is missing, or of another shape.
@@ -97,7 +114,7 @@ def gathered(read: Callable[[str], np.ndarray], table: Mapping[str, str], config
             raise FileError(f"{called!r} should hold {name!r} {leaf.shape}, {array.shape} arrived.")
         return jnp.asarray(array, jnp.float32)
 
-    return tree.map_named(one, config.shapes())
+    return tree.map_named(one, shapes)
 
 
 def spread(params: Params, table: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -215,7 +215,7 @@ def read_model(path: str | os.PathLike[str]) -> Language:
     file = read(path)
     try:
         config = _config(file)
-        params = gathered(lambda name: file.tensors[name].values(), GGUF, config)
+        params = gathered(lambda name: file.tensors[name].values(), GGUF, config.shapes())
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     has_tokenizer = "tokenizer.ggml.model" in file.metadata

@@ -3,12 +3,12 @@
     params, config, _, said = read("SmolLM2-135M")
     write("pruned", params, config, metadata=said)
 
-Read are Llama (SmolLM as well) and Qwen2. Matrices are (out, in), positions turn halves of a head.
+Read are Llama (SmolLM as well) and Qwen2; of BERT see `bert`. Matrices are (out, in), positions turn halves of a head.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,21 @@ def read(folder: str | os.PathLike[str]) -> Language:
         OSError: a file cannot be read.
     """
     folder = Path(folder)
-    said = _plain(folder / CONFIG)
-    config = _config(folder, said)
-    index = _plain(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
+    said = read_json(folder / CONFIG)
+    config, array = _config(folder, said), reader(folder)
+    try:
+        return Language(gathered(array, HUGGING_FACE, config.shapes()), config, None, said)
+    except FileError as error:
+        raise FileError(f"{folder}: {error}") from None
+
+
+def reader(folder: Path) -> Callable[[str], np.ndarray]:
+    """Name -> array in float32, of a folder's safetensors; KeyError where there is none.
+
+    Raises:
+        FileError: files that are damaged or missing.
+    """
+    index = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
     if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
         raise FileError(f"{folder / INDEX} is damaged: it names files elsewhere.")
     headers: dict[str, container.Header] = {}
@@ -66,10 +78,7 @@ def read(folder: str | os.PathLike[str]) -> Language:
         data = np.memmap(folder / file, np.uint8, "r")[entry.start : entry.end]
         return data.view(entry.dtype).reshape(entry.shape).astype(np.float32)
 
-    try:
-        return Language(gathered(array, HUGGING_FACE, config), config, None, said)
-    except FileError as error:
-        raise FileError(f"{folder}: {error}") from None
+    return array
 
 
 def write(
@@ -98,6 +107,20 @@ def write(
     about = {"hidden_act": "silu", **(metadata or {}), **said, "model_type": kind, "architectures": [_CLASSES[kind]]}
     about["torch_dtype"] = np.dtype(dtype).name
     arrays = {name: array.astype(dtype) for name, array in spread(params, HUGGING_FACE).items()}
+    write_arrays(folder, arrays, about, shard)
+
+
+def write_arrays(
+    folder: Path, arrays: dict[str, Shaped[np.ndarray, "..."]], about: Mapping[str, Any], shard: int | None = None
+) -> None:
+    """A folder of any model: its weights by their names, and config.json.
+
+    Args:
+        folder: where; it is made.
+        arrays: name -> weights.
+        about: config.json.
+        shard: see `write`.
+    """
     groups = _groups(arrays, shard)
     files = [WEIGHTS] if len(groups) == 1 else [_shard_name(i, len(groups)) for i in range(len(groups))]
     for file, group in zip(files, groups, strict=True):
@@ -106,8 +129,8 @@ def write(
     if len(groups) > 1:
         weight_map = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         size = sum(array.nbytes for array in arrays.values())
-        _write_plain(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    _write_plain(folder / CONFIG, about)
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _write_json(folder / CONFIG, about)
 
 
 def _shard_name(i: int, count: int) -> str:
@@ -126,7 +149,12 @@ def _groups(
     return groups
 
 
-def _plain(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        FileError: it holds no such object.
+    """
     try:
         found = container.parsed(path.read_text("utf-8"))
     except ValueError as error:
@@ -136,8 +164,8 @@ def _plain(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write_plain(path: Path, plain: dict[str, Any]) -> None:
-    files.write(path, json.dumps(plain, indent=2))
+def _write_json(path: Path, plain: Mapping[str, Any]) -> None:
+    files.write(path, json.dumps(dict(plain), indent=2))
 
 
 def _config(folder: Path, said: dict[str, Any]) -> Config:
