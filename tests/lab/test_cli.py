@@ -60,6 +60,8 @@ HELP = {
     "inspect": ["FILE", "bits per weight beside their entropy", "--json", "--markdown"],
     "convert": ["IN", "OUT", "--encoding NAME", "--no-deflate", "--quantize FORM", "--select PATTERN", "--to", "Orbax"],
     "predict": ["FILE", "IMAGE", "--formats FORMAT", "PNG or JPEG", "dark on light"],
+    "oneshot": ["MODEL", "the same command goes on", "--sparsity F | --pattern N:M", "--calibrate FILE|FOLDER|self",
+                "lose zeros", "--out FOLDER", "--json"],
     "data import": ["mnist, fashion_mnist or cifar10", "idx.gz", "--data-dir", "~/tensorflow_datasets", "TensorFlow"],
 }  # fmt: skip
 

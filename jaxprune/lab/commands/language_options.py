@@ -74,7 +74,7 @@ def _add_oneshot(commands: Any, style: dict[str, Any], do: Any) -> None:
         "--fit",
         choices=["dense", "own"],
         default="",
-        help="to whose outputs products are fitted; default: the method's",
+        help="to whose outputs products are fitted; default: the order's",
     )
     add(
         "--calibrate",

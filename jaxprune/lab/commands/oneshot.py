@@ -38,20 +38,20 @@ SELF = "self"
 
 
 class Method(NamedTuple):
-    """How a method is meant: its solver, its order and fit, whether a loss weighs the outputs, who competes."""
+    """How a method is meant: its solver and order, whether a loss weighs the outputs, who competes, the fit."""
 
     solver: Any
     order: str
-    fit: str
     weighed: bool = False
     pattern: Any = None
+    fit: str = ""
 
 
 METHODS = {
-    "alternating": Method(jp.oneshot.AlternatingDirections(every=5, iterations=500), "products", "dense", weighed=True),
-    "sparsegpt": Method(jp.oneshot.SparseGPT(), "blocks", "own"),
-    "wanda": Method(jp.oneshot.Wanda(), "blocks", "own", pattern=jp.distributions.PerOutput()),
-    "magnitude": Method(jp.oneshot.Magnitude(), "blocks", "own"),
+    "alternating": Method(jp.oneshot.AlternatingDirections(every=5, iterations=500), "products", weighed=True),
+    "sparsegpt": Method(jp.oneshot.SparseGPT(), "blocks"),
+    "wanda": Method(jp.oneshot.Wanda(), "blocks", pattern=jp.distributions.PerOutput()),
+    "magnitude": Method(jp.oneshot.Magnitude(), "blocks"),
 }
 
 
@@ -67,7 +67,7 @@ class Options:
         sparsity: fraction removed of every matrix; None: the pattern says it.
         pattern: "2:4": so many of so many inputs stay; "": any weights.
         order: see `jp.oneshot.prune`; "": the method's.
-        fit: likewise.
+        fit: likewise; "": the order's.
         calibrate: a text file, a folder of them, or "self".
         evaluate: likewise.
         samples: texts of calibration.
@@ -189,7 +189,8 @@ def _method(options: Options) -> Method:
     method = METHODS[options.method]
     if options.refit and options.method != "alternating":
         method = method._replace(solver=dataclasses.replace(method.solver, refit=True))
-    return method._replace(order=options.order or method.order, fit=options.fit or method.fit)
+    order = options.order or method.order
+    return method._replace(order=order, fit=options.fit or ("dense" if order == "products" else "own"))
 
 
 def _pattern(options: Options) -> Any:
