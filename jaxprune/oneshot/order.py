@@ -13,28 +13,25 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 """
 
 import functools
-import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import tree
-from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
-from jaxprune.distributions import NM, Distribution, Uniform
+from jaxprune.distributions import Distribution, Uniform
 from jaxprune.layout import Axes, from_view, to_view
+from jaxprune.oneshot.arguments import alike, check_runs, check_solver, check_words, share_of_layer
 from jaxprune.oneshot.cuts import Segment, segments
 from jaxprune.oneshot.layerwise import Solver, error, fitted, matrices, matrix
 from jaxprune.oneshot.program import flat
 from jaxprune.oneshot.streams import Runner, to_host, units
 from jaxprune.tracing.features import places
-from jaxprune.tracing.finder import arrays_of
 from jaxprune.types import Masks, Params, Sparsity
 
 Place: TypeAlias = tuple[str, int]
@@ -121,10 +118,8 @@ def prune(
         Frantar and Alistarh 2023, arXiv:2301.00774: blocks, own.
     """
     fit = fit or ("dense" if order == "products" else "own")
-    _check_masks(solver, masks, params)
-    _check_words(order, fit, sparsity, pattern, masks)
-    if loss is not None and "outputs" not in inspect.signature(solver).parameters:
-        raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
+    check_solver(solver, masks, loss, params)
+    check_words(order, fit, sparsity, pattern, masks)
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
@@ -189,7 +184,7 @@ class _Work:
         fit: str,
     ) -> None:
         """Segment after segment, on what the pruned ones before give."""
-        arrays = _alike(batches)
+        arrays = alike(batches)
         program = flat(apply_fn, params, batches[0], set(leaves))
         parts = segments(program, order)
         _check_once(parts)
@@ -214,7 +209,7 @@ class _Work:
     def solve(self, name: str, axes: Axes, layers: Iterable[int], sums: Mapping[str, Array]) -> None:
         """Some layers of a leaf, each by its own moments, or as it was kept."""
         leaf = self.leaves[name]
-        _check_runs(name, axes, leaf.shape, self.pattern)
+        check_runs(name, axes, leaf.shape, self.pattern)
         mask = self.masks.get(name, np.ones(leaf.shape, bool))
         for place, layer in enumerate(layers):
             found = self._solution(name, axes, layer, {word: one[place] for word, one in sums.items()})
@@ -232,7 +227,7 @@ class _Work:
             return old
         known |= {} if self.outputs is None else {"outputs": self.outputs()[name][layer]}
         known |= {"mask": _matrix(axes, self.given[name], layer)} if self.given else {}
-        known |= {} if self.each is None else {"sparsity": _share(self.each, name, layer)}
+        known |= {} if self.each is None else {"sparsity": share_of_layer(self.each, name, layer)}
         weight, mask, relative, fine = self._solve(dense, known)
         if not fine[0]:
             raise ValueError(
@@ -277,17 +272,6 @@ def _with_layer(axes: Axes, leaf: Array, mask: Array, layer: Any, weight: Array,
 _matrix = jax.jit(matrix, static_argnums=0)
 
 
-def _share(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
-    """The sparsity of one layer."""
-    shares = np.ravel(each.get(name, ()))
-    if layer >= len(shares):
-        raise ValueError(
-            f"`sparsity` has {len(shares)} numbers for {name!r}, which has layer {layer} too, counted from 0. Leave it "
-            "out with `select`, or give each layer a number."
-        )
-    return jnp.float32(shares[layer])
-
-
 def _named(leaves: Mapping[str, Any]) -> Callable[[str, Any], bool]:
     return lambda name, leaf: name in leaves
 
@@ -295,48 +279,6 @@ def _named(leaves: Mapping[str, Any]) -> Callable[[str, Any], bool]:
 def _like(value: Any, leaf: Any) -> Any:
     """The value, lying as the leaf does."""
     return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-
-
-def _alike(batches: list[Any]) -> list[list[Any]]:
-    """The arrays of every batch."""
-    if not batches:
-        raise ValueError("There is no batch, so there is nothing to calibrate on.")
-    arrays = [arrays_of(batch)[0] for batch in batches]
-    shapes = [[(jnp.shape(one), one.dtype) for one in batch] for batch in arrays]
-    for i, one in enumerate(shapes):
-        if one != shapes[0]:
-            raise ValueError(f"Batches must be alike: the first has {shapes[0]}, number {i} has {one}. Cut or pad it.")
-    return arrays
-
-
-def _check_masks(solver: Solver, masks: Masks | None, params: Params) -> None:
-    takes = "mask" in inspect.signature(solver).parameters
-    if masks is None and takes:
-        raise ValueError(f"`{solver}` fits the weights of a mask: say which stay, `masks=`.")
-    if masks is not None and not takes:
-        raise ValueError(f"`{solver}` chooses a mask of its own: leave `masks` out, or take `LeastSquares()`.")
-    if masks is not None:
-        tree.check_like("The masks", masks, params)
-
-
-def _check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -> None:
-    for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
-        if word not in words:
-            raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
-    if (order, fit) == ("blocks", "dense"):
-        warnings.warn(
-            "`fit='dense'` with `order='blocks'` aims at outputs of the dense model from inputs that still change, by "
-            "which models have collapsed: take `order='products'`, or `fit='own'`.",
-            stacklevel=3,
-        )
-    if isinstance(sparsity, Mapping):
-        for name, shares in sparsity.items():
-            for share in np.ravel(shares):
-                check_sparsity(float(share), f"sparsity[{name!r}]")
-    elif sparsity is not None:
-        check_sparsity(sparsity)
-    elif not isinstance(pattern, NM) and masks is None:
-        raise ValueError("`sparsity` is the fraction removed, in [0, 1); only `NM` and `masks` go without.")
 
 
 def _check_once(parts: list[Segment]) -> None:
@@ -359,18 +301,3 @@ def _check_kept(name: str, layer: int, old: Solution, matrix: Array) -> None:
                 f"`kept` has a {what} {one.shape} {one.dtype} for layer {layer} of {name!r}, {matrix.shape} {dtype} "
                 "was expected: it is of another model. Begin with an empty one."
             )
-
-
-def _check_runs(name: str, axes: Axes, shape: tuple[int, ...], pattern: Distribution) -> None:
-    if isinstance(pattern, NM) and (inputs := _size(shape, axes.inputs)) % pattern.m:
-        raise ValueError(
-            f"`NM({pattern.n}, {pattern.m})` needs runs of {pattern.m} along the input axis, but {name!r} has {inputs} "
-            "inputs. Leave it out with `select`."
-        )
-
-
-def _size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= shape[axis]
-    return size
