@@ -20,7 +20,11 @@ from jaxprune.types import Masks, Params
 
 
 def check_solver(solver: Solver, masks: Masks | None, loss: Any, params: Params) -> None:
-    """Refuse masks and a loss for a solver that takes none, and one that takes masks without them."""
+    """Refuse masks and a loss for a solver that takes none, and one that takes masks without them.
+
+    Raises:
+        ValueError: so it is; masks of another structure than the params.
+    """
     words = inspect.signature(solver).parameters
     if loss is not None and "outputs" not in words:
         raise ValueError(f"`{solver}` cannot weigh outputs: leave `loss` out, or take `AlternatingDirections()`.")
@@ -33,7 +37,11 @@ def check_solver(solver: Solver, masks: Masks | None, loss: Any, params: Params)
 
 
 def check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -> None:
-    """Refuse words that are none, and sparsities; warn of a fit that does not go with the order."""
+    """Refuse words that are none, and sparsities; warn of a fit that does not go with the order.
+
+    Raises:
+        ValueError: another word, or a sparsity outside [0, 1), or none where one is needed.
+    """
     for what, word, words in (("order", order, ("products", "blocks", "layers")), ("fit", fit, ("dense", "own"))):
         if word not in words:
             raise ValueError(f"`{what}` is one of {', '.join(map(repr, words))}; {word!r} arrived.")
@@ -54,7 +62,11 @@ def check_words(order: str, fit: str, sparsity: Any, pattern: Any, masks: Any) -
 
 
 def alike(batches: list[Any]) -> list[list[Any]]:
-    """The arrays of every batch; they must have the same shapes."""
+    """The arrays of every batch; they must have the same shapes.
+
+    Raises:
+        ValueError: they have others, or there is no batch.
+    """
     if not batches:
         raise ValueError("There is no batch, so there is nothing to calibrate on.")
     arrays = [arrays_of(batch)[0] for batch in batches]
@@ -66,7 +78,11 @@ def alike(batches: list[Any]) -> list[list[Any]]:
 
 
 def share_of_layer(each: Mapping[str, Any], name: str, layer: int) -> Float[Array, ""]:
-    """The sparsity of one layer."""
+    """The sparsity of one layer.
+
+    Raises:
+        ValueError: it has none.
+    """
     shares = np.ravel(each.get(name, ()))
     if layer >= len(shares):
         raise ValueError(
@@ -77,7 +93,11 @@ def share_of_layer(each: Mapping[str, Any], name: str, layer: int) -> Float[Arra
 
 
 def check_runs(name: str, axes: Axes, shape: tuple[int, ...], pattern: Distribution) -> None:
-    """Refuse `NM` whose runs do not divide the inputs."""
+    """Refuse `NM` whose runs do not divide the inputs.
+
+    Raises:
+        ValueError: they do not.
+    """
     inputs = math.prod(shape[axis] for axis in axes.inputs)
     if isinstance(pattern, NM) and inputs % pattern.m:
         raise ValueError(
