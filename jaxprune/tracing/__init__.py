@@ -12,6 +12,7 @@
 | `cost_model` | weights and multiply-adds of the sites, dense and left under masks |
 | `activations` | bytes of activations alive at once |
 | `inlined`, `symbolic` | a jaxpr without calls, and with numbers in the place of symbolic sizes |
+| `features`, `outputs` | a product as one of matrices in the order of the leaf's view, and what its outputs become |
 | `exponents`, `products` | the model computed anew: on numbers that cannot overflow, and with a tap on its products |
 """
 
