@@ -235,7 +235,7 @@ def small_decoder(stacked=False):
     params = helpers.small()
     texts = [jnp.asarray(helpers.tokens(seed=i)) for i in range(2)]
     apply = functools.partial(decoder.forward, config=helpers.SMALL)
-    return prune_channels(apply, decoder.stacked(params) if stacked else params, texts, SPARSITY)
+    return prune_channels(apply, decoder.stacked(params) if stacked else params, texts, SPARSITY, refit=not stacked)
 
 
 def test_a_decoder_becomes_a_smaller_one_of_its_kind(tmp_path):

@@ -96,7 +96,8 @@ def write(
     Args:
         folder: where; it is made.
         params: shaped as `config.shapes()`, blocks as a list.
-        config: of the model; positions are brought to halves.
+        config: of the model; positions are brought to halves. Heads that do not divide the width, as one of six gone
+            leaves them, are written, but transformers 5.24 refuses them in spite of `head_dim`.
         metadata: more of config.json; what the config says goes before it.
         dtype: of the weights.
         shard: most bytes of a file, single tensors excepted; None: all in one.
