@@ -47,7 +47,8 @@ class Solver(Protocol):
         ...
 
     def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
-        """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too.
+        """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too, one
+        that fits a mask handed in takes that as `mask`.
 
         Args:
             target: T, float32.
