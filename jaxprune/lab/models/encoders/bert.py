@@ -143,7 +143,7 @@ def sentence_vectors(
     model: Bert, tokens: Int[Array | np.ndarray, "batch length"], seen: Bool[Array | np.ndarray, "batch length"]
 ) -> Float[Array, "batch dim"]:
     """Means over the seen tokens of each text, of length 1."""
-    states = jax.vmap(model)(tokens, seen)
+    states = jax.vmap(model)(jnp.asarray(tokens), jnp.asarray(seen))
     sums = jnp.sum(states * jnp.expand_dims(seen, -1).astype(states.dtype), axis=1)
     return sums / jnp.linalg.norm(sums, axis=-1, keepdims=True)
 
