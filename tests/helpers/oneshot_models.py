@@ -16,6 +16,7 @@ import linen_models
 import numpy as np
 from flax import linen, nnx
 
+from jaxprune.compat import scan_groups
 from jaxprune.lab.models.encoders import bert
 from jaxprune.tracing.inlined import bind
 
@@ -197,7 +198,7 @@ def _run(jaxpr, consts, args, found):
         given = [known[atom] if isinstance(atom, jax.extend.core.Var) else atom.val for atom in eqn.invars]
         inner = next((eqn.params[word] for word in ("jaxpr", "call_jaxpr") if word in eqn.params), None)
         if eqn.primitive.name == "scan":
-            results = _scan(eqn.params, given, found)
+            results = _scan(eqn, given, found)
         elif inner is not None:
             results = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), given, found)
         else:
@@ -208,12 +209,12 @@ def _run(jaxpr, consts, args, found):
     return [known[atom] if isinstance(atom, jax.extend.core.Var) else atom.val for atom in jaxpr.outvars]
 
 
-def _scan(params, given, found):
-    consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-    carry, stacks, made = given[consts:carried], given[carried:], []
-    for i in range(params["length"]):
-        body = params["jaxpr"]
+def _scan(eqn, given, found):
+    (consts, carried), body = scan_groups(eqn), eqn.params["jaxpr"]
+    carry, stacks = given[consts : consts + carried], given[consts + carried :]
+    made = []
+    for i in range(eqn.params["length"]):
         results = _run(body.jaxpr, body.consts, [*given[:consts], *carry, *(x[i] for x in stacks)], found)
-        carry = results[: len(carry)]
-        made.append(results[len(carry) :])
+        carry = results[:carried]
+        made.append(results[carried:])
     return [*carry, *(jnp.stack(column) for column in zip(*made, strict=True))]

@@ -113,7 +113,8 @@ def _words(text: str, lowercase: bool) -> list[str]:
     """Words between spaces; marks of punctuation and Chinese characters are words of their own."""
     text = "".join(_spaced(text))
     if lowercase:
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn").lower()
+        # One by one: `str.lower` of a whole text writes a sigma at the end of a word in another way.
+        text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
     return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
 
 
@@ -122,7 +123,7 @@ def _spaced(text: str) -> Iterator[str]:
     for c in text:
         if c in "\t\n\r" or unicodedata.category(c) == "Zs":
             yield " "
-        elif c not in "\0\ufffd" and not unicodedata.category(c).startswith("C"):
+        elif c not in "\0\ufffd" and unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs"):
             yield f" {c} " if any(low <= ord(c) <= high for low, high in _CHINESE) else c
 
 
