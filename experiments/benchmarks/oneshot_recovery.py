@@ -95,7 +95,7 @@ def main() -> None:
             share = (time.perf_counter() - begun) / (60 * options.minutes)
             if share >= 1:
                 break
-            rate = options.rate * min(1.0, share / 0.03) * 0.5 * (1 + math.cos(math.pi * share))
+            rate = options.rate * min(1.0, share / 0.1) * 0.5 * (1 + math.cos(math.pi * share))
             params, state, one = train(params, state, pool[i : i + options.batch], jnp.float32(rate))
             lost.append(float(one))
             steps += 1
