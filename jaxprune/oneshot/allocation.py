@@ -19,7 +19,7 @@ from jaxprune import tree
 from jaxprune.checks import check_sparsity
 from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
-from jaxprune.distributions import Distribution, Uniform
+from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes
 from jaxprune.oneshot.layerwise import Solver, error, matrix
 from jaxprune.types import Params
@@ -47,7 +47,7 @@ def error_curves(
         batches: calibration inputs.
         solver: a quick one will do.
         sparsities: s, rising.
-        pattern: of the contests; None: `Uniform()`.
+        pattern: of the contests; None: the solver's way.
         select: leaves to look at.
         loss: (params, batch) -> scalar: errors count by its derivatives, see `prune`. None: they are divided by
             $\lVert XW \rVert^2$.
@@ -55,7 +55,7 @@ def error_curves(
     batches = list(batches)
     seen = of_activations(apply_fn, params, batches, select=select, moments=True)
     outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
-    errors = _errors(solver, Uniform() if pattern is None else pattern)
+    errors = _errors(solver, pattern)
     leaves = tree.named_leaves(params)
     found = {}
     for name, one in seen.leaves.items():
@@ -69,7 +69,7 @@ def error_curves(
     return found
 
 
-def _errors(solver: Solver, pattern: Distribution) -> Callable[..., Array]:
+def _errors(solver: Solver, pattern: Distribution | None) -> Callable[..., Array]:
     weighs = "outputs" in inspect.signature(solver).parameters
 
     def errors(

@@ -92,7 +92,7 @@ def share_of_layer(each: Mapping[str, Any], name: str, layer: int) -> Float[Arra
     return jnp.float32(shares[layer])
 
 
-def check_runs(name: str, axes: Axes, shape: tuple[int, ...], pattern: Distribution) -> None:
+def check_runs(name: str, axes: Axes, shape: tuple[int, ...], pattern: Distribution | None) -> None:
     """Refuse `NM` whose runs do not divide the inputs.
 
     Raises:

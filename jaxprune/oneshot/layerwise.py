@@ -46,7 +46,9 @@ class Solver(Protocol):
         """What is added to the diagonal of the moments, as a fraction of its mean."""
         ...
 
-    def __call__(self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution) -> Solved:
+    def __call__(
+        self, target: Weight, moments: Moments, sparsity: Sparsity | None, pattern: Distribution | None
+    ) -> Solved:
         """The sparse weight; pure, under jit. A solver that can weigh outputs takes G as `outputs` too, one
         that fits a mask handed in takes that as `mask`.
 
@@ -54,7 +56,8 @@ class Solver(Protocol):
             target: T, float32.
             moments: H, float32, symmetric, not damped.
             sparsity: fraction removed; None for patterns that decide themselves.
-            pattern: who competes with whom: `Uniform()`, all weights of the matrix; `PerOutput()`; `NM(2, 4)`.
+            pattern: who competes with whom: `Uniform()`, all weights of the matrix; `PerOutput()`; `NM(2, 4)`. None:
+                the solver's own way.
         """
         ...
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Shaped
 from jaxprune import tree
 from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
-from jaxprune.distributions import Distribution, Uniform
+from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.arguments import alike, check_runs, check_solver, check_words, share_of_layer
 from jaxprune.oneshot.cuts import Segment, segments
@@ -89,8 +89,9 @@ def prune(
         solver: such as `SparseGPT()`.
         sparsity: fraction of each matrix to remove, in [0, 1), or leaf name -> fraction of each of its layers, as
             `allocate` gives it; None where the pattern says it.
-        pattern: `NM(2, 4)`, `PerOutput()`; None: any weights of a matrix. A layer of a stack is a matrix of its own,
-            a convolution is one of (window x inputs, outputs).
+        pattern: `NM(2, 4)`, `PerOutput()`, `Uniform()`; None: the solver's way, `PerOutput()` of `Wanda()`, `Uniform()`
+            of the others. A layer of a stack is a matrix of its own, a convolution is one of (window x inputs,
+            outputs).
         select: leaves that are pruned; those of them that are in no product stay as they are.
         masks: True where a weight may stay, for a solver that takes a mask, such as `LeastSquares()`; None: everywhere.
         order: see above.
@@ -123,7 +124,7 @@ def prune(
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
-    work = _Work(solver, sparsity, Uniform() if pattern is None else pattern, masks, outputs, progress, kept)
+    work = _Work(solver, sparsity, pattern, masks, outputs, progress, kept)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
@@ -148,7 +149,7 @@ class _Work:
         self,
         solver: Solver,
         sparsity: Any,
-        pattern: Distribution,
+        pattern: Distribution | None,
         given: Masks | None,
         outputs: Callable[[], Mapping[str, Array]] | None,
         progress: Progress | None,
@@ -244,9 +245,17 @@ class _Work:
         return new
 
 
-def _solving(solver: Solver, sparsity: Any, pattern: Distribution) -> Callable[..., Any]:
+def _solving(solver: Solver, sparsity: Any, pattern: Distribution | None) -> Callable[..., Any]:
     """(matrix, known) -> weight, mask, relative error, and whether sums and weights are finite."""
+    sparsity = None if isinstance(sparsity, Mapping) else sparsity
+    try:
+        return _compiled(solver, sparsity, pattern)
+    except TypeError:  # one of them has no hash
+        return _compiled.__wrapped__(solver, sparsity, pattern)
 
+
+@functools.lru_cache(maxsize=16)
+def _compiled(solver: Solver, sparsity: Any, pattern: Distribution | None) -> Callable[..., Any]:
     def solve(matrix: Array, known: Mapping[str, Array]) -> Any:
         weight, moments = matrix.astype(jnp.float32), known["moments"]
         target = fitted(known["cross"] @ weight, weight, moments, solver.damping) if "cross" in known else weight

@@ -1,5 +1,6 @@
 """Orders of one-shot pruning against float64, scans against lists, stages, blocks, and what is refused."""
 
+import functools
 import itertools
 import re
 from contextlib import nullcontext as quiet
@@ -17,10 +18,11 @@ import jaxprune as jp
 from jaxprune import tree
 from jaxprune.oneshot.cuts import segments
 from jaxprune.oneshot.least_squares import Wanda
-from jaxprune.oneshot.order import prune
 from jaxprune.oneshot.program import flat
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+prune = functools.partial(jp.oneshot.prune, pattern=jp.Uniform())
 
 WIDTHS = (5, 8, 6, 9, 3)  # 6 is the narrowest in the middle: two blocks of two
 
