@@ -76,11 +76,7 @@ def measured(
     begun = time.perf_counter()
     if "allocated" in method:
         mean = chosen["sparsity"]
-        points = np.linspace(mean - 0.15, mean + 0.15, 5)
-        quick = jp.oneshot.SparseGPT()
-        curves = jp.oneshot.error_curves(forward, model.params, batches, quick, points, select=select, **weighed)
-        sizes = {name: leaf.size for name, leaf in jp.tree.named_leaves(model.params).items()}
-        chosen = {"sparsity": jp.oneshot.allocate(curves, points, sizes, mean)}
+        chosen["sparsity"] = jp.oneshot.allocation(forward, model.params, batches, mean, select=select, **weighed)
     params, masks = jp.oneshot.prune(
         forward, model.params, batches, solver, select=select, **order, **chosen, **weighed
     )  # fmt: skip

@@ -5,7 +5,7 @@ gives the sparse weight whose outputs are close to those wanted; the *order* dec
 to whose outputs it is fitted. Nothing here trains: no loss, no optimizer. Masks for training stay with `training`.
 """
 
-from jaxprune.oneshot.allocation import allocate, error_curves
+from jaxprune.oneshot.allocation import allocate, allocation, error_curves
 from jaxprune.oneshot.alternating import AlternatingDirections
 from jaxprune.oneshot.depth import layer_importance, prune_layers, without_layers
 from jaxprune.oneshot.importance import (
@@ -38,6 +38,7 @@ __all__ = [
     "Wanda",
     "WeightImportance",
     "allocate",
+    "allocation",
     "error_curves",
     "layer_importance",
     "prune",

@@ -22,10 +22,53 @@ from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes
 from jaxprune.oneshot.layerwise import Solver, error, matrix
+from jaxprune.oneshot.sparsegpt import SparseGPT
 from jaxprune.types import Params
+
+_QUICK = SparseGPT()
 
 Curves = Mapping[str, Float[np.ndarray, "layers points"]]
 """Leaf name -> error of each of its layers at some sparsities."""
+
+
+def allocation(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    sparsity: float,
+    *,
+    solver: Solver = _QUICK,
+    spread: float = 0.15,
+    select: tree.Select = tree.weights,
+    loss: Callable[..., Any] | None = None,
+) -> dict[str, Float[np.ndarray, "layers"]]:
+    """How sparse every matrix becomes, by its errors at five sparsities: `error_curves`, then `allocate`.
+
+    Args:
+        apply_fn: as `prune` has it, with `params`, `batches`, `select`.
+        params: trained weights.
+        batches: calibration inputs.
+        sparsity: of all together.
+        solver: makes the errors; a quick one will do.
+        spread: how far from `sparsity` a matrix may be, at most to 0 and to 0.95.
+        select: leaves to look at.
+        loss: see `error_curves`.
+
+    Returns:
+        Leaf name -> sparsity of each layer: `prune` takes it in the place of one number.
+
+    Raises:
+        ValueError: see `allocate`; what `of_activations` and `of_outputs` refuse.
+
+    Example:
+        >>> shares = jp.oneshot.allocation(apply_fn, params, batches, 0.5)
+        >>> params, masks = jp.oneshot.prune(apply_fn, params, batches, jp.oneshot.SparseGPT(), shares)
+    """
+    check_sparsity(sparsity)
+    points = np.linspace(max(sparsity - spread, 0.01), min(sparsity + spread, 0.95), 5).tolist()
+    curves = error_curves(apply_fn, params, batches, solver, points, select=select, loss=loss)
+    leaves = tree.named_leaves(params)
+    return allocate(curves, points, {name: leaves[name].size // len(curve) for name, curve in curves.items()}, sparsity)
 
 
 def error_curves(
@@ -103,16 +146,17 @@ def allocate(
         Leaf name -> sparsity of each layer: `prune(..., sparsity=...)` takes it.
 
     Raises:
-        ValueError: s is not between the first and the last sparsity; errors are not finite, or not above zero.
+        ValueError: s is not between the first and the last sparsity, or errors are not finite.
     """
     check_sparsity(sparsity)
     points = np.asarray(sparsities, np.float64)
     if len(points) < 2 or (np.diff(points) <= 0).any() or not points[0] <= sparsity <= points[-1]:
         raise ValueError(f"`allocate` needs rising sparsities around {sparsity:g}; {list(sparsities)} arrived.")
     for name, errors in curves.items():
-        if not (np.isfinite(errors) & (errors > 0)).all():
-            raise ValueError(f"Errors of {name!r} are not all finite and above zero, so that nothing can be compared.")
-    rows = np.concatenate([np.log(errors) for errors in curves.values()])
+        if not np.isfinite(errors).all():
+            raise ValueError(f"Errors of {name!r} are not all finite, so that nothing can be compared.")
+    rows = np.concatenate(list(curves.values()))
+    rows = np.log(np.maximum(rows, max(1e-30 * rows.max(initial=0), 1e-300)))  # those without an error go first
     weights = np.concatenate([np.full(len(errors), sizes[name], np.float64) for name, errors in curves.items()])
     grid = np.interp(np.arange((len(points) - 1) * steps + 1) / steps, np.arange(len(points)), points)
     fine = np.exp([np.interp(grid, points, row) for row in rows])

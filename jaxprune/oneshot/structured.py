@@ -78,8 +78,8 @@ def prune_channels(
             `of_activations`, `of_outputs`, `oneshot.prune` and `compact` refuse.
 
     Example:
-        >>> small = jp.oneshot.prune_channels(apply_fn, params, batches, {"*/down/*": 0.25})
-        >>> small.apply(small.params, batch)
+        >>> small = jp.oneshot.prune_channels(apply_fn, params, batches, 0.25)
+        >>> logits = small.apply(small.params, x)
     """
     batches = list(batches)
     if not batches:

@@ -296,3 +296,14 @@ def test_options_of_both_kinds_or_none_are_refused(tmp_path):
     for how in ({}, {"sparsity": 0.5, "pattern": "2:4"}):
         with pytest.raises(ValueError, match="Either --sparsity or --pattern"):
             oneshot.Options(tmp_path / "a.bin", tmp_path / "out", **how)
+    with pytest.raises(ValueError, match="--allocate goes with --sparsity"):
+        oneshot.Options(tmp_path / "a.bin", tmp_path / "out", pattern="2:4", allocate=True)
+
+
+def test_matrices_may_differ_in_sparsity(story, tmp_path, capsys):
+    assert cli.main(words(story, tmp_path / "out", "--allocate")) == 0
+    masks = tree.named_leaves(jp.load(tmp_path / "out" / "model.jaxprune", to="masks"))
+    pruned = [np.asarray(mask) for name, mask in masks.items() if "kernel" in name]
+    shares = {round(1 - float(mask.mean()), 2) for mask in pruned}
+    assert len(shares) > 2
+    assert sum(map(np.count_nonzero, pruned)) / sum(mask.size for mask in pruned) == pytest.approx(0.5, abs=0.01)

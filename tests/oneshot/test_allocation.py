@@ -73,6 +73,22 @@ def test_nothing_costs_less(seed, sparsity):
             assert total(moved) >= total(shares) * (1 - 1e-6)
 
 
+def test_both_steps_at_once():
+    found = jp.oneshot.allocation(apply, PARAMS, BATCHES, 0.5, solver=jp.oneshot.Magnitude(), spread=0.2)
+    points = [0.3, 0.4, 0.5, 0.6, 0.7]
+    curves = jp.oneshot.error_curves(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), points)
+    wanted = jp.oneshot.allocate(curves, points, {"first": 120, "second": 60}, 0.5)
+    for name in PARAMS:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6)
+    assert len({float(one[0]) for one in found.values()}) == 2
+
+
+def test_what_costs_nothing_goes_first():
+    curves = {"a": np.array([[0.0, 0.0, 0.0]]), "b": np.array([[0.1, 0.2, 0.4]])}
+    found = jp.oneshot.allocate(curves, [0.2, 0.4, 0.6], {"a": 10, "b": 10}, 0.4)
+    np.testing.assert_allclose([found["a"][0], found["b"][0]], [0.6, 0.2], atol=1e-9)
+
+
 def test_each_matrix_gets_its_share():
     stacked = {"w": jnp.stack([normal(8, 8, seed=s) for s in range(3)])}
     shares = {"w": np.array([0.25, 0.5, 0.75])}
@@ -94,7 +110,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"rising sparsities around 0\.9"):
         jp.oneshot.allocate(curves, [0.2, 0.5], sizes, 0.9)
     with pytest.raises(ValueError, match="Errors of 'a'"):
-        jp.oneshot.allocate({"a": np.array([[0.0, 2.0]])}, [0.2, 0.5], sizes, 0.3)
+        jp.oneshot.allocate({"a": np.array([[np.nan, 2.0]])}, [0.2, 0.5], sizes, 0.3)
     with pytest.raises(ValueError, match=r"sparsity\['first'\]"):
         jp.oneshot.prune(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), {"first": [1.5], "second": [0.5]})
     with pytest.raises(ValueError, match="'second'"):

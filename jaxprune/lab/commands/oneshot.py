@@ -65,6 +65,7 @@ class Options:
         method: one of `METHODS`.
         refit: whether least squares follow on the mask; "alternating" always does that.
         sparsity: fraction removed of every matrix; None: the pattern says it.
+        allocate: whether matrices differ in sparsity, by their errors; `sparsity` is then that of all together.
         pattern: "2:4": so many of so many inputs stay; "": any weights.
         order: see `jp.oneshot.prune`; "": the method's.
         fit: likewise; "": the order's.
@@ -88,6 +89,7 @@ class Options:
     method: str = "alternating"
     refit: bool = False
     sparsity: float | None = None
+    allocate: bool = False
     pattern: str = ""
     order: str = ""
     fit: str = ""
@@ -110,6 +112,8 @@ class Options:
             raise ValueError("Either --sparsity or --pattern says how many weights go: 0.5, or 2:4.")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
+        elif self.allocate:
+            raise ValueError("--allocate goes with --sparsity: a pattern has one sparsity for all matrices.")
 
 
 def _quiet(*_: Any) -> None:
@@ -144,6 +148,11 @@ def run(options: Options, note: Callable[[str], None] = _quiet, progress: Progre
     batches = _batches(sets["calibrate"], options.batch)
     forward = partial(decoder.forward, config=model.config)
     note(_memory(forward, model, batches[0], method))
+    loss = partial(evaluation.loss, forward) if method.weighed else None
+    sparsity: Any = options.sparsity
+    if options.allocate:
+        note("Errors of every matrix at five sparsities are compared.")
+        sparsity = jp.oneshot.allocation(forward, model.params, batches, sparsity, select=SELECT, loss=loss)
     errors: dict[str, float] = {}
 
     def told(done: int, total: int, place: tuple[str, int], error: float) -> None:
@@ -152,16 +161,15 @@ def run(options: Options, note: Callable[[str], None] = _quiet, progress: Progre
             progress(done, total, place, error)
 
     params, masks = jp.oneshot.prune(
-        forward, model.params, batches, method.solver, options.sparsity, pattern=pattern, select=SELECT,
+        forward, model.params, batches, method.solver, sparsity, pattern=pattern, select=SELECT,
         order=method.order, fit=method.fit, progress=told,  # pyright: ignore[reportArgumentType]
-        loss=partial(evaluation.loss, forward) if method.weighed else None,
-        kept=SolvedFiles(options.out / SOLVED, _digest(asked), note),
+        loss=loss, kept=SolvedFiles(options.out / SOLVED, _digest(asked), note),
     )  # fmt: skip
     found = evaluation.compare(forward, params, model.params, sets["evaluate"], batch=options.batch)
     pruned = [np.asarray(mask) for name, mask in tree.named_leaves(masks).items() if name in errors]
-    sparsity = 1 - sum(map(np.count_nonzero, pruned)) / sum(mask.size for mask in pruned)
+    found_sparsity = 1 - sum(map(np.count_nonzero, pruned)) / sum(mask.size for mask in pruned)
     digests = {word: texts.digest(tokens) for word, tokens in sets.items()}
-    report = Report(asked, float(sparsity), found, errors, digests)
+    report = Report(asked, float(found_sparsity), found, errors, digests)
     for path in writer.write(options.out, params, masks):
         note(f"{path} is written.")
     files.write(options.out / REPORT, json.dumps(report.to_dict(), indent=1))
