@@ -63,8 +63,8 @@ def _add_oneshot(commands: Any, style: dict[str, Any], do: Any) -> None:
     add("--refit", action="store_true", help="least squares on the mask; alternating always does that")
     many: Any = oneshot.add_mutually_exclusive_group(required=True)
     many.add_argument("--sparsity", metavar="F", type=float, help="fraction of every matrix to remove")
-    add("--allocate", action="store_true", help="matrices differ in sparsity, by their errors; all moments at once")
     many.add_argument("--pattern", metavar="N:M", default="", help="N of every M inputs stay, such as 2:4")
+    add("--allocate", action="store_true", help="matrices differ in sparsity, by their errors; all moments at once")
     add(
         "--order",
         choices=["products", "blocks", "layers"],
