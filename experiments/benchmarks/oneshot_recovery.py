@@ -10,6 +10,7 @@ zero along a cosine.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -117,7 +118,7 @@ def main() -> None:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
     if options.save is not None:
-        jp.save(options.save, found)
+        jp.save(options.save, found, metadata={"decoder": dataclasses.asdict(config)})
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def measure_all(options: argparse.Namespace, *given: Any, **more: Any) -> None:
             if options.save is not None:
                 options.save.mkdir(parents=True, exist_ok=True)
                 name = f"{method}_{pattern}.jaxprune".replace(", ", "_").replace(" ", "_").replace(":", "_")
-                jp.save(options.save / name, params)
+                jp.save(options.save / name, params, metadata={"decoder": dataclasses.asdict(given[0].config)})
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
