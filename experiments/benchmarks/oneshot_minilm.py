@@ -11,7 +11,6 @@ pruned, embeddings and norms are not.
 """
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -20,13 +19,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tables import describe_machine
+from oneshot_stories import BLOCKS, PRODUCTS, share_of
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 from jaxprune.lab.models.encoders import bert, wordpiece
 
-BLOCKS = {"order": "blocks", "fit": "own"}
-PRODUCTS = {"order": "products", "fit": "dense"}
 ALTERNATING = jp.oneshot.AlternatingDirections(iterations=120)
 METHODS = {
     "magnitude": (jp.oneshot.Magnitude(), {"order": "layers"}),
@@ -91,9 +89,7 @@ def main() -> None:
     for method in options.methods:
         for pattern in options.patterns:
             solver, order = METHODS[method]
-            chosen = (
-                {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
-            )
+            chosen = share_of(pattern)
             begun = time.perf_counter()
             loss = along if method == "weighed" else None
             pruned, _ = jp.oneshot.prune(vectors, params, calibrating, solver, loss=loss, **order, **chosen)
@@ -105,9 +101,7 @@ def main() -> None:
                 "lowest of 20": round(float(np.quantile(cosines, 0.05)), 4), "sentences": len(cosines),
                 "windows": options.windows, "seconds": round(seconds), "machine": describe_machine(),
             }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(options.out, row)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ of the seven products of all blocks, saved with the smallest encoding, and every
 """
 
 import argparse
-import json
 import tempfile
 import time
 from functools import partial
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from oneshot_stories import BLOCKS, PRODUCTS, kept_texts
-from tables import describe_machine
+from oneshot_stories import BLOCKS, PRODUCTS, kept_texts, share_of
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 from jaxprune import tree
@@ -66,7 +65,7 @@ def main() -> None:
     order = BLOCKS if options.order == "blocks" else PRODUCTS
 
     def pruned(pattern, grid):
-        chosen = {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
+        chosen = share_of(pattern)
         solver = jp.oneshot.SparseGPT(quantize=grid)
         return jp.oneshot.prune(forward, model.params, batches, solver, select=SELECT, **order, **chosen)
 
@@ -79,9 +78,7 @@ def main() -> None:
             "bytes": stored_bytes(params, coded), "seconds": round(seconds),
             "texts": [texts.digest(evaluated), texts.digest(calibrating)], "machine": describe_machine(),
         }  # fmt: skip
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        add_row(options.out, row)
 
     for pattern in options.patterns:
         begun = time.perf_counter()

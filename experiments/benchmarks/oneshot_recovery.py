@@ -11,7 +11,6 @@ zero along a cosine.
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from functools import partial
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from tables import describe_machine
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 from jaxprune.lab.models import language
@@ -114,9 +113,7 @@ def main() -> None:
         "divergence": round(better.divergence, 4), "agreement": round(better.agreement, 4),
         "texts": texts.digest(evaluated), "machine": describe_machine(),
     }  # fmt: skip
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    add_row(options.out, row)
     if options.save is not None:
         jp.save(options.save, found, metadata={"decoder": dataclasses.asdict(config)})
 

@@ -11,7 +11,6 @@ the dense model calls them, of the 16 and of the four held out, and has the mean
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -19,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import photographs
-from tables import describe_machine
+from oneshot_stories import BLOCKS, PRODUCTS
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 
-BLOCKS = {"order": "blocks", "fit": "own"}
-PRODUCTS = {"order": "products", "fit": "dense"}
 METHODS = {
     "magnitude": (jp.oneshot.Magnitude(), {"order": "layers"}),
     "wanda": (jp.oneshot.Wanda(), BLOCKS),
@@ -80,9 +78,7 @@ def main() -> None:
                 "crops": len(crops), **compared(forward(pruned, images), dense, truth, held),
                 "seconds": round(seconds), "machine": describe_machine(),
             }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(options.out, row)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ their hashes stand in every row. The seven products of each block are pruned, em
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from tables import describe_machine
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 from jaxprune.lab.models import language
@@ -53,6 +51,11 @@ def kept_texts(folder: Path, model: language.Language, name: str, count: int, se
     return np.load(path)
 
 
+def share_of(pattern: str) -> dict[str, Any]:
+    """What `prune` is asked for by "0.5" or "2:4"."""
+    return {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
+
+
 def measured(
     model: language.Language,
     method: str,
@@ -64,15 +67,10 @@ def measured(
     """The pruned params, and a row of what they are worth on texts, by name."""
     batches = [jnp.asarray(calibrating[i : i + batch]) for i in range(0, len(calibrating), batch)]
     forward = partial(decoder.forward, config=model.config)
-
-    def loss(params: Any, tokens: Any) -> Any:
-        scores = jax.nn.log_softmax(forward(params, tokens)[:, :-1])
-        return -jnp.sum(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
-
     solver, order = METHODS[method]
-    chosen = {"pattern": jp.NM(*map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
+    chosen = share_of(pattern)
     select = "*layers*kernel"
-    weighed = {"loss": loss} if "weighed" in method else {}
+    weighed = {"loss": partial(evaluation.loss, forward)} if "weighed" in method else {}
     begun = time.perf_counter()
     if "allocated" in method:
         mean = chosen["sparsity"]
@@ -95,9 +93,7 @@ def measure_all(options: argparse.Namespace, *given: Any, **more: Any) -> None:
     for method in options.methods:
         for pattern in options.patterns:
             params, row = measured(given[0], method, pattern, *given[1:], **more)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(options.out, row)
             if options.save is not None:
                 options.save.mkdir(parents=True, exist_ok=True)
                 name = f"{method}_{pattern}.jaxprune".replace(", ", "_").replace(" ", "_").replace(":", "_")

@@ -11,7 +11,6 @@ number. Each row is a smaller model of the same kind, its perplexity, divergence
 
 import argparse
 import itertools
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from oneshot_stories import kept_texts
-from tables import describe_machine
+from tables import add_row, describe_machine
 
 import jaxprune as jp
 from jaxprune.lab.models import language
@@ -112,9 +111,7 @@ def main() -> None:
             "seconds": round(seconds), "calibrate": len(chosen), "evaluate": options.evaluate,
             "texts": [texts.digest(evaluated), texts.digest(calibrating)], "machine": describe_machine(),
         }  # fmt: skip
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        add_row(options.out, row)
         if options.save:
             hugging_face.write(options.save, params, small)
 

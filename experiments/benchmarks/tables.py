@@ -1,7 +1,10 @@
-"""What the benchmarks here share: the machine in words, and a table of medians and quartiles."""
+"""What the benchmarks here share: the machine in words, rows in a file, and a table of medians and quartiles."""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from jaxprune.sparse.tuning import machine, timing
 
@@ -11,6 +14,14 @@ def describe_machine() -> str:
     here = machine.describe()
     words = f"jax {here['jax']} on {here['platform']} ({here['device']}); {here['processor']}, {here['cores']} cores"
     return f"{words}, load {os.getloadavg()[0]:.1f}"
+
+
+def add_row(path: Path, row: Mapping[str, Any]) -> None:
+    """A row as a line of JSON, at the end of a file and on the screen."""
+    line = json.dumps(row)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def print_table(

@@ -28,7 +28,7 @@ from jaxprune.distributions import Uniform
 from jaxprune.granularity import Geometry
 from jaxprune.layout import Axes, to_view
 from jaxprune.oneshot.importance import ActivationImportance, Importance, Reader
-from jaxprune.oneshot.layerwise import best
+from jaxprune.oneshot.layerwise import best, matrices
 from jaxprune.oneshot.least_squares import LeastSquares
 from jaxprune.oneshot.order import prune
 from jaxprune.tracing.finder import trace
@@ -152,8 +152,7 @@ def _readers(
     channels: Int[np.ndarray, "features"],
 ) -> list[Reader]:
     """What reads channels in one leaf: a matrix, or each of a stack."""
-    weights = to_view(jnp.asarray(leaf), seen.axes).astype(jnp.float32)
-    weights = weights.reshape(len(seen.tokens), len(channels), -1)
+    weights = matrices(to_view(jnp.asarray(leaf), seen.axes)).astype(jnp.float32)
     return [
         Reader(
             name, weights[i], seen.tokens[i], seen.squares[i], seen.magnitudes[i],
