@@ -3,7 +3,8 @@
 Built with the package where a C++ compiler is found; where none was, everything else works, and `why_missing` says so.
 XLA registers a custom call built for another jaxlib without a word and fails when it runs, so `why_missing` makes one.
 The loops exist for several instruction sets; which one runs is decided when the first product does, by the processor,
-or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512").
+or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512",
+"avx512_vnni").
 """
 
 import contextlib
@@ -25,7 +26,7 @@ _BESIDE = Path(__file__).parent / "_kernels.so"
 _INSTALLED = [Path(entry) / "jaxprune" / "native" / "_kernels.so" for entry in sys.path]
 LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
-INTERFACE = 4  # as in product.cc
+INTERFACE = 5  # as in product.cc
 LARGEST_POOL = 8  # likewise
 
 
@@ -111,7 +112,7 @@ def _called() -> str:
 
 
 def instruction_set() -> str:
-    """Name of the loops that run here: "avx512", "avx2" or "portable"; "" without native kernels."""
+    """Name of the loops that run here: "avx512_vnni", "avx512", "avx2" or "portable"; "" without native kernels."""
     if why_missing():
         return ""
     name = library().jaxprune_isa
@@ -142,7 +143,7 @@ def product(
 
     Args:
         values: non-zeros, tile by tile: float32, bfloat16, or int8 with a scale for every output.
-        index: their inputs, counted from the tile's first.
+        index: their inputs, counted from the tile's first; or, where `tile` is 0, the words of `jaxprune.sparse.bits`.
         bounds: where each output's run begins and the last one ends, tile by tile, n_out + 1 a tile.
         scale: of every output.
         bias: of every output.
@@ -150,7 +151,7 @@ def product(
         x: (n, in), or images (n, height, width, channels) where there is a window; float32 or bfloat16.
         shape: of the result, (n, out) or (n, height, width, out).
         dtype: of the result, float32 or bfloat16; sums are float32.
-        tile: inputs of a tile.
+        tile: inputs of a tile; 0 for bits.
         group: outputs that share their inputs, 1 or 4; there are as many values for each of `index`, and bounds for
             each group instead of each output.
         window: of a convolution, two numbers each: kernel, stride, padding before, dilation, and the pool of whose

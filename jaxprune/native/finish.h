@@ -10,7 +10,7 @@ namespace jaxprune {
 namespace {
 
 template <class Y>
-void Finish(float sum, const Weight& w, const Operands& ops, int64_t position, int64_t o) {
+void Finish(float sum, const Stored& w, const Operands& ops, int64_t position, int64_t o) {
   if (w.scale) sum *= w.scale[o];
   if (ops.bias) sum += ops.bias[o];
   const int64_t at = position * w.n_out + o;
@@ -18,12 +18,12 @@ void Finish(float sum, const Weight& w, const Operands& ops, int64_t position, i
   Narrow(ops.relu && !(sum > 0) && sum == sum ? 0.0f : sum, static_cast<Y*>(ops.y) + at);
 }
 
-inline void FinishOne(float sum, const Weight& w, const Operands& ops, int64_t position, int64_t o) {
+inline void FinishOne(float sum, const Stored& w, const Operands& ops, int64_t position, int64_t o) {
   ops.y_type == Type::kF32 ? Finish<float>(sum, w, ops, position, o) : Finish<BF16>(sum, w, ops, position, o);
 }
 
 template <class Y>
-void FinishVec(Vec sum, const Weight& w, const Operands& ops, int64_t position, int64_t o) {
+void FinishVec(Vec sum, const Stored& w, const Operands& ops, int64_t position, int64_t o) {
   if (w.scale) sum *= Load(w.scale + o);
   if (ops.bias) sum += Load(ops.bias + o);
   const int64_t at = position * w.n_out + o;

@@ -128,7 +128,23 @@ std::string Wrong(const Problem& p) {
       row[i] = inside ? x.Number(((image * xs[1] + h) * xs[2] + w) * xs[3] + i % xs[3]) : 0;
     }
     std::fill(sums.begin(), sums.end(), 0), std::fill(sizes.begin(), sizes.end(), 0);
-    for (int64_t t = 0; t * p.tile < in; ++t) {
+    double largest_x = 0;
+    for (double x : row) largest_x = std::max(largest_x, std::abs(x));
+    const int64_t words = (in + 63) / 64;
+    for (int64_t o = 0; p.tile == 0 && o < out; ++o) {
+      int64_t at = p[kBounds].at<int32_t>(o);
+      for (int64_t i = 0; i < words * 64; ++i) {
+        if (!(p[kIndex].at<uint8_t>(o * words * 8 + i / 8) >> (i % 8) & 1)) continue;
+        if (i >= in) return "accepted a bit beyond the inputs";
+        if (at < 0 || at >= p[kValues].count()) return "accepted bits that lead outside";
+        const double weight = p[kValues].Number(at++);
+        sums[o] += weight * row[i];
+        // 24 bits of the largest activation, where weights are integers
+        sizes[o] += std::abs(weight) * (std::abs(row[i]) + (p[kValues].type == kS8 ? 0.03 * largest_x : 0));
+      }
+      if (at != p[kBounds].at<int32_t>(o + 1)) return "accepted bits that do not end at a bound";
+    }
+    for (int64_t t = 0; p.tile && t * p.tile < in; ++t) {
       for (int64_t g = 0; g < groups; ++g) {
         const int32_t* run = &p[kBounds].at<int32_t>(t * (groups + 1) + g);
         if (run[0] < 0 || run[0] > run[1] || run[1] > p[kIndex].count()) return "accepted bounds that lead outside";

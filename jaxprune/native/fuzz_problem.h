@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -15,7 +16,7 @@ namespace {
 
 enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kOperands };
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kBF16 = XLA_FFI_DataType_BF16, kS8 = XLA_FFI_DataType_S8,
-                           kU8 = XLA_FFI_DataType_U8, kU16 = XLA_FFI_DataType_U16, kS32 = XLA_FFI_DataType_S32;
+                           kU8 = XLA_FFI_DataType_U8, kU16 = XLA_FFI_DataType_U16, kS32 = XLA_FFI_DataType_S32, kF16 = XLA_FFI_DataType_F16;
 
 std::mt19937_64 rng;
 
@@ -47,7 +48,7 @@ struct Array {
   }
   int64_t width() const {
     if (type == kF32 || type == kS32) return 4;
-    return type == kBF16 || type == kU16 ? 2 : type == kS8 || type == kU8 ? 1 : 8;
+    return type == kBF16 || type == kF16 || type == kU16 ? 2 : type == kS8 || type == kU8 ? 1 : 8;
   }
   int64_t bytes() const { return count() * width(); }
   void Allocate(int fill = 0) {
@@ -61,17 +62,28 @@ struct Array {
   }
   int64_t Whole(int64_t i) const { return type == kU8 ? at<uint8_t>(i) : at<uint16_t>(i); }
   double Number(int64_t i) const {
+    if (type == kF16) return static_cast<double>(Half(at<uint16_t>(i)));
     if (type != kBF16) return type == kF32 ? at<float>(i) : at<int8_t>(i);
     const uint32_t bits = uint32_t{at<uint16_t>(i)} << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
   }
+  static double Half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, digits = bits & 1023;
+    const double size = exponent == 31 ? (digits ? std::nan("") : INFINITY)
+                        : exponent     ? std::ldexp(1024 + digits, exponent - 25)
+                                       : std::ldexp(digits, -24);
+    return bits >> 15 ? -size : size;
+  }
   void Put(int64_t i, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     if (type == kF32) at<float>(i) = value;
     if (type == kBF16) at<uint16_t>(i) = bits >> 16;
+    if (type == kF16) {  // for numbers that it holds, none of them subnormal
+      at<uint16_t>(i) = value == 0 ? 0 : (bits >> 16 & 0x8000) | ((bits >> 13 & 0x3ffff) - (112 << 10));
+    }
     if (type == kS8) at<int8_t>(i) = static_cast<int8_t>(value);
     if (type == kU8) at<uint8_t>(i) = static_cast<int64_t>(value) & 0xff;
     if (type == kU16) at<uint16_t>(i) = static_cast<int64_t>(value);
@@ -115,12 +127,25 @@ Problem Valid() {
     p[kX].dims = {n, in};
     p[kY].dims = {n, out};
   }
+  const bool bits = p.window.empty() && !wide && Chance(3);
+  if (bits) p.group = 1, p.tile = 0;
   // 16 of every 32 or 64 inputs, for which a single position has loops of its own.
-  const int64_t span = !wide && !full && p.window.empty() && p[kX].dims[0] == 1 && Chance(2) ? Any({32, 64}) : 0;
+  const int64_t span = !bits && !wide && !full && p.window.empty() && p[kX].dims[0] == 1 && Chance(2) ? Any({32, 64}) : 0;
   if (span) p.group = 1, p.tile = span * Draw(1, 256 / span), p[kX].dims[1] = in = span * Draw(0, 10);
   std::vector<int32_t> bounds;
   std::vector<int> index;
-  for (int64_t begin = 0; begin < in; begin += p.tile) {
+  const int64_t words = (in + 63) / 64;
+  for (int64_t o = 0, stored = 0; bits && o <= out; ++o) {  // the bytes of the words are the index
+    bounds.push_back(stored);
+    const int64_t one_in = Any({1, 2, 9, 1000});
+    for (int64_t byte = 0; o < out && byte < words * 8; ++byte) {
+      index.push_back(0);
+      for (int bit = 0; bit < 8; ++bit) {
+        if (byte * 8 + bit < in && Chance(one_in)) index.back() |= 1 << bit, ++stored;
+      }
+    }
+  }
+  for (int64_t begin = 0; begin < (bits ? 0 : in); begin += p.tile) {
     const int64_t rows = std::min(p.tile, in - begin);
     for (int64_t g = 0; g < out / p.group; ++g) {
       bounds.push_back(index.size());
@@ -130,14 +155,14 @@ Problem Valid() {
     }
     bounds.push_back(index.size());
   }
-  if (Chance(8)) index.resize(index.size() + Draw(1, 3), 65535);  // beyond the last bound, and so nobody's
+  if (!bits && Chance(8)) index.resize(index.size() + Draw(1, 3), 65535);  // beyond the last bound, and so nobody's
   const int64_t indices = index.size(), n_bounds = bounds.size();
-  p[kIndex].type = p.tile <= 256 && (span || Chance(2)) ? kU8 : kU16;
+  p[kIndex].type = p.tile <= 256 && (bits || span || Chance(2)) ? kU8 : kU16;
   p[kIndex].dims = {indices};
   p[kBounds].type = kS32;
   p[kBounds].dims = {n_bounds};
-  p[kValues].type = Any({kF32, kBF16, kS8});
-  p[kValues].dims = {indices * p.group};
+  p[kValues].type = bits ? Any({kF32, kBF16, kF16, kS8}) : Any({kF32, kBF16, kS8});
+  p[kValues].dims = {bits ? bounds.back() + (Chance(8) ? Draw(0, 90) : 0) : indices * p.group};
   p[kScale].dims = {Chance(2) ? 0 : out};
   p[kBias].dims = {Chance(2) ? 0 : out};
   p[kX].type = Any({kF32, kBF16});

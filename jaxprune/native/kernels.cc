@@ -2,11 +2,12 @@
 // vector.
 #include "kernels.h"
 
+#include "bits.h"
 #include "panel.h"
 #include "single.h"
 
 namespace jaxprune {
 
-const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, ISA_NAME, kUnit, kPanel};
+const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, &Arrange, &BitProduct, ISA_NAME, kUnit, kPanel};
 
 }  // namespace jaxprune

@@ -5,21 +5,46 @@
 
 namespace jaxprune {
 
-enum class Type { kF32, kBF16, kS8 };
+enum class Type { kF32, kBF16, kS8, kF16 };
 
 constexpr int64_t kGroup = 4;  // outputs of a group, where it is not a single one
+constexpr int64_t kWord = 64;  // inputs whose bits lie in a word
+constexpr int64_t kRowsAtOnce = 8;  // of activations, for which a weight of bits is read once
+
+// What any weight W (out, in) has.
+struct Stored {
+  const void* values;  // f32, bf16, f16, or s8 to be multiplied by `scale`
+  const float* scale;  // of every output, or null
+  Type type;
+  int64_t n_in, n_out;
+};
+
+// W with a bit for each weight, set where it is stored, and the stored ones by output and then by input; those of output
+// o are values[bounds[o]] up to the next bound.
+struct BitWeight : Stored {
+  const uint8_t* bits;  // (out, words) words of 64 bits, little endian; those beyond the last input are not set
+  const int32_t* bounds;
+  int64_t stored;
+
+  int64_t words() const { return (n_in + kWord - 1) / kWord; }
+};
+
+// Some rows of activations, as the loops over bits read them.
+struct BitInputs {
+  void* data;  // a word of inputs takes 4 * kWord bytes, a row those of all its words
+  int64_t row, rows;  // at most kRowsAtOnce
+  double unit[kRowsAtOnce];  // of integers
+  bool finite;  // false: the data say nothing, since no zero may meet what they would say
+};
 
 // W (out, in), cut into tiles of `tile` inputs, its outputs in groups of `group` that share their inputs. The non-zeros
 // lie tile by tile, within a tile group by group, within a group by input, and there side by side for the group's
 // outputs; the inputs of tile t and group g are index[bounds[t * (groups + 1) + g]] up to the next bound.
-struct Weight {
-  const void* values;  // f32, bf16, or s8 to be multiplied by `scale`
-  const void* index;   // input, counted from the tile's first; u8, or u16 if `wide`
+struct Weight : Stored {  // values of any type but f16
+  const void* index;      // input, counted from the tile's first; u8, or u16 if `wide`
   const int32_t* bounds;
-  const float* scale;  // of every output, or null
-  Type type;
   bool wide;
-  int64_t n_in, n_out, tile, n_tiles, group;
+  int64_t tile, n_tiles, group;
   int64_t inputs;  // length of `index`; there are `group` values for each
 
   int64_t groups() const { return n_out / group; }
@@ -73,6 +98,10 @@ struct Kernels {
   int64_t (*scratch)(const Weight&, const Window&, int64_t count, int64_t groups);
   // The same for a single position of a matrix product; only `first` and `last` of the task count.
   bool (*vector)(const Weight&, const Operands&, const Task&);
+  // The same for rows of a matrix product with a weight of bits, whose data have been allocated; what of them fits
+  // `BitInputs`, by the first, and outputs [first, last), by the second.
+  void (*arrange)(const BitWeight&, const Operands&, BitInputs*);
+  bool (*bits)(const BitWeight&, const Operands&, const BitInputs&, int64_t first, int64_t last);
   const char* name;
   int64_t unit, panel_columns;  // columns of a panel: a multiple of the first, at most the second
 };
@@ -81,9 +110,11 @@ extern const Kernels kPortable;
 #if defined(JAXPRUNE_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 #endif
 
-// The widest set this processor has, or the one that JAXPRUNE_ISA names ("portable", "avx2", "avx512") if it has it.
+// The widest set this processor has, or the one that JAXPRUNE_ISA names ("portable", "avx2", "avx512",
+// "avx512_vnni") if it has it.
 const Kernels& BestKernels();
 
 }  // namespace jaxprune

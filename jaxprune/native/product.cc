@@ -16,13 +16,27 @@ namespace ffi = xla::ffi;
 
 namespace jaxprune {
 
+#if defined(JAXPRUNE_X86)
+namespace {
+
+bool HasVnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+#endif
+
 const Kernels& BestKernels() {
   static const Kernels* best = [] {
     const char* wish = std::getenv("JAXPRUNE_ISA");
     const Kernels* sets[] = {
 #if defined(JAXPRUNE_X86)
+        HasVnni() ? &kAvx512Vnni : nullptr,
         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? &kAvx512 : nullptr,
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2 : nullptr,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kAvx2
+                                                                                                           : nullptr,
 #endif
         &kPortable};
     for (const Kernels* set : sets) {
@@ -88,6 +102,24 @@ const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const W
   return wrong;
 }
 
+const char* BitProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitWeight& w, const Operands& ops,
+                       int64_t rows) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t parts = w.stored < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  float* scratch = Scratch(std::min(rows, kRowsAtOnce) * w.words() * kWord);
+  if (!scratch) return kNoMemory;
+  std::atomic<const char*> wrong{nullptr};
+  for (int64_t row = 0; row < rows && !wrong; row += kRowsAtOnce) {
+    BitInputs in{scratch, row, std::min(rows - row, kRowsAtOnce), {}, true};
+    kernels.arrange(w, ops, &in);
+    ForEach(pool, parts, [&](int64_t i) {
+      const auto [first, last] = Part(w.n_out, parts, i);
+      if (!kernels.bits(w, ops, in, first, last)) wrong = kOutside;
+    });
+  }
+  return wrong;
+}
+
 const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Window& window,
                          const Operands& ops) {
   const int64_t positions = window.positions(), units = CeilDiv(positions, kernels.unit);
@@ -122,6 +154,7 @@ bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
     case ffi::DataType::F32: *type = Type::kF32; return true;
     case ffi::DataType::BF16: *type = Type::kBF16; return true;
     case ffi::DataType::S8: *type = Type::kS8; return true;
+    case ffi::DataType::F16: *type = Type::kF16; return true;
     default: return false;
   }
 }
@@ -174,32 +207,57 @@ std::string ReadWindow(ffi::Span<const int64_t> numbers, const ffi::AnyBuffer& x
   return "";
 }
 
+// `tile` of a weight whose `index` is a bit for each weight.
+constexpr int64_t kBitmap = 0;
+
+std::string ReadValues(const ffi::AnyBuffer& values, const ffi::AnyBuffer& bounds, const ffi::AnyBuffer& scale,
+                       Stored* w) {
+  if (bounds.element_type() != ffi::DataType::S32) return "`bounds` must be int32";
+  if (Count(values) > INT32_MAX - 64) return "`values` must be fewer than 2^31 - 64";  // loops step beyond the last
+  if (scale.element_type() != ffi::DataType::F32) return "`scale` must be float32";
+  if (Count(scale) != 0 && Count(scale) != w->n_out) return "`scale` must have one number for each output, or none";
+  w->values = values.untyped_data();
+  w->scale = Count(scale) ? static_cast<const float*>(scale.untyped_data()) : nullptr;
+  return "";
+}
+
 std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
                        const ffi::AnyBuffer& scale, int64_t tile, int64_t group, Weight* w) {
-  if (!TypeOf(values, &w->type)) return "`values` must be float32, bfloat16 or int8";
+  if (!TypeOf(values, &w->type) || w->type == Type::kF16) return "`values` must be float32, bfloat16 or int8";
   const bool narrow = index.element_type() == ffi::DataType::U8;
   if (!narrow && index.element_type() != ffi::DataType::U16) return "`index` must be uint8 or uint16";
-  if (bounds.element_type() != ffi::DataType::S32) return "`bounds` must be int32";
+  if (std::string why = ReadValues(values, bounds, scale, w); !why.empty()) return why;
   const int64_t reach = narrow ? 256 : 65536;
   if (tile < 1 || tile > reach) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
   if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
   if (w->n_out % group != 0) return "`group` must divide the outputs";
   if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
-  if (Count(values) > INT32_MAX - 64) return "`values` must be fewer than 2^31 - 64";  // loops step beyond the last
   w->n_tiles = CeilDiv(w->n_in, tile);
   w->group = group;
   int64_t n_bounds;
   const bool overflows = __builtin_mul_overflow(w->n_tiles, w->groups() + 1, &n_bounds);
   if (overflows || Count(bounds) != n_bounds) return "`bounds` must have ceil(in / tile) * (out / group + 1) numbers";
-  if (scale.element_type() != ffi::DataType::F32) return "`scale` must be float32";
-  if (Count(scale) != 0 && Count(scale) != w->n_out) return "`scale` must have one number for each output, or none";
-  w->values = values.untyped_data();
   w->index = index.untyped_data();
   w->bounds = static_cast<const int32_t*>(bounds.untyped_data());
-  w->scale = Count(scale) ? static_cast<const float*>(scale.untyped_data()) : nullptr;
   w->wide = !narrow;
   w->tile = tile;
   w->inputs = Count(index);
+  return "";
+}
+
+std::string ReadBitWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
+                          const ffi::AnyBuffer& scale, int64_t group, BitWeight* w) {
+  if (!TypeOf(values, &w->type)) return "`values` must be float32, bfloat16, float16 or int8";
+  if (index.element_type() != ffi::DataType::U8) return "`index` must be uint8 for a `tile` of 0";
+  if (std::string why = ReadValues(values, bounds, scale, w); !why.empty()) return why;
+  if (group != 1) return "`group` must be 1 for a `tile` of 0";
+  int64_t n_bytes;
+  const bool overflows = __builtin_mul_overflow(w->words() * (kWord / 8), w->n_out, &n_bytes);
+  if (overflows || Count(index) != n_bytes) return "`index` must have 8 ceil(in / 64) * out bytes for a `tile` of 0";
+  if (Count(bounds) != w->n_out + 1) return "`bounds` must have out + 1 numbers for a `tile` of 0";
+  w->bits = static_cast<const uint8_t*>(index.untyped_data());
+  w->bounds = static_cast<const int32_t*>(bounds.untyped_data());
+  w->stored = Count(values);
   return "";
 }
 
@@ -238,13 +296,21 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
     return Refuse("`x` and `window` must make fewer than 2^31 inputs");
   }
   w.n_out = y->dimensions().back();
-  if (std::string why = ReadWeight(values, index, bounds, scale, tile, group, &w); !why.empty()) return Refuse(why);
+  BitWeight bits;
+  bits.n_in = w.n_in, bits.n_out = w.n_out;
+  if (tile == kBitmap && numbers.size()) return Refuse("`window` must be empty for a `tile` of 0");
+  if (std::string why = tile == kBitmap ? ReadBitWeight(values, index, bounds, scale, group, &bits)
+                                        : ReadWeight(values, index, bounds, scale, tile, group, &w);
+      !why.empty()) {
+    return Refuse(why);
+  }
   if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
   const int64_t positions = window.positions();
   if (positions == 0 || w.n_out == 0) return ffi::Error::Success();
   const Kernels& kernels = BestKernels();
-  const char* wrong = numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
-                                                            : PanelProduct(pool, kernels, w, window, ops);
+  const char* wrong = tile == kBitmap                          ? BitProduct(pool, kernels, bits, ops, positions)
+                      : numbers.size() == 0 && positions == 1 ? VectorProduct(pool, kernels, w, ops)
+                                                              : PanelProduct(pool, kernels, w, window, ops);
   return wrong ? Refuse(wrong) : ffi::Error::Success();
 }
 
@@ -270,7 +336,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 4; }
+extern "C" int jaxprune_interface() { return 5; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

@@ -8,10 +8,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#if VECTOR_BYTES == 64
-#include <immintrin.h>
-#endif
-
 namespace jaxprune {
 namespace {
 
@@ -64,15 +60,6 @@ Vec SpanSums(const Value* values, const uint8_t* index, int64_t n, const X* x) {
     sum += Load(values + i) * picked;
   }
   return sum;
-}
-
-float Total(Vec sums) {
-  float lanes[kLanes];
-  Store(lanes, sums);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
 }
 
 // For at most kAtOnce outputs, tile by tile, so that memory is read as it lies.

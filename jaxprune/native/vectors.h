@@ -2,9 +2,14 @@
 // unnamed namespace: every instruction set has its own.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#if VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
 
 namespace jaxprune {
 namespace {
@@ -25,11 +30,29 @@ struct BF16 {
   uint16_t bits;
 };
 
+struct F16 {
+  uint16_t bits;
+};
+
 inline float Widen(float value) { return value; }
 inline float Widen(int8_t value) { return value; }
 inline float Widen(BF16 value) {
   const uint32_t bits = uint32_t{value.bits} << 16;
   float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline float Widen(F16 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, rest = value.bits & 0x7fff;
+  // The exponent is moved by a product, which makes subnormal numbers normal; the largest one means infinity, or none.
+  const uint32_t shifted = rest << 13;
+  float wide;
+  std::memcpy(&wide, &shifted, sizeof wide);
+  wide *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &wide, sizeof bits);
+  bits = sign | (rest >= 0x7c00 ? bits | 0x7f800000 : bits);
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
@@ -49,6 +72,18 @@ inline Vec Load(const BF16* from) {
 inline Vec Load(const int8_t* from) {
   return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Vec);
 }
+inline Vec Load(const F16* from) {
+#if VECTOR_BYTES == 64
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif VECTOR_BYTES == 32
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec wide{};
+  for (int i = 0; i < kLanes; ++i) wide[i] = Widen(from[i]);
+  return wide;
+#endif
+}
+
 inline void Store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 inline void Store(BF16* to, Vec value) {
   const Bits bits = (Bits)value;
@@ -56,6 +91,49 @@ inline void Store(BF16* to, Vec value) {
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits kept = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(kept, Halves);
+}
+
+// The sum of all lanes.
+inline float Total(Vec sums) {
+  float lanes[kLanes];
+  Store(lanes, sums);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+#if VECTOR_BYTES == 32
+// For each mask of eight lanes, where each lane finds its value.
+constexpr std::array<std::array<uint8_t, 8>, 256> ExpansionTable() {
+  std::array<std::array<uint8_t, 8>, 256> table{};
+  for (int mask = 0; mask < 256; ++mask) {
+    for (int lane = 0, next = 0; lane < 8; ++lane) table[mask][lane] = mask >> lane & 1 ? next++ : 0;
+  }
+  return table;
+}
+
+alignas(64) constexpr auto kExpansion = ExpansionTable();
+#endif
+
+// The first values, one after the other, in those of the lanes whose bit is set; the other lanes are zero. Higher bits
+// count for nothing.
+inline Vec Expand(uint32_t mask, Vec values) {
+#if VECTOR_BYTES == 64
+  return (Vec)_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), (__m512)values);
+#elif VECTOR_BYTES == 32
+  const auto* entry = reinterpret_cast<const __m128i*>(kExpansion[mask & 0xff].data());
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i there = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit);
+  const __m256 moved = _mm256_permutevar8x32_ps((__m256)values, _mm256_cvtepu8_epi32(_mm_loadl_epi64(entry)));
+  return (Vec)_mm256_and_ps(moved, _mm256_castsi256_ps(there));
+#else
+  Vec expanded{};
+  for (int lane = 0, next = 0; lane < kLanes; ++lane) {
+    if (mask >> lane & 1) expanded[lane] = values[next++];
+  }
+  return expanded;
+#endif
 }
 
 // Lane i of the first or second half of a butterfly over blocks of `step` lanes.

@@ -25,7 +25,9 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "bcsr" | value, one int32 | any platform, GPUs; on a CPU faster at batches of hundreds alone |
 | "block" | value, zeros of a block too; one int32 a block | leaves pruned by `Block`, on GPUs |
 | "native" | value, one byte (two at high sparsity), bounds of runs | batches, convolutions |
-| "native_row" | value, two bytes | a batch of one |
+| "native_row" | value, two bytes | a batch of one, from 90 % on |
+| "native_bits" | value; a bit for every weight, stored or not | a batch of one to eight at 40 to 80 % |
+| "native_bits_int8" | one byte; a bit for every weight | the same, rounded to 8 bits; only when named |
 | "native_block" | four values, one byte | leaves pruned by `Block(rows, 4 n)` |
 | "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |
 | "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
@@ -33,13 +35,14 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 What is compressed goes through `jax.export` as it is (`exports`).
 
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
-and convolutions, with bias, residual and ReLU in the kernel (`fuse`), over the inputs alone: the other way round a leaf
-is refused, or made dense by `unsupported="dense"`. The others are portable, and run both ways. BUILD_NOTES.md has the
-measurements.
+and (but for bits) convolutions, with bias, residual and ReLU in the kernel (`fuse`), over the inputs alone: the other
+way round a leaf is refused, or made dense by `unsupported="dense"`. The others are portable, and run both ways.
+BUILD_NOTES.md has the measurements.
 """
 
 from jaxprune import native
 from jaxprune.sparse import exports, reference
+from jaxprune.sparse.bits import NativeBitsInt8Weight, NativeBitsWeight
 from jaxprune.sparse.blocks import BlockWeight
 from jaxprune.sparse.compression import compress, decompress, nbytes
 from jaxprune.sparse.dispatch import apply
@@ -62,6 +65,8 @@ __all__ = [
     "BCOOWeight",
     "BCSRWeight",
     "BlockWeight",
+    "NativeBitsInt8Weight",
+    "NativeBitsWeight",
     "NativeBlockWeight",
     "NativeInt8Weight",
     "NativeNMWeight",

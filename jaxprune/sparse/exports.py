@@ -19,7 +19,7 @@ from typing import Any
 
 import jax.export
 
-from jaxprune.sparse import blocks, tiles  # noqa: F401  (they add their formats)
+from jaxprune.sparse import bits, blocks, tiles  # noqa: F401  (they add their formats)
 from jaxprune.sparse.formats import FORMATS, SparseWeight
 
 

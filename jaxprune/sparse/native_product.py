@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Num, Shaped
 
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
+from jaxprune.sparse import bits, tiles
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.products import project, times_transposed
-from jaxprune.sparse.tiles import NativeWeight, coordinates
+from jaxprune.sparse.tiles import NativeWeight
 
 _ON_CPU = 'They run on CPU: use the format "bcoo", "bcsr" or "block" on other devices.'
 
@@ -31,7 +32,7 @@ class Sizes(NamedTuple):
     Attributes:
         n_out: outputs.
         n_in: inputs, those of the window counted.
-        tile: inputs of a tile.
+        tile: inputs of a tile; 0 for bits.
         group: outputs that share a run.
         dtype: of the result.
         window: of a convolution, two numbers each: kernel, stride, padding before, dilation; empty for a matrix.
@@ -84,7 +85,11 @@ def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJax
 
 
 def _matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, sizes: Sizes) -> Array:
-    rows, cols = coordinates(index, bounds, n_out=sizes.n_out, tile=sizes.tile, group=sizes.group)
+    if sizes.tile == bits.BITMAP:
+        known = {"n_in": sizes.n_in, "nse": values.shape[0]}
+        rows, cols = bits.coordinates(index, bounds, n_out=sizes.n_out, **known)
+    else:
+        rows, cols = tiles.coordinates(index, bounds, n_out=sizes.n_out, tile=sizes.tile, group=sizes.group)
     values = values.astype(jnp.float32)
     matrix = jnp.zeros((sizes.n_out, sizes.n_in)).at[rows, cols].add(values, unique_indices=True)
     return matrix * scale[:, None] if scale.size else matrix
@@ -146,14 +151,15 @@ for _platform in ("cuda", "rocm", "tpu"):
 def operands(weight: NativeWeight, x: Num[Array, "*batch channels"], dtype: Any) -> tuple[Shaped[Array, "..."], ...]:
     """What `native_product` takes, for a weight, x and a result of `dtype` that the kernels can run.
 
-    Integers and float16 are cast to float32.
+    Integers and float16 are cast to float32, but for the values of formats that have them.
 
     Raises:
         TypeError: they cannot: another platform, numbers of 64 bits, no kernels here.
     """
     if reason := _refusal(weight, x, dtype):
         raise TypeError(f"Leaf {weight.name!r} is stored for the native kernels. {reason}")
-    values = weight.values if jnp.issubdtype(weight.values.dtype, jnp.integer) else _as_taken(weight.values)
+    as_it_is = jnp.issubdtype(weight.values.dtype, jnp.integer) or weight.tile == bits.BITMAP
+    values = weight.values if as_it_is else _as_taken(weight.values)
     return values, weight.index, weight.bounds, weight.output_scale(), _as_taken(x)
 
 

@@ -18,7 +18,8 @@ from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, needs_kerne
 from jaxprune import sparse
 from jaxprune.granularity import Block
 
-NATIVE = ["native", "native_row", "native_block", "native_int8"]
+TILED = ["native", "native_row", "native_block", "native_int8"]
+NATIVE = [*TILED, "native_bits", "native_bits_int8"]
 each_native = pytest.mark.parametrize("format", NATIVE)
 
 pytestmark = [pytest.mark.filterwarnings("error"), needs_kernels, pytest.mark.usefixtures("quick")]
@@ -30,7 +31,7 @@ def to_numpy(array):
 
 def stored_leaf(leaf, format):
     """What a format makes of a leaf (in, out), in float64: the leaf itself, unless it rounds."""
-    if format != "native_int8":
+    if not format.endswith("int8"):
         return to_numpy(leaf)
     scale, rounded = oracle.rounded_to_8_bits(to_numpy(leaf).T)
     return rounded.T.astype(np.float64) * scale
@@ -98,11 +99,11 @@ from jaxprune import sparse
 for format, dtype in itertools.product(formats.NATIVE, ("float32", "bfloat16")):
     leaf = make_leaf((300, 68), 0.2, dtype)
     weight, w = compress_one(leaf, format), formats.stored_leaf(leaf, format)
-    batches = (1, 2, 7, 16, 33, 64, 65, 100, 130) if dtype == "float32" else (1, 16, 65)
+    batches = (1, 2, 3, 4, 5, 7, 8, 16, 33, 64, 65, 100, 130) if dtype == "float32" else (1, 3, 16, 65)
     xs = [make_x((batch, 300), dtype) for batch in batches]
     for x, y in zip(xs, formats.products_as(dtype)(xs, weight), strict=True):
         formats.assert_product(y, formats.to_numpy(x), w, dtype)
-    if format != "native_row":  # of which a convolution is another tile
+    if format in ("native", "native_block", "native_int8"):  # of which "native_row" a convolution is another tile
         test_conv.check(format, dtype)
 for n_in, n_out in [(1, 1), (127, 5), (129, 66), (320, 257)]:
     leaf, xs = make_leaf((n_in, n_out), 0.2, "float32"), [make_x((batch, n_in)) for batch in (1, 17, 65)]
@@ -116,7 +117,7 @@ print(sparse.native.instruction_set())
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_every_instruction_set_equals_numpy(isa, tmp_path):
     environment = {**os.environ, "JAXPRUNE_ISA": isa, "PYTHONPATH": PATHS}
     # Elsewhere, so that the installed package is imported and not the sources beside these tests.
@@ -237,7 +238,7 @@ def test_int8_weights_cast_to_another_dtype_keep_what_is_stored():
 
 
 def test_int8_is_used_only_where_it_is_named():
-    assert [name for name, format in sparse.FORMATS.items() if format.lossy] == ["native_int8"]
+    assert [name for name, format in sparse.FORMATS.items() if format.lossy] == ["native_int8", "native_bits_int8"]
 
 
 # Transformations.
@@ -258,7 +259,7 @@ def test_gradients_equal_dense(format):
     def derivatives(x, weight, dense):
         got = *jax.jvp(lambda x: on_weight(x, weight), (x,), (dx,)), jax.grad(on_weight)(x, weight)
         want = *jax.jvp(lambda x: loss(x, dense), (x,), (dx,)), *jax.grad(loss, (0, 1))(x, dense)
-        if format == "native_int8":  # whose values are integers
+        if format.endswith("int8"):  # whose values are integers
             return got, want, None
         of_values = jax.grad(lambda values: on_weight(x, weight.with_values(values)))(weight.values)
         return got, want, (of_values, weight.coordinates())
