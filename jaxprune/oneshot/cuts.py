@@ -1,9 +1,12 @@
-"""Where a program is cut: between stages of products, at the place of each gap where the fewest bytes are alive.
+"""Where a program is cut: at places where the arrays of the batches wait for the next part of the model to be pruned.
 
-| order | cuts |
-|---|---|
-| products | every gap |
-| blocks | gaps no wider than their neighbours: in a decoder, after attention and after the feed-forward part |
+| order | cuts | between two cuts |
+|---|---|---|
+| products | all gaps between products, but those half as wide again as both neighbours | stage after stage |
+| blocks | gaps no wider than their neighbours: in a decoder, after attention and after the feed-forward part | at once |
+
+A gap is between the products of one stage and those of the next, and is cut where the fewest bytes are alive. What lies
+between the cut and the products of a later stage is computed again for their moments, so that nothing wide has to wait.
 """
 
 import itertools
@@ -22,21 +25,25 @@ class Segment(NamedTuple):
         before: variables of a batch that it reads, in order.
         after: those that later segments read.
         fixed: variables that are the same for all batches.
+        solved: its products whose weights are found on what it gives them; those before them have theirs.
     """
 
     steps: tuple[Step, ...]
     before: tuple[Var, ...]
     after: tuple[Var, ...]
     fixed: tuple[Var, ...]
+    solved: tuple[Step, ...]
 
     @property
     def products(self) -> list[Step]:
-        """Its products with selected leaves."""
+        """All of its products with selected leaves."""
         return [step for step in self.steps if step.site is not None]
 
 
-def segments(program: Program, order: str) -> list[Segment]:
-    """The program in pieces, each with at least one product.
+def blocks(program: Program, order: str) -> list[list[Segment]]:
+    """The program in pieces between cuts, each as the segments that are solved one after the other.
+
+    All segments of a piece begin where it does, and the last one is all of it.
 
     Args:
         program: of `flat`.
@@ -44,20 +51,30 @@ def segments(program: Program, order: str) -> list[Segment]:
     """
     live = _alive(program)
     gaps = [min(gap, key=lambda place: (_bytes(live[place]), -place)) for gap in _gaps(program.steps)]
+    sizes = [_bytes(live[place]) for place in gaps]
+    around = [[*sizes[max(i - 1, 0) : i], *sizes[i + 1 : i + 2]] for i in range(len(sizes))]
     if order == "blocks":
-        sizes = [_bytes(live[place]) for place in gaps]
-        around = zip([sizes[0], *sizes], [*sizes[1:], sizes[-1]], strict=False) if sizes else ()
-        gaps = [gap for gap, size, beside in zip(gaps, sizes, around, strict=False) if size <= min(beside)]
-    places = [0, *gaps, len(program.steps)]
-    found = []
-    for first, last in itertools.pairwise(places):
-        steps = program.steps[first:last]
-        read = [var for step in steps for var in step.reads]
-        made = {var for step in steps for var in step.eqn.outvars}
-        outside = [var for var in dict.fromkeys(read) if var not in made]
-        fixed = tuple(var for var in outside if var in program.fixed)
-        found.append(Segment(steps, tuple(live[first]), tuple(live[last]), fixed))
+        cut = [size <= min(beside, default=size) for size, beside in zip(sizes, around, strict=True)]
+    else:
+        cut = [size <= 1.5 * max(beside, default=size) for size, beside in zip(sizes, around, strict=True)]
+    cuts = [0, *itertools.compress(gaps, cut), len(program.steps)]
+    ends = cuts[1:] if order == "blocks" else [*gaps, len(program.steps)]
+    found: list[list[Segment]] = []
+    for first, last in itertools.pairwise(cuts):
+        inside = [end for end in ends if first < end <= last]
+        starts = [first, *inside[:-1]]
+        found.append([_segment(program, live, first, *part) for part in zip(starts, inside, strict=True)])
     return found
+
+
+def _segment(program: Program, live: list[list[Any]], first: int, new: int, last: int) -> Segment:
+    """The steps from `first` to before `last`, of which those from `new` on are solved."""
+    steps = program.steps[first:last]
+    made = {var for step in steps for var in step.eqn.outvars}
+    outside = dict.fromkeys(var for step in steps for var in step.reads if var not in made)
+    fixed = tuple(var for var in outside if var in program.fixed)
+    solved = tuple(step for step in program.steps[new:last] if step.site is not None)
+    return Segment(steps, tuple(live[first]), tuple(live[last]), fixed, solved)
 
 
 def _gaps(steps: tuple[Step, ...]) -> list[range]:

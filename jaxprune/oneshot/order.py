@@ -13,6 +13,7 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -27,7 +28,7 @@ from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes, from_view, to_view
 from jaxprune.oneshot.arguments import alike, check_runs, check_solver, check_words, share_of_layer
-from jaxprune.oneshot.cuts import Segment, segments
+from jaxprune.oneshot.cuts import Segment, blocks
 from jaxprune.oneshot.layerwise import Solver, error, fitted, matrices, matrix
 from jaxprune.oneshot.program import flat
 from jaxprune.oneshot.streams import Runner, to_host, units
@@ -73,6 +74,7 @@ def prune(
     loss: Callable[..., Any] | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
+    donate: bool = False,
 ) -> tuple[Params, Masks]:
     r"""Prunes a trained model on some calibration data, moving the weights that stay.
 
@@ -105,6 +107,8 @@ def prune(
         kept: such as a dict; every matrix is put there when it is solved. One that is there already is taken as it is:
             a call that was interrupted goes on where it stopped if all other arguments are the same, which is not
             checked, and ends with the same weights. Moments of a segment are skipped if all of its matrices are kept.
+        donate: the selected leaves of `params` are deleted one by one when they are pruned and needed no more, as
+            `donate_argnums` of `jax.jit` does: the dense and the pruned weights are then never there together.
 
     Returns:
         Params with zeros, each leaf in its dtype, and masks (True = alive) of the same structure.
@@ -124,7 +128,7 @@ def prune(
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
     outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
-    work = _Work(solver, sparsity, pattern, masks, outputs, progress, kept)
+    work = _Work(solver, sparsity, pattern, masks, outputs, progress, kept, donate)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
@@ -142,6 +146,7 @@ class _Work:
     Attributes:
         leaves: name -> weights so far.
         masks: name -> mask so far, of leaves that are in a product.
+        left: name -> how many of its layers are still to be solved.
         given: name -> where weights may stay, for solvers that take it.
     """
 
@@ -154,13 +159,15 @@ class _Work:
         outputs: Callable[[], Mapping[str, Array]] | None,
         progress: Progress | None,
         kept: Kept | None,
+        donate: bool,
     ) -> None:
         self.leaves: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
         self.given = tree.named_leaves(given)
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
-        self.kept = kept
-        self.done = self.total = 0
+        self.kept, self.donate = kept, donate
+        self.left: Counter[str] = Counter()
+        self.done = 0
         self.each = sparsity if isinstance(sparsity, Mapping) else None
         self._solve = _solving(solver, sparsity, pattern)
 
@@ -170,10 +177,11 @@ class _Work:
         """Every product on the dense model's inputs."""
         seen = of_activations(apply_fn, params, batches, select=_named(leaves), moments=True)
         self.leaves = dict(leaves)
-        self.total = sum(one.tokens.size for one in seen.leaves.values())
+        self.count((name, one.tokens.size) for name, one in seen.leaves.items())
         for name, one in seen.leaves.items():
             assert one.moments is not None
             self.solve(name, one.axes, range(len(one.moments)), {"moments": one.moments})
+            self.give_up(leaves)
 
     def in_turn(
         self,
@@ -187,25 +195,41 @@ class _Work:
         """Segment after segment, on what the pruned ones before give."""
         arrays = alike(batches)
         program = flat(apply_fn, params, batches[0], set(leaves))
-        parts = segments(program, order)
+        pieces = blocks(program, order)
+        parts = [part for piece in pieces for part in piece]
         _check_once(parts)
-        self.total = sum(len(unit.layers) for part in parts for unit in units(part).values())
+        self.count((unit.name, len(unit.layers)) for part in parts for unit in units(part).values())
         self.leaves, runner = dict(leaves), Runner(program.fixed)
         first = [program.inputs.index(var) for var in parts[0].before]
         ours = [to_host([batch[i] for i in first]) for batch in arrays]
-        dense: list[Any] = list(ours) if fit == "dense" else [None] * len(ours)
-        for part in parts:
-            found = {} if self._knows(part) else runner.moments(part, leaves, list(zip(ours, dense, strict=True)))
-            for name, unit in units(part).items():
-                axes = next(places(s.site).axes for s in part.products if s.site is not None and s.site.name == name)
-                self.solve(name, axes, unit.layers, found.get(name, {}))
-            if part is not parts[-1]:
-                ours = runner.advanced(part, self.leaves, ours)
-                dense = runner.advanced(part, leaves, dense) if fit == "dense" else dense
+        dense = (dict(leaves), list(ours)) if fit == "dense" else None
+        for piece in pieces:
+            for part in piece:
+                found = {} if self._knows(part) else runner.moments(part, self.leaves, ours, dense)
+                for name, unit in units(part).items():
+                    axes = next(places(s.site).axes for s in part.solved if s.site is not None and s.site.name == name)
+                    self.solve(name, axes, unit.layers, found.get(name, {}))
+            if piece is not pieces[-1]:
+                runner.advance(piece[-1], self.leaves, ours)
+                if dense is not None:
+                    runner.advance(piece[-1], *dense)
+            self.give_up(leaves)
+
+    def give_up(self, dense: Mapping[str, Any]) -> None:
+        """Deletes the dense leaves of which all layers are pruned, if they are donated."""
+        for name in [name for name, count in self.left.items() if not count] if self.donate else ():
+            if isinstance(dense[name], jax.Array) and self.leaves[name] is not dense[name]:
+                dense[name].delete()
 
     def _knows(self, part: Segment) -> bool:
         places = ((unit.name, layer) for unit in units(part).values() for layer in unit.layers)
         return self.kept is not None and all(place in self.kept for place in places)
+
+    def count(self, layers: Iterable[tuple[str, int]]) -> None:
+        """Notes how many layers of each leaf there are to solve."""
+        for name, count in layers:
+            self.left[name] += count
+        self.total = self.left.total()
 
     def solve(self, name: str, axes: Axes, layers: Iterable[int], sums: Mapping[str, Array]) -> None:
         """Some layers of a leaf, each by its own moments, or as it was kept."""
@@ -215,7 +239,7 @@ class _Work:
         for place, layer in enumerate(layers):
             found = self._solution(name, axes, layer, {word: one[place] for word, one in sums.items()})
             leaf, mask = _with_layer(axes, leaf, mask, layer, found.weight, found.mask)
-            self.done += 1
+            self.done, self.left[name] = self.done + 1, self.left[name] - 1
             if self.progress is not None:
                 self.progress(self.done, self.total, (name, layer), found.error)
         self.leaves[name], self.masks[name] = leaf, mask

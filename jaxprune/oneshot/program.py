@@ -2,12 +2,14 @@
 
     program = flat(apply_fn, params, batch, names)        program.steps[i] : reads, writes, maybe a `Use` of a leaf
 
-What depends on no batch and on no selected leaf is computed once (`program.fixed`); what only renames a selected leaf
-is left out, since `jaxprune.tracing.paths.replay` makes the operand of a leaf whose weights have moved. Steps after
-the last product of a selected leaf are left out too.
+What depends on no batch and on no selected leaf is computed once (`program.fixed`), unless it only repeats a smaller
+array for one operation, which takes less memory when it is done where it is needed. What only renames a selected leaf
+is left out, since `jaxprune.tracing.paths.replay` makes the operand of a leaf whose weights have moved. Steps after the
+last product of a selected leaf are left out too.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -163,15 +165,29 @@ def _sorted(whole: ClosedJaxpr, leaves: dict[str, Any], values: list[Any], names
         stages |= dict.fromkeys(eqn.outvars, step.stage + bool(ours))
         steps.append(step)
     steps.sort(key=lambda step: (step.stage, step.site is not None))
-    needed = _needed(steps)
+    needed = _with_repeats(_needed(steps), before)
+    stages |= dict.fromkeys((var for step in needed for var in step.eqn.outvars), 0)
     read = dict.fromkeys(var for step in needed for var in step.reads)
     return Program(tuple(needed), inputs, _computed(before, given, [var for var in read if var not in stages]))
 
 
+def _with_repeats(steps: list[Step], before: list[JaxprEqn]) -> list[Step]:
+    """The steps, and in front of each the `broadcast_in_dim` of `before` that it alone needs."""
+    readers = Counter(var for step in steps for var in dict.fromkeys(step.reads))
+    repeats = {eqn.outvars[0]: eqn for eqn in before if eqn.primitive is lax.broadcast_in_dim_p}
+    found = []
+    for step in steps:
+        alone = [var for var in dict.fromkeys(step.reads) if var in repeats and readers[var] == 1]
+        found += [Step(repeats[var], None, step.stage) for var in alone]
+        found.append(step)
+    return found
+
+
 def _computed(eqns: list[JaxprEqn], given: dict[Any, Any], wanted: list[Any]) -> dict[Any, Any]:
     """Variable -> its array, of those wanted."""
+    there = {var: given[var] for var in wanted if var in given}
+    wanted = [var for var in wanted if var not in there]
     known = {var: given[var] for eqn in eqns for var in eqn.invars if isinstance(var, Var) and var in given}
-    known |= {var: given[var] for var in wanted if var in given}
 
     def run(values: list[Any]) -> list[Any]:
         found = dict(zip(known, values, strict=True))
@@ -180,7 +196,7 @@ def _computed(eqns: list[JaxprEqn], given: dict[Any, Any], wanted: list[Any]) ->
             found |= zip(eqn.outvars, bind(eqn, operands, eqn.params), strict=True)
         return [found[var] for var in wanted]
 
-    return dict(zip(wanted, jax.jit(run)(list(known.values())), strict=True))
+    return there | dict(zip(wanted, jax.jit(run)(list(known.values())), strict=True))
 
 
 def _needed(steps: list[Step]) -> list[Step]:

@@ -1,7 +1,7 @@
 r"""Streams: the batches on their way through the segments of a program, of the dense model or of the pruned one.
 
-    totals = moments(segment, ...)        H = X^T X  and  C = X^T X_dense  of every product in the segment
-    stream = advanced(segment, ...)       what later segments read, of one batch
+    totals = moments(segment, ...)     H = X^T X  and  C = X^T X_dense  of every product that the segment is solved for
+    advance(segment, ..., streams)     each batch becomes what later segments read of it
 
 Between two segments the arrays of a batch lie in the host's memory. Segments that are the same but for their weights
 are compiled once.
@@ -37,9 +37,9 @@ class Unit(NamedTuple):
 
 
 def units(segment: Segment) -> dict[str, Unit]:
-    """Leaf name -> the layers of it that the products of a segment multiply by."""
+    """Leaf name -> the layers of it that a segment is solved for."""
     found: dict[str, set[int]] = {}
-    for step in segment.products:
+    for step in segment.solved:
         found.setdefault(_site(step).name, set()).update(map(int, places(_site(step)).layers))
     return {name: Unit(name, tuple(sorted(layers))) for name, layers in found.items()}
 
@@ -76,13 +76,13 @@ class Runner:
         self.fixed = fixed
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def advanced(self, segment: Segment, leaves: Mapping[str, Any], streams: Sequence[Stream]) -> list[Stream]:
-        """The batches behind the segment.
+    def advance(self, segment: Segment, leaves: Mapping[str, Any], streams: list[Stream]) -> None:
+        """Takes the batches behind the segment, one after the other.
 
         Args:
-            segment: of `segments`.
+            segment: of `blocks`.
             leaves: name -> weights of the selected leaves.
-            streams: the batches before it.
+            streams: the batches before it, in whose place those behind it come.
         """
 
         def advance(operands: list[Any], fixed: list[Any], before: list[Any]) -> list[Any]:
@@ -91,54 +91,61 @@ class Runner:
 
         operands, fixed = _operands(segment, leaves), self._fixed(segment)
         run = self._compiled(advance, segment, operands, fixed, _from_host(streams[0]))
-        return [to_host(run(operands, fixed, _from_host(stream))) for stream in streams]
+        for i, stream in enumerate(streams):
+            streams[i] = to_host(run(operands, fixed, _from_host(stream)))
 
     def moments(
         self,
         segment: Segment,
         leaves: Mapping[str, Any],
-        streams: Sequence[tuple[Stream, Stream | None]],
+        streams: Sequence[Stream],
+        dense: tuple[Mapping[str, Any], Sequence[Stream]] | None = None,
     ) -> dict[str, dict[str, Float[Array, "layers features features"]]]:
-        """Leaf name -> "moments" and, where there is a dense stream, "cross", of the layers of its unit.
+        """Leaf name -> "moments" and, where there is a dense model, "cross", of the layers of its unit.
 
         Args:
-            segment: of `segments`.
-            leaves: name -> weights, those of the segment not pruned yet.
-            streams: for every batch, the stream of the pruned model, and that of the dense one or None.
+            segment: of `blocks`.
+            leaves: name -> weights, those to be solved not pruned yet.
+            streams: the batches before it, of the pruned model.
+            dense: the same of the dense one.
         """
         found = units(segment)
-
         names = list(found)
 
-        def add(operands: list[Any], fixed: list[Any], stream: list[Any], dense: Any, totals: list[Sums]) -> Any:
-            _, pruned = _run(segment, operands, fixed, stream)
-            theirs = pruned if dense is None else _run(segment, operands, fixed, dense)[1]
+        def add(operands: Any, fixed: list[Any], stream: list[Any], theirs: Any, totals: list[Sums]) -> Any:
+            pruned = _solved(segment, operands, fixed, stream)
+            others = pruned if theirs is None else _solved(segment, theirs[0], fixed, theirs[1])
             totals = list(totals)
-            for product, other in zip(pruned, theirs, strict=True):
+            for product, other in zip(pruned, others, strict=True):
                 site, ours = product.site, inputs_of(product)
                 place = names.index(site.name)
                 rows = [found[site.name].layers.index(int(layer)) for layer in places(site).layers]
                 share = jnp.float32(share_of(site))
                 sums = {"moments": second_moments(ours, ours) * share}
-                if dense is not None:
+                if theirs is not None:
                     sums["cross"] = second_moments(ours, inputs_of(other)) * share
                 totals[place] = added(totals[place], jnp.asarray(rows), sums)
             return totals
 
         operands, fixed = _operands(segment, leaves), self._fixed(segment)
-        words = ("moments",) if streams[0][1] is None else ("moments", "cross")
+        theirs = None if dense is None else _operands(segment, dense[0])
+        words = ("moments",) if dense is None else ("moments", "cross")
         totals = [_zeros(segment, unit, words) for unit in found.values()]
-        first = [None if one is None else _from_host(one) for one in streams[0]]
-        run = self._compiled(add, segment, operands, fixed, *first, totals)
-        for stream, dense in streams:
-            totals = run(operands, fixed, _from_host(stream), None if dense is None else _from_host(dense), totals)
+        run = None
+        for i, stream in enumerate(streams):
+            other = None if dense is None else (theirs, _from_host(dense[1][i]))
+            given = (operands, fixed, _from_host(stream), other, totals)
+            run = run or self._compiled(add, segment, *given, donate=4)
+            totals = run(*given)
         return dict(zip(names, _exact(totals), strict=True))
 
     def _fixed(self, segment: Segment) -> list[Any]:
         return [self.fixed[var] for var in segment.fixed]
 
-    def _compiled(self, fn: Callable[..., Any], segment: Segment, *args: Any) -> Callable[..., Any]:
-        """`fn` under jit, compiled once for all segments with the same text.
+    def _compiled(
+        self, fn: Callable[..., Any], segment: Segment, *args: Any, donate: int | None = None
+    ) -> Callable[..., Any]:
+        """`fn` under jit, one of its arguments donated, compiled once for all segments with the same text.
 
         What a text does not show are the constants of a program: here orders of features and numbers of layers.
         """
@@ -147,7 +154,7 @@ class Runner:
         constants = tuple(np.asarray(one).tobytes() for one in program.consts)
         orders = tuple(places(_site(step)).order.tobytes() for step in segment.products)
         key = (str(program), constants, orders, str(jax.tree.structure(args)))
-        return self._programs.setdefault(key, jax.jit(fn))
+        return self._programs.setdefault(key, jax.jit(fn, donate_argnums=donate))
 
 
 @jax.jit
@@ -160,10 +167,10 @@ def _site(step: Step) -> Any:
 
 
 def _zeros(segment: Segment, unit: Unit, words: Sequence[str]) -> Sums:
-    site = next(_site(step) for step in segment.products if _site(step).name == unit.name)
+    site = next(_site(step) for step in segment.solved if _site(step).name == unit.name)
     features = places(site).order.size
-    zeros = np.zeros((len(unit.layers), features, features), np.float32)
-    return dict.fromkeys(words, (zeros, zeros))
+    shape = (len(unit.layers), features, features)
+    return {word: (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)) for word in words}
 
 
 def _operands(segment: Segment, leaves: Mapping[str, Any]) -> list[Any]:
@@ -187,6 +194,11 @@ def _run(
             products.append(_product(step, given))
         known |= zip(step.eqn.outvars, bind(step.eqn, given, step.eqn.params), strict=True)
     return known, products
+
+
+def _solved(segment: Segment, operands: Sequence[Any], fixed: Sequence[Any], before: Sequence[Any]) -> list[Product]:
+    """The products of a segment that are to be solved."""
+    return _run(segment, operands, fixed, before)[1][-len(segment.solved) :]
 
 
 def _product(step: Step, given: list[Any]) -> Product:

@@ -16,7 +16,7 @@ from trace_helpers import normal
 
 import jaxprune as jp
 from jaxprune import tree
-from jaxprune.oneshot.cuts import segments
+from jaxprune.oneshot.cuts import blocks
 from jaxprune.oneshot.least_squares import Wanda
 from jaxprune.oneshot.program import flat
 
@@ -178,14 +178,31 @@ STAGES = {
 
 @pytest.mark.parametrize("order", STAGES)
 def test_stages_and_blocks_of_a_decoder(order):
-    """And between its blocks one array of (batch, length, width) is alive."""
+    """And at each cut one array of (batch, length, width) waits, in both orders."""
     params = plain_decoder.drawn(layers=2)
     names = {name for name, leaf in tree.named_leaves(params).items() if matrices(name, leaf)}
-    parts = segments(flat(plain_decoder.decoder(3), params, tokens()[0], names), order)
-    found = [[step.site.name for step in part.products] for part in parts]
+    pieces = blocks(flat(plain_decoder.decoder(3), params, tokens()[0], names), order)
+    found = [[step.site.name for step in part.solved] for piece in pieces for part in piece]
     assert found == [[f"layers/{i}/{word}" for word in stage] for i in range(2) for stage in STAGES[order]]
-    if order == "blocks":
-        assert [[var.aval.shape for var in part.before] for part in parts[1:]] == [[(2, 6, 12)]] * 3
+    waiting = [[var.aval.shape for var in part.before] for piece in pieces for part in piece]
+    assert [one for one in waiting if one != waiting[0]] == [[(2, 6, 12)]] * sum(map(len, pieces[1:]))
+    assert all(piece[-1].products == [step for part in piece for step in part.solved] for piece in pieces)
+
+
+@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("order", ["products", "blocks", "layers"])
+def test_donated_leaves_are_deleted_and_the_result_is_the_same(order, stack):
+    params = plain_decoder.drawn(layers=2)
+    params = plain_decoder.stacked(params) if stack else params
+    donated = jax.tree.map(jnp.copy, params)
+    of = lambda params, **more: prune(  # noqa: E731
+        plain_decoder.decoder(3), params, tokens(), Wanda(), 0.5, select=matrices, order=order, **more
+    )
+    want, got = of(params), of(donated, donate=True)
+    for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(one, other)
+    deleted = {name for name, leaf in tree.named_leaves(donated).items() if leaf.is_deleted()}
+    assert deleted == {name for name, leaf in tree.named_leaves(params).items() if matrices(name, leaf)}
 
 
 def test_fitting_the_dense_outputs_comes_closer_to_them():

@@ -23,7 +23,7 @@ from jaxprune import tree
 from jaxprune.lab.commands import language_files
 from jaxprune.lab.models import language
 from jaxprune.lab.models.language.config import Config
-from jaxprune.lab.models.language.decoder import empty_cache, step
+from jaxprune.lab.models.language.decoder import empty_cache, step, untied
 from jaxprune.lab.models.language.files import Language
 from jaxprune.lab.models.language.texts import drawn
 from jaxprune.storage import Artifact
@@ -114,7 +114,7 @@ def generate(
     *,
     temperature: float = 1.0,
     seed: int = 0,
-    formats: Sequence[str] = ("native",),
+    formats: Sequence[str] = ("native_bits",),
 ) -> Generated:
     """The text that a model makes, and the time of each form of its weights on the same tokens.
 
@@ -141,8 +141,9 @@ def generate(
             return int(logits.argmax())
         return int(drawn(logits[None].astype(np.float64) / temperature, rng.random(1))[0])
 
+    sparsity, model = _sparsity(model.params), model._replace(params=untied(model.params))
     tokens, speed = _run(_stepper(model.config), model, start, count, choose, model.tokenizer.last)
-    speeds, sparsity = {"dense": speed}, _sparsity(model.params)
+    speeds = {"dense": speed}
     for format in formats if sparsity else ():
         sparse = jp.sparse.compress(model.params, format, unsupported="dense")
         known = tokens[len(start) :]

@@ -43,8 +43,8 @@ def _add_generate(commands: Any, style: dict[str, Any], do: Any) -> None:
     generate.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: the likeliest (default: 1)")
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the tokens (default: 0)")
     generate.add_argument("--tokenizer", metavar="FILE", type=Path, help="a language model whose tokenizer it is")
-    generate.add_argument("--formats", metavar="FORMAT", nargs="+", default=["native"],
-                          help="sparse formats to time (default: native)")  # fmt: skip
+    generate.add_argument("--formats", metavar="FORMAT", nargs="+", default=["native_bits"],
+                          help="sparse formats to time (default: native_bits)")  # fmt: skip
     generate.add_argument("--json", action="store_true", help="print plain data instead")
     generate.set_defaults(do=do)
 

@@ -263,7 +263,7 @@ def latencies(model: Loaded, path: Path, formats: Sequence[str] = (), seconds: f
 
 def _formats_here() -> tuple[str, ...]:
     platform = jax.default_backend()
-    return ("native", "native_row") if platform == "cpu" else session.default_formats(platform)[:1]
+    return ("native", "native_row", "native_bits") if platform == "cpu" else session.default_formats(platform)[:1]
 
 
 def _latency(form: str, entry: contest.Entry, result: contest.Result, base: float) -> Latency:
