@@ -5,9 +5,9 @@
 
 PRUNED is what oneshot_stories.py --save wrote, or `jp.save` of the same params. A pool of texts is sampled by the dense
 model, each goes into `--epochs` steps, and the next pool is sampled. The loss is the divergence from the dense model's
-probabilities among the `--vocabulary` tokens that it thinks likeliest in the first pool, which are nearly all of them
-and a fraction of the work; perplexity in the end is over all tokens. Time counts sampling, but not compilation; the
-rate is warmed up, then falls to zero along a cosine.
+probabilities, those that it drew the texts by, among the `--vocabulary` tokens that it thinks likeliest in a first
+pool, which have nearly all probability and take a fraction of the work; perplexity in the end is over all tokens. Time
+counts sampling, but not compilation; the rate is warmed up, then falls to zero along a cosine.
 """
 
 import argparse
@@ -49,19 +49,19 @@ def drawn(key: Any, logits: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def sampled(key: Any, params: Any, config: Config, count: int, length: int) -> Any:
-    """Texts of the model from token 1 on, in one program and in the precision of the params."""
+def sampled(key: Any, params: Any, config: Config, count: int, length: int, among: Any) -> tuple[Any, Any]:
+    """Texts of the model from token 1 on, and the logits of some tokens that they were drawn by, in one program."""
 
     def advance(carry: Any, key: Any) -> Any:
         cache, tokens = carry
         logits, cache = decoder.step(params, cache, tokens[:, None], config)
         new = drawn(key, logits[:, 0]).astype(jnp.int32)
-        return (cache, new), new
+        return (cache, new), (new, logits[:, 0, among])
 
     first = jnp.ones(count, jnp.int32)
     cache = decoder.empty_cache(config, count, length)
-    _, rest = lax.scan(advance, (cache, first), jax.random.split(key, length - 1))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    _, (rest, logits) = lax.scan(advance, (cache, first), jax.random.split(key, length - 1))
+    return jnp.concatenate([first[:, None], rest.T], axis=1), logits.swapaxes(0, 1)
 
 
 def likeliest(params: Any, tokens: Any, config: Config, count: int) -> tuple[Any, float]:
@@ -88,11 +88,11 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--pool", type=int, default=128, help="texts sampled at once")
-    parser.add_argument("--epochs", type=int, default=2, help="steps that each text goes into")
+    parser.add_argument("--pool", type=int, default=64, help="texts sampled at once")
+    parser.add_argument("--epochs", type=int, default=1, help="steps that each text goes into")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens that the loss looks at")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2.5e-4)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--evaluate", type=int, default=100)
     parser.add_argument("--save", type=Path)
@@ -109,26 +109,25 @@ def main() -> None:
     )
 
     key = jax.random.key(options.seed)
-    some = sampled(key, dense, config, options.pool, 256)
+    some, _ = sampled(key, dense, config, options.pool, 256, jnp.arange(options.vocabulary))
     among, covered = likeliest(dense, some[:32], config, options.vocabulary)
-    teacher = narrowed(dense, among)
 
-    def loss(params: Any, tokens: Any) -> Any:
-        each = (narrowed(params, among), teacher)
-        return jp.distillation_loss(*(decoder.forward(one, tokens, config)[:, :-1] for one in each))
+    def loss(params: Any, tokens: Any, teacher: Any) -> Any:
+        return jp.distillation_loss(decoder.forward(narrowed(params, among), tokens, config)[:, :-1], teacher)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def train(params: Any, state: Any, tokens: Any, rate: Any) -> Any:
+    def train(params: Any, state: Any, tokens: Any, teacher: Any, rate: Any) -> Any:
         state[1].hyperparams["learning_rate"] = rate
-        lost, grads = jax.value_and_grad(loss)(params, tokens)
+        lost, grads = jax.value_and_grad(loss)(params, tokens, teacher)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, lost
 
     state, orders = optimizer.init(params), np.random.default_rng(options.seed)
-    train = train.lower(params, state, some[: options.batch], jnp.float32(0)).compile()
+    taught = jnp.zeros((options.batch, 255, options.vocabulary), jnp.float32)
+    train = train.lower(params, state, some[: options.batch], taught, jnp.float32(0)).compile()
     begun, share, steps, pools, lost = time.perf_counter(), 0.0, 0, 0, []
     while share < 1:
-        pool = sampled(jax.random.fold_in(key, pools), dense, config, options.pool, 256)
+        pool, teacher = sampled(jax.random.fold_in(key, pools), dense, config, options.pool, 256, among)
         pools += 1
         order = np.concatenate([orders.permutation(options.pool) for _ in range(options.epochs)])
         for batch in order.reshape(-1, options.batch):
@@ -136,7 +135,7 @@ def main() -> None:
             if share >= 1:
                 break
             rate = options.rate * min(1.0, share / 0.1) * 0.5 * (1 + math.cos(math.pi * share))
-            params, state, one = train(params, state, pool[batch], jnp.float32(rate))
+            params, state, one = train(params, state, pool[batch], teacher[batch], jnp.float32(rate))
             lost.append(float(one))
             steps += 1
         print(f"{share:.1%} {steps} steps, divergence {np.mean(lost[-len(order) // options.batch :]):.4f}", flush=True)

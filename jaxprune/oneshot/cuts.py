@@ -2,8 +2,8 @@
 
 | order | cuts | between two cuts |
 |---|---|---|
-| products | all gaps between products, but those half as wide again as both neighbours | stage after stage |
-| blocks | gaps no wider than their neighbours: in a decoder, after attention and after the feed-forward part | at once |
+| products | all gaps but those half as wide again as both neighbours | stage after stage |
+| blocks | gaps no wider than their neighbours, in a decoder after attention and after the rest | at once |
 
 A gap is between the products of one stage and those of the next, and is cut where the fewest bytes are alive. What lies
 between the cut and the products of a later stage is computed again for their moments, so that nothing wide has to wait.

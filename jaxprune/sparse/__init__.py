@@ -26,7 +26,7 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "block" | value, zeros of a block too; one int32 a block | leaves pruned by `Block`, on GPUs |
 | "native" | value, one byte (two at high sparsity), bounds of runs | batches, convolutions |
 | "native_row" | value, two bytes | a batch of one, from 90 % on |
-| "native_bits" | value; a bit for every weight, stored or not | a batch of one to eight at 40 to 80 % |
+| "native_bits" | value; a bit for every weight, stored or not | a batch of one to four at 40 to 80 % |
 | "native_bits_int8" | one byte; a bit for every weight | the same, rounded to 8 bits; only when named |
 | "native_block" | four values, one byte | leaves pruned by `Block(rows, 4 n)` |
 | "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |

@@ -2,7 +2,7 @@
 
     W (out, in) = words of 64 inputs; bit i of word k of output o says whether W[o, 64 k + i] is stored
 
-For a batch of one to eight, where a product takes as long as its weights take to be read: at 50 % in float32 that is
+For a batch of one to four, where a product takes as long as its weights take to be read: at 50 % in float32 that is
 2.1 bytes a weight instead of 4 dense and 2.5 to 3 with an index for each. Words are expanded in registers (AVX-512 has
 an instruction for it, others a table), and rows of activations, up to eight, go over them together.
 """

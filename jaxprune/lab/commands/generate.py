@@ -131,7 +131,8 @@ def generate(
     """
     if count < 1 or temperature < 0 or model.tokenizer is None:
         raise ValueError(f"One token or more, a temperature and a tokenizer are needed: {count}, {temperature}.")
-    start = model.tokenizer.encode(prompt)
+    tokenizer, sparsity = model.tokenizer, _sparsity(model.params)
+    start = tokenizer.encode(prompt)
     if not start:
         raise ValueError("The prompt is empty, and this model has no token that texts begin with: write something.")
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -141,8 +142,8 @@ def generate(
             return int(logits.argmax())
         return int(drawn(logits[None].astype(np.float64) / temperature, rng.random(1))[0])
 
-    sparsity, model = _sparsity(model.params), model._replace(params=untied(model.params))
-    tokens, speed = _run(_stepper(model.config), model, start, count, choose, model.tokenizer.last)
+    model = model._replace(params=untied(model.params))
+    tokens, speed = _run(_stepper(model.config), model, start, count, choose, tokenizer.last)
     speeds = {"dense": speed}
     for format in formats if sparsity else ():
         sparse = jp.sparse.compress(model.params, format, unsupported="dense")
@@ -151,7 +152,7 @@ def generate(
         _, speeds[format] = _run(
             advance, model._replace(params=sparse), start, len(known), lambda _, i, known=known: known[i], None
         )
-    return Generated(model.tokenizer.decode(tokens), len(tokens) - len(start), sparsity, speeds)
+    return Generated(tokenizer.decode(tokens), len(tokens) - len(start), sparsity, speeds)
 
 
 def of_arguments(arguments: argparse.Namespace) -> str:
