@@ -26,7 +26,8 @@ _BESIDE = Path(__file__).parent / "_kernels.so"
 _INSTALLED = [Path(entry) / "jaxprune" / "native" / "_kernels.so" for entry in sys.path]
 LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
-INTERFACE = 5  # as in product.cc
+TRANSPOSED = "jaxprune_transposed"
+INTERFACE = 6  # as in product.cc
 LARGEST_POOL = 8  # likewise
 
 
@@ -86,7 +87,8 @@ def _why_not_called() -> str:
 
 
 def _register() -> None:
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().jaxprune_product), platform="cpu")
+    for target in (TARGET, TRANSPOSED):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library(), target)), platform="cpu")
 
 
 def _called() -> str:
@@ -170,6 +172,33 @@ def product(
     }
     operands = (values, index, bounds, scale, bias, residual, x)
     return call(*(varying_like(operand, *operands) for operand in operands), **attributes)
+
+
+def transposed(
+    values: Shaped[Array, " nse"],
+    index: UInt8[Array, " bytes"],
+    bounds: Int32[Array, " n_out_plus_1"],
+    scale: Float32[Array, " n_out_or_0"],
+    x: Float32[Array, "n n_out"],
+    *,
+    n_in: int,
+) -> Float32[Array, "n n_in"]:
+    """x W on this processor, for W of bits as `jaxprune.sparse.bits` says, the way round that `product` does not go.
+
+    Args:
+        values: see `product`; float16 too.
+        index: the words.
+        bounds: where each output's values begin, and the last one's end.
+        scale: of every output, or nothing.
+        x: (n, out).
+        n_in: inputs of W, columns of the result.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name.
+    """
+    call = jax.ffi.ffi_call(TRANSPOSED, jax.ShapeDtypeStruct((x.shape[0], n_in), np.float32))
+    operands = (values, index, bounds, scale, x)
+    return call(*(varying_like(operand, *operands) for operand in operands))
 
 
 # With the import, so that an exported program finds its kernels in a process that does nothing else; it starts no

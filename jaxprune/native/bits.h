@@ -385,5 +385,93 @@ bool BitProduct(const BitWeight& w, const Operands& ops, const BitInputs& in, in
                                  : BitsOf<int8_t>(w, ops, in, first, last);
 }
 
+// Adds x W for outputs [first, last) and kRows rows to `sums`, whose places are those of `Word`. Two outputs at once, so
+// that sums are loaded and stored half as often.
+template <class Value, int kRows, int kOutputs>
+bool AddTransposed(const BitWeight& w, const float* x, float* sums, int64_t first, int64_t last) {
+  const int64_t words = w.words(), stride = words * kWord;
+  std::array<Reader<Value>, kOutputs> readers = Repeated<Reader<Value>, kOutputs>(w);
+  for (int64_t o = first; o < last; o += kOutputs) {
+    for (int i = 0; i < kOutputs; ++i) {
+      if (!readers[i].Begin(o + i)) return false;
+    }
+    for (int64_t k = 0; k < words; ++k) {
+      Vec expanded[kOutputs][kPerWord];
+      JAXPRUNE_UNROLLED
+      for (int i = 0; i < kOutputs; ++i) {
+        uint64_t word;
+        const Value* values = readers[i].Next(&word);
+        Word<Value>::Expanded(word, values, expanded[i]);
+      }
+      for (int row = 0; row < kRows; ++row) {
+        float* here = sums + row * stride + k * kWord;
+        JAXPRUNE_UNROLLED
+        for (int part = 0; part < kPerWord; ++part) {
+          Vec sum = Load(here + part * kLanes);
+          JAXPRUNE_UNROLLED
+          for (int i = 0; i < kOutputs; ++i) sum += expanded[i][part] * x[row * w.n_out + o + i];
+          Store(here + part * kLanes, sum);
+        }
+      }
+    }
+    for (int i = 0; i < kOutputs; ++i) {
+      if (!readers[i].End(o + i)) return false;
+    }
+  }
+  return true;
+}
+
+template <class Value>
+bool AddOneByOne(const BitWeight& w, const float* x, float* sums, int64_t rows, int64_t first, int64_t last) {
+  Reader<Value> reader(w);
+  for (int64_t o = first; o < last; ++o) {
+    if (!reader.Begin(o)) return false;
+    for (int64_t k = 0; k < w.words(); ++k) {
+      uint64_t word;
+      for (const Value* value = reader.Next(&word); word; word &= word - 1, ++value) {
+        const int64_t input = k * kWord + __builtin_ctzll(word);
+        for (int64_t row = 0; row < rows; ++row) {
+          sums[row * w.words() * kWord + input] += Widen(*value) * x[row * w.n_out + o];
+        }
+      }
+    }
+    if (!reader.End(o)) return false;
+  }
+  return true;
+}
+
+template <class Value, int kRows = kRowsAtOnce>
+bool AddTransposedOf(const BitWeight& w, const float* x, float* sums, int64_t rows, int64_t first, int64_t last) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return AddTransposedOf<Value, kRows - 1>(w, x, sums, rows, first, last);
+  }
+  return SideBySide<2>(first, last, [&](auto outputs, int64_t from, int64_t to) {
+    return AddTransposed<Value, kRows, decltype(outputs)::value>(w, x, sums, from, to);
+  });
+}
+
+template <class Value>
+bool TransposedOf(const BitWeight& w, const float* x, float* sums, int64_t rows, bool finite, int64_t first,
+                  int64_t last) {
+  const int64_t stride = w.words() * kWord;
+  std::fill_n(sums, rows * stride, 0.0f);
+  if (!finite) return AddOneByOne<Value>(w, x, sums, rows, first, last);
+  if (!AddTransposedOf<Value>(w, x, sums, rows, first, last)) return false;
+  for (int64_t at = 0; at < rows * stride; at += kWord) {  // back in the order of inputs
+    float ordered[kWord];
+    for (int place = 0; place < kWord; ++place) ordered[Word<Value>::Source(place)] = sums[at + place];
+    std::copy_n(ordered, kWord, sums + at);
+  }
+  return true;
+}
+
+bool Transposed(const BitWeight& w, const float* x, float* sums, int64_t rows, bool finite, int64_t first,
+                int64_t last) {
+  return w.type == Type::kF32    ? TransposedOf<float>(w, x, sums, rows, finite, first, last)
+         : w.type == Type::kBF16 ? TransposedOf<BF16>(w, x, sums, rows, finite, first, last)
+         : w.type == Type::kF16  ? TransposedOf<F16>(w, x, sums, rows, finite, first, last)
+                                 : TransposedOf<int8_t>(w, x, sums, rows, finite, first, last);
+}
+
 }  // namespace
 }  // namespace jaxprune

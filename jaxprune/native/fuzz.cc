@@ -12,6 +12,7 @@
 #include "fuzz_problem.h"
 
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
+extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
 extern "C" int64_t jaxprune_spread(const uint8_t*, int64_t, const char*, int64_t, int64_t, void*);
 extern "C" int64_t jaxprune_gather(const void*, int64_t, int64_t, uint8_t*, void*);
@@ -66,12 +67,13 @@ std::string Call(const Problem& p) {
   static const XLA_FFI_Api api = MakeApi();
   std::vector<int64_t> dims[kOperands], numbers = p.window;  // copies are exact allocations
   XLA_FFI_Buffer buffers[kOperands];
-  void* pointers[kOperands];
+  std::vector<void*> pointers;
   for (int i = 0; i < kOperands; ++i) {
+    if (p.transposed && (i == kBias || i == kResidual)) continue;
     dims[i] = std::vector<int64_t>(p[i].dims);
     const int64_t rank = dims[i].size();
     buffers[i] = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, p[i].type, p[i].data.get(), rank, dims[i].data()};
-    pointers[i] = &buffers[i];
+    pointers.push_back(&buffers[i]);
   }
   int64_t tile = p.tile, group = p.group;
   bool relu = p.relu;
@@ -87,17 +89,17 @@ std::string Call(const Problem& p) {
   if (const int gone = p.missing_attribute; gone >= 0) {
     names.erase(names.begin() + gone), types.erase(types.begin() + gone), attrs.erase(attrs.begin() + gone);
   }
-  const int64_t n_args = kY - p.missing_arguments, n_attrs = attrs.size();
+  const int64_t n_args = pointers.size() - 1 - p.missing_arguments, n_attrs = p.transposed ? 0 : attrs.size();
   std::vector<XLA_FFI_ArgType> arg_types(n_args, XLA_FFI_ArgType_BUFFER);
   XLA_FFI_RetType ret_type = XLA_FFI_RetType_BUFFER;
   XLA_FFI_CallFrame frame = {};
   frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
   frame.api = &api;
   frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
-  frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, n_args, arg_types.data(), pointers};
-  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &ret_type, pointers + kY};
+  frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, n_args, arg_types.data(), pointers.data()};
+  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &ret_type, &pointers.back()};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, n_attrs, types.data(), names.data(), attrs.data()};
-  const std::unique_ptr<XLA_FFI_Error> error(jaxprune_product(&frame));
+  const std::unique_ptr<XLA_FFI_Error> error((p.transposed ? jaxprune_transposed : jaxprune_product)(&frame));
   for (const auto& [task, data] : late) task(data);
   for (std::thread& thread : threads) thread.join();
   late.clear(), threads.clear();
@@ -106,10 +108,39 @@ std::string Call(const Problem& p) {
 
 // ---- what must come out ----
 
+// The same of x W.
+std::string WrongTransposed(const Problem& p) {
+  const Array &x = p[kX], &y = p[kY];
+  const int64_t rows = x.dims[0], out = x.dims[1], in = y.dims[1], words = (in + 63) / 64;
+  std::vector<double> sums(in), sizes(in);
+  for (int64_t row = 0; row < rows && in; ++row) {
+    std::fill(sums.begin(), sums.end(), 0), std::fill(sizes.begin(), sizes.end(), 0);
+    for (int64_t o = 0; o < out; ++o) {
+      int64_t at = p[kBounds].at<int32_t>(o);
+      for (int64_t i = 0; i < words * 64; ++i) {
+        if (!(p[kIndex].at<uint8_t>(o * words * 8 + i / 8) >> (i % 8) & 1)) continue;
+        if (i >= in) return "accepted a bit beyond the inputs";
+        if (at < 0 || at >= p[kValues].count()) return "accepted bits that lead outside";
+        const double term = p[kValues].Number(at++) * x.Number(row * out + o) * (p[kScale].count() ? p[kScale].Number(o) : 1);
+        sums[i] += term, sizes[i] += std::abs(term);
+      }
+      if (at != p[kBounds].at<int32_t>(o + 1)) return "accepted bits that do not end at a bound";
+    }
+    for (int64_t i = 0; i < in; ++i) {
+      const double got = y.Number(row * in + i);
+      if (sizes[i] < 1e37 && !(std::abs(got - sums[i]) <= 1e-5 * sizes[i] + 1e-30)) {
+        return "result " + std::to_string(row * in + i) + " is " + std::to_string(got) + ", not " + std::to_string(sums[i]);
+      }
+    }
+  }
+  return "";
+}
+
 // What is wrong with what was accepted, "" if nothing.
 std::string Wrong(const Problem& p) {
   const Array &x = p[kX], &y = p[kY];
   if (y.count() == 0) return "";
+  if (p.transposed) return WrongTransposed(p);
   const bool matrix = p.window.empty();
   const auto win = matrix ? std::vector<int64_t>{1, 1, 1, 1, 0, 0, 1, 1, 1, 1} : p.window;
   const auto xs = matrix ? std::vector<int64_t>{x.dims[0], 1, 1, x.dims[1]} : x.dims;
@@ -196,7 +227,8 @@ std::string Case(bool fits, std::string* why) {
   *why = Call(p);
   if (why->empty()) return p.vast ? "accepted what fits no memory" : Wrong(p);
   if (fits && !p.vast) return "refused what fits: " + *why;
-  const bool wrapper = p.bad_attribute >= 0 || p.missing_attribute >= 0 || p.missing_arguments;
+  const bool no_attribute = !p.transposed && (p.bad_attribute >= 0 || p.missing_attribute >= 0);
+  const bool wrapper = no_attribute || p.missing_arguments;
   if (wrapper ? (*why)[0] != '[' : !Names(*why)) return "names nothing: " + *why;
   if (wrapper) *why = "XLA's own";
   return "";

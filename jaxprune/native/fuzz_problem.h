@@ -96,6 +96,7 @@ struct Problem {
   int64_t tile = 1, group = 1;
   std::vector<int64_t> window;
   bool relu = false, vast = false;
+  bool transposed = false;  // a call of jaxprune_transposed: no attributes, bias or residual
   int bad_attribute = -1, missing_attribute = -1, missing_arguments = 0;
 
   const Array& operator[](int i) const { return operands[i]; }
@@ -128,7 +129,7 @@ Problem Valid() {
     p[kY].dims = {n, out};
   }
   const bool bits = p.window.empty() && !wide && Chance(3);
-  if (bits) p.group = 1, p.tile = 0;
+  if (bits) p.group = 1, p.tile = 0, p.transposed = Chance(3);
   // 16 of every 32 or 64 inputs, for which a single position has loops of its own.
   const int64_t span = !bits && !wide && !full && p.window.empty() && p[kX].dims[0] == 1 && Chance(2) ? Any({32, 64}) : 0;
   if (span) p.group = 1, p.tile = span * Draw(1, 256 / span), p[kX].dims[1] = in = span * Draw(0, 10);
@@ -169,6 +170,11 @@ Problem Valid() {
   p[kY].type = p[kResidual].type = Any({kF32, kBF16});
   p[kResidual].dims = Chance(2) ? std::vector<int64_t>{0} : p[kY].dims;
   p.relu = Chance(2);
+  if (p.transposed) {
+    p[kX].type = p[kY].type = p[kResidual].type = kF32;
+    std::swap(p[kX].dims, p[kY].dims);
+    p[kResidual].dims = {0};
+  }
   for (Array& array : p.operands) array.Allocate(0xff);  // the result is no number until it is written
   for (int64_t i = 0; i < indices; ++i) p[kIndex].Put(i, index[i]);
   for (int64_t i = 0; i < n_bounds; ++i) p[kBounds].at<int32_t>(i) = bounds[i];

@@ -8,6 +8,6 @@
 
 namespace jaxprune {
 
-const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, &Arrange, &BitProduct, ISA_NAME, kUnit, kPanel};
+const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, &Arrange, &BitProduct, &Transposed, ISA_NAME, kUnit, kPanel};
 
 }  // namespace jaxprune

@@ -102,6 +102,10 @@ struct Kernels {
   // `BitInputs`, by the first, and outputs [first, last), by the second.
   void (*arrange)(const BitWeight&, const Operands&, BitInputs*);
   bool (*bits)(const BitWeight&, const Operands&, const BitInputs&, int64_t first, int64_t last);
+  // The part of x W, without scales, that outputs [first, last) have in it, for up to kRowsAtOnce rows of x (rows, out):
+  // sums (rows, inputs of whole words). `finite` says whether x is.
+  bool (*transposed)(const BitWeight&, const float* x, float* sums, int64_t rows, bool finite, int64_t first,
+                     int64_t last);
   const char* name;
   int64_t unit, panel_columns;  // columns of a panel: a multiple of the first, at most the second
 };

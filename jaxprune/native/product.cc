@@ -2,6 +2,7 @@
 // it on XLA's own threads.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -116,6 +117,39 @@ const char* BitProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitW
       const auto [first, last] = Part(w.n_out, parts, i);
       if (!kernels.bits(w, ops, in, first, last)) wrong = kOutside;
     });
+  }
+  return wrong;
+}
+
+// y = x W for x (rows, out): every thread adds up its outputs' part, and the parts are added.
+const char* TransposedProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitWeight& w, const float* x,
+                              float* y, int64_t rows) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t parts = w.stored < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, threads);
+  const int64_t stride = w.words() * kWord, most = std::min(rows, kRowsAtOnce);
+  float* scratch = Scratch(most * (parts * stride + w.n_out));
+  if (!scratch) return kNoMemory;
+  std::atomic<const char*> wrong{nullptr};
+  for (int64_t row = 0; row < rows && !wrong; row += kRowsAtOnce) {
+    const int64_t count = std::min(rows - row, kRowsAtOnce);
+    float* scaled = scratch + most * parts * stride;
+    bool finite = true;
+    for (int64_t i = 0; i < count * w.n_out; ++i) {
+      scaled[i] = x[row * w.n_out + i] * (w.scale ? w.scale[i % w.n_out] : 1.0f);
+      finite &= std::isfinite(scaled[i]);
+    }
+    ForEach(pool, parts, [&](int64_t i) {
+      const auto [first, last] = Part(w.n_out, parts, i);
+      if (!kernels.transposed(w, scaled, scratch + i * most * stride, count, finite, first, last)) wrong = kOutside;
+    });
+    for (int64_t r = 0; r < count && !wrong; ++r) {
+      float* to = y + (row + r) * w.n_in;
+      for (int64_t i = 0; i < w.n_in; ++i) {
+        float sum = scratch[r * stride + i];
+        for (int64_t part = 1; part < parts; ++part) sum += scratch[(part * most + r) * stride + i];
+        to[i] = sum;
+      }
+    }
   }
   return wrong;
 }
@@ -314,10 +348,42 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
   return wrong ? Refuse(wrong) : ffi::Error::Success();
 }
 
+ffi::Error Transposed(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
+                      ffi::AnyBuffer scale, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  const std::pair<const char*, const ffi::AnyBuffer*> buffers[] = {
+      {"`values`", &values}, {"`index`", &index}, {"`bounds`", &bounds}, {"`scale`", &scale}, {"`x`", &x},
+      {"the result", &*y}};
+  for (const auto& [name, buffer] : buffers) {
+    if (!IsSized(buffer->dimensions())) return Refuse(std::string(name) + " must be of at most 2^40 elements");
+  }
+  const auto xs = x.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || x.element_type() != ffi::DataType::F32) return Refuse("`x` must be float32 (batch, out)");
+  if (ys.size() != 2 || y->element_type() != ffi::DataType::F32) return Refuse("the result must be float32 (batch, in)");
+  if (xs[0] != ys[0]) return Refuse("`x` and the result must have the same batch");
+  if (ys[1] > INT32_MAX || xs[1] > INT32_MAX) return Refuse("`x` and the result must have fewer than 2^31 columns");
+  BitWeight w;
+  w.n_in = ys[1], w.n_out = xs[1];
+  if (std::string why = ReadBitWeight(values, index, bounds, scale, 1, &w); !why.empty()) return Refuse(why);
+  if (ys[0] == 0 || ys[1] == 0) return ffi::Error::Success();
+  const char* wrong = TransposedProduct(pool, BestKernels(), w, static_cast<const float*>(x.untyped_data()),
+                                        static_cast<float*>(y->untyped_data()), xs[0]);
+  return wrong ? Refuse(wrong) : ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxprune
 
 #pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_transposed, jaxprune::Transposed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                               ffi::Ffi::Bind()
@@ -336,7 +402,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 5; }
+extern "C" int jaxprune_interface() { return 6; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

@@ -35,9 +35,9 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 What is compressed goes through `jax.export` as it is (`exports`).
 
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
-and (but for bits) convolutions, with bias, residual and ReLU in the kernel (`fuse`), over the inputs alone: the other
-way round a leaf is refused, or made dense by `unsupported="dense"`. The others are portable, and run both ways.
-BUILD_NOTES.md has the measurements.
+and (but for bits) convolutions, with bias, residual and ReLU in the kernel (`fuse`). Products over the outputs, as of a
+tied embedding, have kernels for bits alone; of the other native formats they are dense. The others are portable, and run
+both ways. BUILD_NOTES.md has the measurements.
 """
 
 from jaxprune import native

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Num, Shaped
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
 from jaxprune.sparse import bits, tiles
+from jaxprune.sparse.bits import NativeBitsWeight
 from jaxprune.sparse.primitives import sparse_product
-from jaxprune.sparse.products import project, times_transposed
+from jaxprune.sparse.products import project, project_transposed, times_transposed
 from jaxprune.sparse.tiles import NativeWeight
 
 _ON_CPU = 'They run on CPU: use the format "bcoo", "bcsr" or "block" on other devices.'
@@ -143,11 +144,6 @@ def _not_on_cpu(*_: Any, **__: Any) -> Any:
     raise TypeError(f"A weight is stored for the native kernels. {_ON_CPU}")
 
 
-for _platform in ("cuda", "rocm", "tpu"):
-    mlir.register_lowering(native_product_p, _not_on_cpu, platform=_platform)
-    mlir.register_lowering(fused_product_p, _not_on_cpu, platform=_platform)
-
-
 def operands(weight: NativeWeight, x: Num[Array, "*batch channels"], dtype: Any) -> tuple[Shaped[Array, "..."], ...]:
     """What `native_product` takes, for a weight, x and a result of `dtype` that the kernels can run.
 
@@ -186,7 +182,28 @@ def result_dtype(dtype: Any) -> str:
     return "bfloat16" if dtype == jnp.bfloat16 else "float32"
 
 
+def _transposed_matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, n_in: int) -> Array:
+    sizes = Sizes(x.shape[1], n_in, bits.BITMAP, 1, "float32")
+    return _matrix(values, index, bounds, scale, x, sizes=sizes)
+
+
+native_transposed_p = sparse_product(
+    "native_transposed", native.transposed, _transposed_matrix, lambda matrix, x, **_: x @ matrix, batch_axis=0
+)
+
+
+@project_transposed.register(NativeBitsWeight)
+def _project_transposed_bits(weight: NativeBitsWeight, x: Num[Array, "n n_out"], dtype: Any) -> Float[Array, "n n_in"]:
+    *parts, x = operands(weight, x, dtype)
+    return native_transposed_p.bind(*parts, x.astype(jnp.float32), n_in=weight.sizes[1]).astype(dtype)
+
+
 @times_transposed.register(NativeWeight)
 def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -> Float[Array, "n_in n"]:
     # No kernel of its own; the dense product is many times faster on CPU than a gather and a scatter.
     return jnp.matmul(weight.matrix().T, y)
+
+
+for _platform in ("cuda", "rocm", "tpu"):
+    for _primitive in (native_product_p, fused_product_p, native_transposed_p):
+        mlir.register_lowering(_primitive, _not_on_cpu, platform=_platform)

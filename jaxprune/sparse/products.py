@@ -5,9 +5,9 @@ Everything reduces to one of two products of W (out, in), the stored matrix, wit
     times(W, X) = W @ X       (in, n)  -> (out, n)      y = x W.T by Y = W X, X = x.T
     times_transposed(W, Y) = W.T @ Y   (out, n) -> (in, n)
 
-and a format is fast by registering its own `times`, or its own `project`, which works on rows as they come. The rest of
-this file turns each `dot_general` that XLA would have run into one of them, and lets through what only renames the
-weight: casts, transposes, copies.
+and a format is fast by registering its own `times`, or its own `project`, which works on rows as they come, and the same
+of `times_transposed` and `project_transposed`. The rest of this file turns each `dot_general` that XLA would have run
+into one of them, and lets through what only renames the weight: casts, transposes, copies.
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
@@ -76,7 +76,7 @@ def _contract(
     elif weight_axis == weight.inputs_axis:
         y = project(weight, rows.reshape(-1, contracted), dtype).reshape(*rest, n_new)
     else:
-        y = _columns(times_transposed, weight, rows.reshape(-1, contracted), dtype).reshape(*rest, n_new)
+        y = project_transposed(weight, rows.reshape(-1, contracted), dtype).reshape(*rest, n_new)
     return jnp.moveaxis(y, -1, 0) if weight_first else y
 
 
@@ -84,6 +84,12 @@ def _contract(
 def project(weight: SparseWeight, x: Num[Array, "n n_in"], dtype: Any) -> Inexact[Array, "n n_out"]:
     """x @ W.T of this dtype, for nse > 0 and n > 0; by `times` unless the format works on rows."""
     return _columns(times, weight, x, dtype)
+
+
+@functools.singledispatch
+def project_transposed(weight: SparseWeight, x: Num[Array, "n n_out"], dtype: Any) -> Inexact[Array, "n n_in"]:
+    """x @ W of this dtype, likewise; by `times_transposed`."""
+    return _columns(times_transposed, weight, x, dtype)
 
 
 def _columns(product: Callable[..., Array], weight: SparseWeight, x: Array, dtype: Any) -> Array:

@@ -70,6 +70,41 @@ def test_what_is_not_stored_meets_no_infinity(format, bad):
 
 
 @needs_kernels
+@each_bits
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (3, "bfloat16"), (8, "float32"), (19, "float16")])
+def test_the_other_way_round_runs_on_the_bits(format, batch, dtype):
+    """x W for W (out, in), as a tied embedding needs it: no dense copy, gradients and `vmap` as dense."""
+    leaf, x = make_leaf((21, 130), 0.5, dtype), make_x((batch, 21))
+    weight = compress_one(leaf, format, "out_in")
+    exact = np.asarray(weight.astype(jnp.float32).decompress(), np.float64)
+    dot = sparse.apply(lambda x, leaf: jax.lax.dot(x, leaf, preferred_element_type=jnp.float32))
+    program = jax.jit(dot).lower(x, weight).compile().as_text()
+    assert program.count('custom_call_target="jaxprune_transposed"') == 1
+    np.testing.assert_allclose(jax.jit(dot)(x, weight), np.asarray(x, np.float64) @ exact, rtol=1e-5, atol=1e-4)
+    apart = jax.vmap(dot, (0, None))(x[:, None], weight)
+    np.testing.assert_allclose(apart[:, 0], np.asarray(x, np.float64) @ exact, rtol=1e-5, atol=1e-4)
+    of_x = jax.grad(lambda x: jnp.sum(jnp.sin(dot(x, weight))))(x)
+    want = np.cos(np.asarray(x, np.float64) @ exact) @ exact.T
+    np.testing.assert_allclose(of_x, want, rtol=1e-3, atol=2e-2 if dtype != "float32" else 1e-3)
+
+
+@needs_kernels
+def test_the_other_way_round_meets_no_infinity_where_nothing_is_stored():
+    leaf, x = np.array(make_leaf((9, 100), 0.5, "float32")), np.array(make_x((2, 9)))
+    leaf[4] = 0
+    leaf[4, 7] = 1.5
+    x[1, 4] = np.inf
+    dot = jax.jit(sparse.apply(lambda x, leaf: x @ leaf))
+    y = np.array(dot(jnp.asarray(x), compress_one(jnp.asarray(leaf), "native_bits", "out_in")))
+    assert y[1, 7] == np.inf
+    x[1, 4] = y[1, 7] = leaf[4, 7] = 0
+    y[0, 7] -= x[0, 4] * 1.5
+    want = x.astype(np.float64) @ leaf
+    want[1, 7] = 0
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
 def test_int8_products_err_by_no_more_than_a_part_of_the_largest_activation():
     leaf, x = make_leaf((300, 40), 0.5, "float32"), np.array(make_x((5, 300)))
     x[:, 3] = 1e4

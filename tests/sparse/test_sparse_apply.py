@@ -92,7 +92,7 @@ WAYS = {  # (leaf, x (5, in)) -> (5, out), for a leaf (in, out) and one (out, in
 @pytest.mark.parametrize("layout", WAYS)
 @pytest.mark.parametrize("format", ANY)
 def test_both_ways_round_run_on_the_non_zeros(format, layout):
-    """Of the native formats, one call of the kernel; a product over the outputs has none and is dense there."""
+    """Of the native formats, one call of the kernel; a product over the outputs has none but for bits, and is dense."""
     leaf = np.where(np.arange(64)[:, None] % 4 < 2, make_leaf(SIZES, 1.0, "float32"), 0)  # 2:4 along the inputs
     leaf = jnp.asarray(leaf if layout == "in_out" else leaf.T)
     weight, x, y = compress_one(leaf, format, layout), make_x((5, 64)), make_x((5, 32))
@@ -103,7 +103,8 @@ def test_both_ways_round_run_on_the_non_zeros(format, layout):
         tolerance = 0.05 * np.abs(x).sum() if format.endswith("int8") else 1e-4
         np.testing.assert_allclose(quick_jit(sparse.apply(fn))(weight, x), fn(leaf, x), rtol=1e-4, atol=tolerance)
     for fn in WAYS["out_in" if layout == "in_out" else "in_out"].values():
-        assert makes_a_matrix(jax.make_jaxpr(sparse.apply(fn))(weight, y).jaxpr, SIZES) == format.startswith("native")
+        dense = format.startswith("native") and "bits" not in format
+        assert makes_a_matrix(jax.make_jaxpr(sparse.apply(fn))(weight, y).jaxpr, SIZES) == dense
 
 
 CASES = [(model, None) for model in MODELS] + [(model, jnp.bfloat16) for model in MODELS[:3]]
