@@ -36,8 +36,8 @@ What is compressed goes through `jax.export` as it is (`exports`).
 
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
 and (but for bits) convolutions, with bias, residual and ReLU in the kernel (`fuse`). Products over the outputs, as of a
-tied embedding, have kernels for bits alone; of the other native formats they are dense. The others are portable, and run
-both ways. BUILD_NOTES.md has the measurements.
+tied embedding, have kernels for bits alone; of the other native formats they are dense. The others are portable, and
+run both ways. BUILD_NOTES.md has the measurements.
 """
 
 from jaxprune import native

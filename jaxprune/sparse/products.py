@@ -5,9 +5,9 @@ Everything reduces to one of two products of W (out, in), the stored matrix, wit
     times(W, X) = W @ X       (in, n)  -> (out, n)      y = x W.T by Y = W X, X = x.T
     times_transposed(W, Y) = W.T @ Y   (out, n) -> (in, n)
 
-and a format is fast by registering its own `times`, or its own `project`, which works on rows as they come, and the same
-of `times_transposed` and `project_transposed`. The rest of this file turns each `dot_general` that XLA would have run
-into one of them, and lets through what only renames the weight: casts, transposes, copies.
+and a format is fast by registering its own `times`, or its own `project`, which works on rows as they come; the same of
+`times_transposed` and `project_transposed`. The rest of this file turns each `dot_general` that XLA would have run into
+one of them, and lets through what only renames the weight: casts, transposes, copies.
 
 On CPU `times` of a BCSR weight compiles to the custom call `cpu_csr_sparse_dense_ffi`, Eigen's threaded kernel, for
 every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values are cast to float32 on the way,
