@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="steps that each text goes into")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens that the loss looks at")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
+    parser.add_argument("--keep-embedding", action="store_true", help="train everything but the embedding")
     parser.add_argument("--rate", type=float, default=2.5e-4)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--evaluate", type=int, default=100)
@@ -113,6 +114,8 @@ def main() -> None:
     among, covered = likeliest(dense, some[:32], config, options.vocabulary)
 
     def loss(params: Any, tokens: Any, teacher: Any) -> Any:
+        if options.keep_embedding:
+            params = {**params, "embed": lax.stop_gradient(params["embed"])}
         return jp.distillation_loss(decoder.forward(narrowed(params, among), tokens, config)[:, :-1], teacher)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -145,7 +148,7 @@ def main() -> None:
     better = evaluation.compare(forward, found, model.params, evaluated[: options.evaluate])
     row = {
         "pruned": options.pruned.name, "minutes": options.minutes, "steps": steps, "sampled": pools * options.pool,
-        "epochs": options.epochs, "covered": round(covered, 5),
+        "epochs": options.epochs, "keep_embedding": options.keep_embedding, "covered": round(covered, 5),
         "rate": options.rate, "batch": options.batch, "sparsity": round(float(jp.sparsity_of(masks["layers"])), 4),
         "perplexity": round(better.perplexity, 3), "dense": round(better.dense, 3),
         "divergence": round(better.divergence, 4), "agreement": round(better.agreement, 4),
