@@ -87,8 +87,9 @@ def _why_not_called() -> str:
 
 
 def _register() -> None:
-    for target in (TARGET, TRANSPOSED):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library(), target)), platform="cpu")
+    handlers = {TARGET: library().jaxprune_product, TRANSPOSED: library().jaxprune_transposed}
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def _called() -> str:

@@ -43,6 +43,7 @@ extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame) {
   *static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0])->data) = 5;
   return nullptr;
 }
+extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
 """
 
 
@@ -69,6 +70,7 @@ def loaded(monkeypatch):
     def use(library):
         monkeypatch.setattr(native, "LIBRARY", library)
         monkeypatch.setattr(native, "TARGET", f"jaxprune_product_of_{library.stem}")
+        monkeypatch.setattr(native, "TRANSPOSED", f"jaxprune_transposed_of_{library.stem}")
         forget()
 
     def forget():

@@ -151,7 +151,7 @@ def test_types_of_weights_are_written_and_read(format):
 def test_an_exported_program_runs_elsewhere(tmp_path):
     """In every format, in another process."""
     pytest.importorskip("flatbuffers", reason="jax writes programs with flatbuffers, which it does not bring along")
-    calls = (sparse.native.TARGET, "cpu_csr_sparse_dense_ffi")
+    calls = (sparse.native.TARGET, sparse.native.TRANSPOSED, "cpu_csr_sparse_dense_ffi")
     checks = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
     blobs, parts, want = {}, {}, np.asarray(model({"w": LEAF}, X))
     for format in FORMATS:
