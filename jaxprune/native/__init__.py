@@ -3,8 +3,7 @@
 Built with the package where a C++ compiler is found; where none was, everything else works, and `why_missing` says so.
 XLA registers a custom call built for another jaxlib without a word and fails when it runs, so `why_missing` makes one.
 The loops exist for several instruction sets; which one runs is decided when the first product does, by the processor,
-or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512",
-"avx512_vnni").
+or by the environment variable JAXPRUNE_ISA ("portable", "avx2", "avx512", "avx512_vnni").
 """
 
 import contextlib

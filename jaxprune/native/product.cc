@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <string>
@@ -88,13 +89,19 @@ std::pair<int64_t, int64_t> Part(int64_t n, int64_t parts, int64_t i) {
   return {each * i + std::min(i, rest), each * (i + 1) + std::min(i + 1, rest)};
 }
 
+int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
+
+// Into how many parts the outputs of a product with so many weights are cut, at most `most`.
+int64_t PartsOfOutputs(int64_t weights, int64_t n_out, int64_t most) {
+  return weights < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(n_out / 64, 1, most);
+}
+
 constexpr char kOutside[] = "`index` or `bounds` lead outside of the weight";
 constexpr char kNoMemory[] = "no memory for the inputs that `x` and `window` make";
 
 // What is wrong, or null; the same of `PanelProduct`.
 const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Operands& ops) {
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t parts = w.inputs * w.group < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  const int64_t parts = PartsOfOutputs(w.inputs * w.group, w.n_out, 4 * Threads(pool));
   std::atomic<const char*> wrong{nullptr};
   ForEach(pool, parts, [&](int64_t i) {
     const auto [first, last] = Part(w.groups(), parts, i);
@@ -105,8 +112,7 @@ const char* VectorProduct(ffi::ThreadPool& pool, const Kernels& kernels, const W
 
 const char* BitProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitWeight& w, const Operands& ops,
                        int64_t rows) {
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t parts = w.stored < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, 4 * threads);
+  const int64_t parts = PartsOfOutputs(w.stored, w.n_out, 4 * Threads(pool));
   float* scratch = Scratch(std::min(rows, kRowsAtOnce) * w.words() * kWord);
   if (!scratch) return kNoMemory;
   std::atomic<const char*> wrong{nullptr};
@@ -124,8 +130,7 @@ const char* BitProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitW
 // y = x W for x (rows, out): every thread adds up its outputs' part, and the parts are added.
 const char* TransposedProduct(ffi::ThreadPool& pool, const Kernels& kernels, const BitWeight& w, const float* x,
                               float* y, int64_t rows) {
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t parts = w.stored < 2 * kWorthAThread ? 1 : std::clamp<int64_t>(w.n_out / 64, 1, threads);
+  const int64_t parts = PartsOfOutputs(w.stored, w.n_out, Threads(pool));
   const int64_t stride = w.words() * kWord, most = std::min(rows, kRowsAtOnce);
   float* scratch = Scratch(most * (parts * stride + w.n_out));
   if (!scratch) return kNoMemory;
@@ -159,7 +164,7 @@ const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const We
   const int64_t positions = window.positions(), units = CeilDiv(positions, kernels.unit);
   const double each = static_cast<double>(w.inputs * w.group + w.n_in) * window.pool();
   const double work = each * CeilDiv(positions, kernels.panel_columns / 4);
-  const int64_t threads = work < 2 * kWorthAThread ? 1 : std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t threads = work < 2 * kWorthAThread ? 1 : Threads(pool);
   const int64_t panels = CeilDiv(positions, kernels.panel_columns);
   // Panels are packed once for each split, so outputs are split only where panels alone leave threads idle.
   const int64_t splits = panels % threads == 0 || panels >= 8 * threads ? 1 : std::min(threads, w.groups());
@@ -205,6 +210,13 @@ bool IsSized(ffi::Span<const int64_t> dimensions) {
     if (n < 0 || (n > 0 && __builtin_mul_overflow(product, n, &product)) || product > kMostElements) return false;
   }
   return true;
+}
+
+std::string ReadSizes(std::initializer_list<std::pair<const char*, const ffi::AnyBuffer*>> buffers) {
+  for (const auto& [name, buffer] : buffers) {
+    if (!IsSized(buffer->dimensions())) return std::string(name) + " must be of at most 2^40 elements";
+  }
+  return "";
 }
 
 int64_t Count(const ffi::AnyBuffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
@@ -318,11 +330,16 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
   Window window;
   Weight w;
   Operands ops;
-  const std::pair<const char*, const ffi::AnyBuffer*> buffers[] = {
-      {"`values`", &values}, {"`index`", &index},       {"`bounds`", &bounds}, {"`scale`", &scale},
-      {"`bias`", &bias},     {"`residual`", &residual}, {"`x`", &x},           {"the result", &*y}};
-  for (const auto& [name, buffer] : buffers) {
-    if (!IsSized(buffer->dimensions())) return Refuse(std::string(name) + " must be of at most 2^40 elements");
+  if (std::string why = ReadSizes({{"`values`", &values},
+                                   {"`index`", &index},
+                                   {"`bounds`", &bounds},
+                                   {"`scale`", &scale},
+                                   {"`bias`", &bias},
+                                   {"`residual`", &residual},
+                                   {"`x`", &x},
+                                   {"the result", &*y}});
+      !why.empty()) {
+    return Refuse(why);
   }
   if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
   const int64_t taps = window.kernel_height * window.kernel_width;
@@ -350,11 +367,14 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
 
 ffi::Error Transposed(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
                       ffi::AnyBuffer scale, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
-  const std::pair<const char*, const ffi::AnyBuffer*> buffers[] = {
-      {"`values`", &values}, {"`index`", &index}, {"`bounds`", &bounds}, {"`scale`", &scale}, {"`x`", &x},
-      {"the result", &*y}};
-  for (const auto& [name, buffer] : buffers) {
-    if (!IsSized(buffer->dimensions())) return Refuse(std::string(name) + " must be of at most 2^40 elements");
+  if (std::string why = ReadSizes({{"`values`", &values},
+                                   {"`index`", &index},
+                                   {"`bounds`", &bounds},
+                                   {"`scale`", &scale},
+                                   {"`x`", &x},
+                                   {"the result", &*y}});
+      !why.empty()) {
+    return Refuse(why);
   }
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || x.element_type() != ffi::DataType::F32) return Refuse("`x` must be float32 (batch, out)");

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Num, Shaped
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
 from jaxprune.sparse import bits, tiles
-from jaxprune.sparse.bits import NativeBitsWeight
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.products import project, project_transposed, times_transposed
 from jaxprune.sparse.tiles import NativeWeight
@@ -192,8 +191,10 @@ native_transposed_p = sparse_product(
 )
 
 
-@project_transposed.register(NativeBitsWeight)
-def _project_transposed_bits(weight: NativeBitsWeight, x: Num[Array, "n n_out"], dtype: Any) -> Float[Array, "n n_in"]:
+@project_transposed.register(bits.NativeBitsWeight)
+def _project_transposed_bits(
+    weight: bits.NativeBitsWeight, x: Num[Array, "n n_out"], dtype: Any
+) -> Float[Array, "n n_in"]:
     *parts, x = operands(weight, x, dtype)
     return native_transposed_p.bind(*parts, x.astype(jnp.float32), n_in=weight.sizes[1]).astype(dtype)
 
