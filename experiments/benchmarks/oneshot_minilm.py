@@ -11,6 +11,7 @@ pruned, embeddings and norms are not.
 """
 
 import argparse
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ METHODS = {
     "sparsegpt, products, dense": (jp.oneshot.SparseGPT(), PRODUCTS),
     "alternating, products, dense": (ALTERNATING, PRODUCTS),
     "weighed": (ALTERNATING, PRODUCTS),
+    "weighed, diagonal": (dataclasses.replace(ALTERNATING, diagonal=True), PRODUCTS),
 }
 """Name -> solver and order; "weighed" has the errors of outputs weighed by what they do to the vectors."""
 LENGTH, BATCH = 64, 32
@@ -91,7 +93,7 @@ def main() -> None:
             solver, order = METHODS[method]
             chosen = share_of(pattern)
             begun = time.perf_counter()
-            loss = along if method == "weighed" else None
+            loss = along if "weighed" in method else None
             pruned, _ = jp.oneshot.prune(vectors, params, calibrating, solver, loss=loss, **order, **chosen)
             seconds = time.perf_counter() - begun
             ours = [vectors(pruned, batch) for batch in evaluated]

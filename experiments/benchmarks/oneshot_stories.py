@@ -10,6 +10,7 @@ their hashes stand in every row. The seven products of each block are pruned, em
 
 import argparse
 import dataclasses
+import resource
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from tables import add_row, describe_machine
 import jaxprune as jp
 from jaxprune.lab.models import language
 from jaxprune.lab.models.language import decoder, evaluation, texts
+from jaxprune.lab.runs.machine import hand_back_freed_arrays
 
 BLOCKS = {"order": "blocks", "fit": "own"}
 PRODUCTS = {"order": "products", "fit": "dense"}
@@ -38,8 +40,10 @@ METHODS = {
     "alternating, products, dense": (ALTERNATING, PRODUCTS),
     "weighed": (ALTERNATING, PRODUCTS),
     "weighed, allocated": (ALTERNATING, PRODUCTS),
+    "weighed, diagonal": (ALTERNATING, PRODUCTS),
 }
-"""Name -> solver and order; "weighed" has errors weighed by the loss's derivatives, "allocated" a sparsity a matrix."""
+"""Name -> solver and order; "weighed" has errors weighed by the loss's derivatives, "diagonal" each output by itself;
+"allocated" a sparsity a matrix."""
 
 
 def kept_texts(folder: Path, model: language.Language, name: str, count: int, seed: int) -> np.ndarray:
@@ -57,47 +61,63 @@ def share_of(pattern: str) -> dict[str, Any]:
 
 
 def measured(
-    model: language.Language,
+    path: Path,
     method: str,
     pattern: str,
     calibrating: np.ndarray,
     evaluated: Mapping[str, np.ndarray],
     batch: int = 32,
-) -> tuple[Any, dict[str, Any]]:
-    """The pruned params, and a row of what they are worth on texts, by name."""
+    alternating: Any = ALTERNATING,
+    weighed_by: int | None = None,
+) -> tuple[language.Language, dict[str, Any]]:
+    """The pruned model, and a row of what it is worth on texts, by name.
+
+    Outputs are weighed by the first texts of each batch, `weighed_by` of them, or by all.
+    """
+    model = language.read(path)
     batches = [jnp.asarray(calibrating[i : i + batch]) for i in range(0, len(calibrating), batch)]
     forward = partial(decoder.forward, config=model.config)
     solver, order = METHODS[method]
+    if solver is ALTERNATING:
+        solver = dataclasses.replace(alternating, diagonal="diagonal" in method)
     chosen = share_of(pattern)
     select = "*layers*kernel"
-    weighed = {"loss": partial(evaluation.loss, forward)} if "weighed" in method else {}
+
+    def loss(params: Any, tokens: Any) -> Any:
+        return evaluation.loss(partial(forward, remat=True), params, tokens[:weighed_by])
+
+    weighed = {"loss": loss} if "weighed" in method else {}
     begun = time.perf_counter()
     if "allocated" in method:
         mean = chosen["sparsity"]
         chosen["sparsity"] = jp.oneshot.allocation(forward, model.params, batches, mean, select=select, **weighed)
     params, masks = jp.oneshot.prune(
-        forward, model.params, batches, solver, select=select, **order, **chosen, **weighed
+        forward, model.params, batches, solver, select=select, donate=True, **order, **chosen, **weighed
     )  # fmt: skip
     row = {"method": method, "pattern": pattern, "seconds": round(time.perf_counter() - begun)}
-    pruned = [mask for name, mask in jp.tree.named_leaves(masks).items() if "kernel" in name]
-    row["sparsity"] = round(float(jp.sparsity_of(pruned)), 4)
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000  # of the process, what came before too
+    dense = language.read(path).params
+    kernels = [mask for name, mask in jp.tree.named_leaves(masks).items() if "kernel" in name]
+    row["sparsity"] = round(float(jp.sparsity_of(kernels)), 4)
     for name, windows in evaluated.items():
-        found = evaluation.compare(forward, params, model.params, windows, batch=max(1, 4096 // windows.shape[1] // 2))
+        found = evaluation.compare(forward, params, dense, windows, batch=max(1, 4096 // windows.shape[1] // 2))
         row[name] = {word: round(value, 4) for word, value in dataclasses.asdict(found).items()}
     hashes = {name: texts.digest(windows) for name, windows in evaluated.items()}
-    return params, row | {"texts": hashes | {"calibration": texts.digest(calibrating)}, "machine": describe_machine()}
+    row |= {"texts": hashes | {"calibration": texts.digest(calibrating)}, "machine": describe_machine()}
+    return model._replace(params=params), row
 
 
 def measure_all(options: argparse.Namespace, *given: Any, **more: Any) -> None:
     """A row for each method and pattern asked for, one after the other."""
+    hand_back_freed_arrays()
     for method in options.methods:
         for pattern in options.patterns:
-            params, row = measured(given[0], method, pattern, *given[1:], **more)
+            pruned, row = measured(options.model, method, pattern, *given, **more)
             add_row(options.out, row)
             if options.save is not None:
                 options.save.mkdir(parents=True, exist_ok=True)
                 name = f"{method}_{pattern}.jaxprune".replace(", ", "_").replace(" ", "_").replace(":", "_")
-                jp.save(options.save / name, params, metadata={"decoder": dataclasses.asdict(given[0].config)})
+                jp.save(options.save / name, pruned.params, metadata={"decoder": dataclasses.asdict(pruned.config)})
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
@@ -119,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     model = language.read(options.model)
     evaluated = kept_texts(options.texts, model, "evaluation", 200, 0)[: options.evaluate]
-    measure_all(options, model, kept_texts(options.texts, model, "calibration", 128, 1), {"own": evaluated})
+    measure_all(options, kept_texts(options.texts, model, "calibration", 128, 1), {"own": evaluated})
 
 
 if __name__ == "__main__":

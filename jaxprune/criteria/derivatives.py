@@ -25,8 +25,13 @@ from jaxprune.types import Params
 
 
 def of_outputs(
-    loss: Callable[..., Float[Array, ""]], params: Params, batches: Iterable[Any], *, select: tree.Select = tree.weights
-) -> dict[str, Float[Array, "layers outputs outputs"]]:
+    loss: Callable[..., Float[Array, ""]],
+    params: Params,
+    batches: Iterable[Any],
+    *,
+    select: tree.Select = tree.weights,
+    diagonal: bool = False,
+) -> dict[str, Float[Array, "layers outputs *outputs"]]:
     r"""$\sum_t g_t g_t^\top$ of every product with a selected leaf, $g_t$ the derivatives of the loss by its outputs.
 
     One backward pass a batch, in which every product is followed by an identity whose derivative by a matrix of zeros
@@ -37,6 +42,7 @@ def of_outputs(
         params: the weights.
         batches: as `of_activations` has them.
         select: leaves to look at.
+        diagonal: only $\sum_t g_{to}^2$ of every output, (layers, outputs).
 
     Returns:
         Leaf name -> (layers, outputs, outputs), outputs in the order of the leaf's view; leaves in no product left out.
@@ -66,7 +72,7 @@ def of_outputs(
     for batch in batches:
         if not sites:
             jax.eval_shape(total, {}, params, batch)
-            zeros = {name: _zeros(site) for name, site in sites.items()}
+            zeros = {name: _zeros(site, diagonal) for name, site in sites.items()}
         more = derive(zeros, params, batch)
         found = {name: found[name] + one for name, one in more.items()} if found else more
     if not found:
@@ -79,13 +85,13 @@ def of_outputs(
     return found
 
 
-def _zeros(site: Site) -> Float[Array, "layers outputs outputs"]:
+def _zeros(site: Site, diagonal: bool) -> Float[Array, "layers outputs *outputs"]:
     axes = places(site).axes
     layers, outputs = (math.prod(site.leaf_shape[a] for a in part) for part in (axes.layers, axes.outputs))
-    return jnp.zeros((layers, outputs, outputs), jnp.float32)
+    return jnp.zeros((layers, outputs) if diagonal else (layers, outputs, outputs), jnp.float32)
 
 
-def _tapped(product: Product, zeros: Float[Array, "layers outputs outputs"]) -> Shaped[Array, "..."]:
+def _tapped(product: Product, zeros: Float[Array, "layers outputs *outputs"]) -> Shaped[Array, "..."]:
     """The result of a product; the derivative by the zeros is that of the result times itself, in the leaf's order."""
     site, ndim = product.site, product.weight.ndim
     order, layers = places(site).outputs, layers_of(product)
@@ -96,9 +102,10 @@ def _tapped(product: Product, zeros: Float[Array, "layers outputs outputs"]) -> 
 
     def backward(_: Any, g: Array) -> tuple[Array, Array]:
         rows = results_of(site, ndim, g)
-        moments = second_moments(rows, rows)
-        full = jnp.zeros((len(moments), *zeros.shape[1:]), jnp.float32)
-        return g, full.at[:, order[:, None], order[None]].add(moments)
+        full = jnp.zeros((len(rows), *zeros.shape[1:]), jnp.float32)
+        if zeros.ndim == 2:
+            return g, full.at[:, order].add(jnp.sum(jnp.square(rows), axis=1))
+        return g, full.at[:, order[:, None], order[None]].add(second_moments(rows, rows))
 
     tap.defvjp(lambda y, zeros: (y, None), backward)
     return tap(product.plain(), zeros[layers])

@@ -1,14 +1,20 @@
 """Exact least squares on a mask that is given, and the solvers that choose it by a score."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxprune.distributions import Distribution, PerOutput, Uniform
 from jaxprune.oneshot.layerwise import Mask, Moments, OutputMoments, Solved, Weight, applied, best, damped, power_of_two
 from jaxprune.types import Sparsity
+
+TURN = 32
+"""Steps between two residuals that are computed anew."""
+PATIENCE = 4
+"""Turns in a row that an output may get no better, until float32 is taken to hold no more digits of it."""
 
 
 def refit(
@@ -18,13 +24,14 @@ def refit(
     start: Weight | None = None,
     outputs: OutputMoments | None = None,
     *,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
     iterations: int | None = None,
 ) -> Weight:
     r"""The weight on this mask with the least error: for each output $H_{SS} w_S = (H t)_S$; with G, of all together.
 
     Conjugate gradients for all outputs at once, preconditioned by the diagonal: a step is one product with H, where a
-    factorization for each output would be in / 3 of them.
+    factorization for each output would be in / 3 of them. The best weight on the
+    way is kept, since going on where rounding leaves no digits to be found leads away from it.
 
     Args:
         target: T.
@@ -54,25 +61,45 @@ def refit(
     def residual(weight: Weight) -> Weight:
         return wanted - jnp.where(mask, applied(weight, moments, outputs), 0.0)
 
-    def unfinished(carry: Any) -> Any:
-        return (carry[0] < most) & jnp.any(carry[4] > enough)
-
-    def step(carry: Any) -> Any:
-        i, weight, left, way, size = carry
+    def step(state: _Descent) -> _Descent:
+        eased = state.left / diagonal
+        size = inner(state.left, eased)
+        going = (size > enough) & (state.size > 0)
+        way = eased + jnp.where(going, size / jnp.where(going, state.size, 1.0), 0.0) * state.way
         moved = jnp.where(mask, applied(way, moments, outputs), 0.0)
-        going = size > enough
         length = jnp.where(going, size / jnp.where(going, inner(way, moved), 1.0), 0.0)
-        weight = weight + length * way
-        # The recurrence loses digits: now and then the residual is computed anew.
-        left = lax.cond(i % 32 == 31, lambda: residual(weight), lambda: left - length * moved)
-        eased = left / diagonal
-        after = inner(left, eased)
-        way = eased + jnp.where(going, after / jnp.where(going, size, 1.0), 0.0) * way
-        return i + 1, weight, left, way, after
+        return _Descent(
+            state.steps + 1, state.weight + length * way, state.left - length * moved, way, jnp.where(going, size, 0.0)
+        )
+
+    def turn(carry: Any) -> Any:
+        """Some steps, after which the residual is computed anew, since the recurrence loses digits."""
+        state, best, least, age = carry
+        end = jnp.minimum(state.steps + TURN, most)
+        state = lax.while_loop(lambda state: (state.steps < end) & jnp.any(state.size > 0), step, state)
+        left = residual(state.weight)
+        size = inner(left, left / diagonal)
+        better = size < least
+        best, least = jnp.where(better, state.weight, best), jnp.where(better, size, least)
+        age = jnp.where(better, 0, age + 1)
+        state = state._replace(left=left, size=jnp.where(age < PATIENCE, state.size, 0.0))
+        return state, best, least, age
 
     left = residual(weight)
-    eased = left / diagonal
-    return unit * lax.while_loop(unfinished, step, (0, weight, left, eased, inner(left, eased)))[1]
+    least = inner(left, left / diagonal)
+    first = _Descent(jnp.int32(0), weight, left, jnp.zeros_like(left), jnp.full_like(least, jnp.inf))
+    unfinished = lambda carry: (carry[0].steps < most) & jnp.any(carry[0].size > 0)  # noqa: E731
+    return unit * lax.while_loop(unfinished, turn, (first, weight, least, jnp.zeros(least.shape, jnp.int32)))[1]
+
+
+class _Descent(NamedTuple):
+    """Conjugate gradients on their way: `size` is of the last residual, and 0 where an output has ended."""
+
+    steps: Int[Array, ""]
+    weight: Weight
+    left: Weight
+    way: Weight
+    size: Float[Array, "one outputs_or_one"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ r"""The order of one-shot pruning: which product is solved when, on what inputs,
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -127,16 +128,19 @@ def prune(
     check_words(order, fit, sparsity, pattern, masks)
     leaves = tree.selected_leaves(select, params)
     batches = list(batches)
-    outputs = None if loss is None else functools.cache(lambda: of_outputs(loss, params, batches, select=select))
+    diagonal = getattr(solver, "diagonal", False)
+    outputs = (
+        None
+        if loss is None
+        else functools.cache(lambda: of_outputs(loss, params, batches, select=select, diagonal=diagonal))
+    )
     work = _Work(solver, sparsity, pattern, masks, outputs, progress, kept, donate)
     if order == "layers":
         work.layers(apply_fn, params, batches, leaves)
     else:
         work.in_turn(apply_fn, params, batches, leaves, order, fit)
     new = tree.map_named(lambda name, leaf: _like(work.leaves.get(name, leaf), leaf), params)
-    found = tree.map_named(
-        lambda name, leaf: _like(work.masks.get(name, jnp.ones(jnp.shape(leaf), bool)), leaf), params
-    )
+    found = tree.map_named(lambda name, leaf: _like(work.mask(name, jnp.shape(leaf)), leaf), params)
     return new, found
 
 
@@ -145,7 +149,7 @@ class _Work:
 
     Attributes:
         leaves: name -> weights so far.
-        masks: name -> mask so far, of leaves that are in a product.
+        bits: name -> mask so far, of leaves that are in a product: eight weights a byte, while batches wait beside.
         left: name -> how many of its layers are still to be solved.
         given: name -> where weights may stay, for solvers that take it.
     """
@@ -162,7 +166,7 @@ class _Work:
         donate: bool,
     ) -> None:
         self.leaves: dict[str, Any] = {}
-        self.masks: dict[str, Any] = {}
+        self.bits: dict[str, np.ndarray] = {}
         self.given = tree.named_leaves(given)
         self.pattern, self.outputs, self.progress = pattern, outputs, progress
         self.kept, self.donate = kept, donate
@@ -235,14 +239,20 @@ class _Work:
         """Some layers of a leaf, each by its own moments, or as it was kept."""
         leaf = self.leaves[name]
         check_runs(name, axes, leaf.shape, self.pattern)
-        mask = self.masks.get(name, np.ones(leaf.shape, bool))
+        mask = self.mask(name, leaf.shape)
         for place, layer in enumerate(layers):
             found = self._solution(name, axes, layer, {word: one[place] for word, one in sums.items()})
             leaf, mask = _with_layer(axes, leaf, mask, layer, found.weight, found.mask)
             self.done, self.left[name] = self.done + 1, self.left[name] - 1
             if self.progress is not None:
                 self.progress(self.done, self.total, (name, layer), found.error)
-        self.leaves[name], self.masks[name] = leaf, mask
+        self.leaves[name], self.bits[name] = leaf, np.packbits(mask)
+
+    def mask(self, name: str, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
+        """The mask so far of a leaf; where it is in no product, all are alive."""
+        if name not in self.bits:
+            return np.ones(shape, bool)
+        return np.unpackbits(self.bits[name], count=math.prod(shape)).reshape(shape).view(bool)
 
     def _solution(self, name: str, axes: Axes, layer: int, known: dict[str, Array]) -> Solution:
         """The kept one, or a new one, which is kept from now on."""

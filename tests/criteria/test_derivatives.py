@@ -61,6 +61,17 @@ def test_a_scan_has_those_of_its_layers():
         np.testing.assert_allclose(stacks[f"layers/{word}"], alone, rtol=1e-3, atol=1e-5)
 
 
+def test_of_the_diagonal_alone():
+    params = plain_decoder.stacked(plain_decoder.drawn())
+    whole, alone = (
+        jp.evidence.of_outputs(loss_of(DECODER), params, TOKENS, select="layers*", diagonal=diagonal)
+        for diagonal in (False, True)
+    )
+    assert whole.keys() == alone.keys()
+    for name, one in whole.items():
+        np.testing.assert_allclose(alone[name], np.diagonal(one, axis1=1, axis2=2), rtol=1e-5, atol=1e-9)
+
+
 def test_heads_and_uses_in_turn():
     params = {"kernel": normal(6, 2, 3)}
     x = normal(4, 6, seed=1)

@@ -51,6 +51,15 @@ def exact(target, moments, mask):
     return found
 
 
+def exact_together(target, moments, outputs, mask):
+    """Of all outputs at once, by the Kronecker product."""
+    full = np.kron(np.float64(moments), np.float64(outputs))
+    alive = np.flatnonzero(mask.ravel())
+    found = np.zeros(mask.size)
+    found[alive] = np.linalg.solve(full[np.ix_(alive, alive)], (full @ np.float64(target).ravel())[alive])
+    return found.reshape(mask.shape)
+
+
 def sparsegpt64(target, moments, sparsity, block, nm=None):
     """Algorithm 1 of the paper, (in, out), with counts that are exact over the matrix."""
     moments, w = damped64(moments), np.float64(target).copy()
@@ -228,12 +237,8 @@ def test_refit_with_weighed_outputs_is_exact_least_squares():
     target, moments, outputs = weighed(12, 5)
     moments, outputs = damped(moments, 0.01), damped(outputs, 0.01)
     mask = np.random.default_rng(1).random(target.shape) < 0.5
-    full = np.kron(np.float64(moments), np.float64(outputs))
-    alive = np.flatnonzero(mask.ravel())
-    wanted = np.zeros(mask.size)
-    wanted[alive] = np.linalg.solve(full[np.ix_(alive, alive)], (full @ np.float64(target).ravel())[alive])
     found = refit(target, moments, jnp.asarray(mask), None, outputs, iterations=500)
-    np.testing.assert_allclose(found, wanted.reshape(mask.shape), rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(found, exact_together(target, moments, outputs, mask), rtol=1e-2, atol=1e-3)
 
 
 def test_weighed_outputs_change_the_mask_for_a_smaller_weighed_error():
@@ -248,8 +253,38 @@ def test_weighed_outputs_change_the_mask_for_a_smaller_weighed_error():
     assert jnp.sum(~better.mask) == round(0.6 * target.size)
 
 
+def test_of_the_diagonal_alone_every_output_has_a_weight():
+    target, moments, outputs = weighed()
+    outputs = outputs * jnp.logspace(-1, 1, 10)[:, None] * jnp.logspace(-1, 1, 10)[None]
+    diagonal, solver = jnp.diagonal(outputs), AlternatingDirections(diagonal=True)
+    plain = AlternatingDirections()(target, moments, 0.6, Uniform())
+    found = solver(target, moments, 0.6, Uniform(), diagonal)
+    of = lambda one: kronecker(one.weight, target, damped64(moments), np.diag(np.float64(diagonal)))  # noqa: E731
+    assert of(found) < 0.5 * of(plain)
+    assert jnp.sum(~found.mask) == round(0.6 * target.size)
+    np.testing.assert_allclose(
+        found.weight, exact(target, damped64(moments), np.asarray(found.mask)), rtol=1e-2, atol=1e-3
+    )
+    np.testing.assert_array_equal(solver(target, moments, 0.6, Uniform(), outputs).mask, found.mask)
+
+
 def test_outputs_that_count_the_same_change_nothing():
     target, moments, _ = weighed()
     plain, same = (AlternatingDirections()(target, moments, 0.5, Uniform(), g) for g in (None, 3 * jnp.eye(10)))
     assert jnp.mean(plain.mask == same.mask) > 0.98
     np.testing.assert_allclose(loss(same.weight, target, moments), loss(plain.weight, target, moments), rtol=0.02)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_refit_keeps_the_best_weight_when_float32_cannot_reach_the_tolerance(together):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 96)) * np.logspace(0, -3, 96) @ np.linalg.qr(rng.normal(size=(96, 96)))[0]
+    x[0] += 1e3 * rng.normal(size=96) ** 3  # one token beyond all others, as language models have
+    moments, target = damped(jnp.float32(x.T @ x), 1e-6), jnp.float32(rng.normal(size=(96, 12)))
+    outputs = damped(problem(12, 1, seed=4)[1], 0.01) if together else None
+    mask = rng.random(target.shape) < 0.5
+    weight = refit(target, moments, jnp.asarray(mask), None, outputs, tolerance=1e-9, iterations=3000)
+    wide = np.eye(12) if outputs is None else np.float64(outputs)
+    error = lambda weight: kronecker(weight, target, np.float64(moments), wide)  # noqa: E731
+    best = error(exact_together(target, moments, wide, mask))
+    assert error(weight) <= best + 1e-5 * error(np.where(mask, target, 0))

@@ -329,7 +329,9 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def _oneshot(arguments: argparse.Namespace, _: list[str]) -> int:
     from jaxprune.lab.commands import oneshot, terminal
+    from jaxprune.lab.runs.machine import hand_back_freed_arrays
 
+    hand_back_freed_arrays()
     with terminal.steps("solved") as progress:
         text = oneshot.of_arguments(arguments, terminal.note, progress)
     print(text)

@@ -148,7 +148,7 @@ def run(options: Options, note: Callable[[str], None] = _quiet, progress: Progre
     batches = _batches(sets["calibrate"], options.batch)
     forward = partial(decoder.forward, config=model.config)
     note(_memory(forward, model, batches[0], method))
-    loss = partial(evaluation.loss, forward) if method.weighed else None
+    loss = partial(evaluation.loss, partial(forward, remat=True)) if method.weighed else None
     sparsity: Any = options.sparsity
     if options.allocate:
         note("Errors of every matrix at five sparsities are compared.")

@@ -1,9 +1,11 @@
 """What a result was made with: versions and machine, as plain text."""
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +37,16 @@ def describe() -> dict[str, str]:
 def _cores() -> str:
     ours, here = machine.cores(), os.cpu_count() or 1
     return str(here) if ours == here else f"{ours} of {here}"
+
+
+def hand_back_freed_arrays() -> None:
+    """Has the C library hand the memory of freed arrays back to the system, for the whole process.
+
+    glibc keeps what is smaller than the largest array freed so far, up to 32 MiB, on a heap that only shrinks at its
+    end: pruning a model of 538 MB, layer by layer, then ends with 600 MB of freed arrays.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD: larger ones are mapped by themselves
 
 
 def record(path: Path, note: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ from jaxprune.types import Params
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far.
+    """Keys and values of the tokens so far, an array a layer, so that each is written in place and read where it lies.
 
     Attributes:
         keys: turned by their positions.
@@ -37,19 +37,20 @@ class Cache(NamedTuple):
         position: number of tokens in it.
     """
 
-    keys: Float[Array, "layers batch size kv_heads n"]
-    values: Float[Array, "layers batch size kv_heads n"]
+    keys: tuple[Float[Array, "batch kv_heads size n"], ...]
+    values: tuple[Float[Array, "batch kv_heads size n"], ...]
     position: Int[Array, ""]
 
 
 def empty_cache(config: Config, batch: int, size: int, dtype: Any = jnp.float32) -> Cache:
     """A cache for so many texts of at most `size` tokens."""
-    zeros = jnp.zeros((config.layers, batch, size, config.kv_heads, config.head_dim), dtype)
-    return Cache(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32))
+    shape = (batch, config.kv_heads, size, config.head_dim)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in range(2))
+    return Cache(keys, values, jnp.zeros((), jnp.int32))
 
 
 def forward(
-    params: Params, tokens: Int[Array, "batch length"], config: Config
+    params: Params, tokens: Int[Array, "batch length"], config: Config, *, remat: bool = False
 ) -> Float[Array, "batch length vocabulary"]:
     """Logits of the token after each.
 
@@ -57,6 +58,7 @@ def forward(
         params: shaped as `config.shapes()`, perhaps `stacked`.
         tokens: from 0 to below `config.vocabulary`; each text by itself, its first token at position 0.
         config: of the model.
+        remat: for derivatives blocks are computed again, so that of each only what it begins with is kept.
     """
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
@@ -64,7 +66,7 @@ def forward(
         queries, keys, values = _attended(weights, x, positions, config)
         return _rest_of_block(weights, x, _attention(queries, keys, values, positions), config), None
 
-    x = _embedded(params, tokens)
+    x, block = _embedded(params, tokens), jax.checkpoint(block) if remat else block
     if isinstance(params["layers"], list | tuple):
         for weights in params["layers"]:
             x, _ = block(x, weights)
@@ -82,33 +84,24 @@ def step(
     overwrite its end: make it as large as the text will be.
 
     Args:
-        params: see `forward`.
+        params: see `forward`; those that are stacked are taken apart, at every step if they are its arguments.
         cache: of `empty_cache` or of the last step; donate it (`jax.jit(..., donate_argnums=1)`) to save copies.
         tokens: that follow.
         config: of the model.
     """
     positions = cache.position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    layers = params["layers"] if isinstance(params["layers"], list | tuple) else unstacked(params)["layers"]
     zero = jnp.zeros_like(cache.position)
-
-    def block(carry: tuple[Array, Array, Array], of_layer: tuple[Array, Params]) -> tuple[Any, None]:
-        (x, *old), (i, weights) = carry, of_layer
+    x, filled = _embedded(params, tokens), []
+    for weights, *old in zip(layers, cache.keys, cache.values, strict=True):
         queries, *new = _attended(weights, x, positions, config)
-        # The whole cache is carried, so that it is written in place.
-        filled = [
-            lax.dynamic_update_slice(whole, jnp.expand_dims(one, 0), (i, zero, cache.position, zero, zero))
+        keys, values = (
+            lax.dynamic_update_slice(whole, one, (zero, zero, cache.position, zero))
             for whole, one in zip(old, new, strict=True)
-        ]
-        keys, values = (lax.dynamic_index_in_dim(whole, i, keepdims=False) for whole in filled)
+        )
         x = _rest_of_block(weights, x, _attention(queries, keys, values, positions), config)
-        return (x, *filled), None
-
-    carry, numbers = (_embedded(params, tokens), cache.keys, cache.values), jnp.arange(config.layers, dtype=jnp.int32)
-    if isinstance(params["layers"], list | tuple):
-        for i, weights in enumerate(params["layers"]):
-            carry, _ = block(carry, (numbers[i], weights))
-    else:
-        carry, _ = lax.scan(block, carry, (numbers, params["layers"]))
-    x, keys, values = carry
+        filled.append((keys, values))
+    keys, values = zip(*filled, strict=True)
     return _logits(params, x, config), Cache(keys, values, cache.position + tokens.shape[1])
 
 
@@ -126,27 +119,27 @@ def _logits(params: Params, x: Float[Array, "batch new dim"], config: Config) ->
 
 def _attended(
     block: Params, x: Float[Array, "batch new dim"], positions: Int[Array, "new"], config: Config
-) -> tuple[Float[Array, "batch new groups heads n"], Float[Array, "batch new groups n"], Array]:
+) -> tuple[Float[Array, "batch new groups heads n"], Float[Array, "batch groups new n"], Array]:
     """Queries, keys and values. Groups are counted, not named: the function takes params with fewer of them."""
     y, rows = rms_norm(block["norm1"], x, config.epsilon), x.shape[:2]
     shared = config.heads // config.kv_heads
     queries = affine(block["query"], y).reshape(*rows, -1, shared, config.head_dim)
     keys, values = (affine(block[name], y).reshape(*rows, -1, config.head_dim) for name in ("key", "value"))
-    turned = (rotary(one, positions, config.theta, config.pairs) for one in (queries, keys))
-    return *turned, values  # pyright: ignore[reportReturnType]
+    queries, keys = (rotary(one, positions, config.theta, config.pairs) for one in (queries, keys))
+    return queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
 
 def _attention(
     queries: Float[Array, "batch to groups heads n"],
-    keys: Float[Array, "batch of groups n"],
-    values: Float[Array, "batch of groups n"],
+    keys: Float[Array, "batch groups of n"],
+    values: Float[Array, "batch groups of n"],
     positions: Int[Array, "to"],
 ) -> Float[Array, "batch to features"]:
     r"""$softmax(Q K^T / \sqrt{n}) V$ of the keys at positions up to each query's own; keys begin at position 0."""
-    scores = jnp.einsum("btghn,bsgn->bghts", queries * queries.shape[-1] ** -0.5, keys)
-    seen = jnp.expand_dims(positions, 1) >= jnp.expand_dims(jnp.arange(keys.shape[1], dtype=jnp.int32), 0)
+    scores = jnp.einsum("btghn,bgsn->bghts", queries * queries.shape[-1] ** -0.5, keys)
+    seen = jnp.expand_dims(positions, 1) >= jnp.expand_dims(jnp.arange(keys.shape[2], dtype=jnp.int32), 0)
     scores = jnp.where(jnp.expand_dims(seen, (0, 1, 2)), scores, -jnp.inf)
-    mixed = jnp.einsum("bghts,bsgn->btghn", jax.nn.softmax(scores, axis=-1), values)
+    mixed = jnp.einsum("bghts,bgsn->btghn", jax.nn.softmax(scores, axis=-1), values)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

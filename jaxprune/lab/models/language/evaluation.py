@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxprune.types import Params
@@ -42,8 +43,16 @@ class Comparison:
 
 
 def loss(apply: Apply, params: Params, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
-    """The negative log-likelihood of the tokens of a batch, all but the first of each text, in nats."""
-    return jnp.sum(_loss(_log_probabilities(apply, params, tokens), tokens))
+    """The negative log-likelihood of the tokens of a batch, all but the first of each text, in nats.
+
+    Text by text, and each again for its derivatives, so that these take the memory of one text.
+    """
+
+    @jax.checkpoint
+    def of_text(text: Int[Array, " length"]) -> Float[Array, ""]:
+        return jnp.sum(_loss(_log_probabilities(apply, params, text[None]), text[None]))
+
+    return jnp.sum(lax.map(of_text, tokens))
 
 
 def perplexity(apply: Apply, params: Params, windows: Int[np.ndarray, "n length"], *, batch: int = 8) -> float:
