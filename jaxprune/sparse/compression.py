@@ -59,6 +59,7 @@ def compress(
     check_unsupported(unsupported)
     if isinstance(format, str):
         check_format(format)
+    if not isinstance(format, Plan):
         check_ranges(format, ranges)
     for weight in filter(_is_sparse, jax.tree.leaves(params, is_leaf=_is_sparse)):
         raise TypeError(f"Leaf {weight.name!r} is compressed already. Call `decompress(params)` first.")

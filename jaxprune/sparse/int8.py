@@ -147,11 +147,11 @@ class Int8Weight(EightBits, NativeWeight):
         super().check_coordinates(rows[~nothing], cols[~nothing])
 
 
-def check_ranges(format: str, ranges: Ranges | None) -> None:
+def check_ranges(format: str | None, ranges: Ranges | None) -> None:
     """Refuse ranges that are missing, or that the format does not look at.
 
     Args:
-        format: a name in `FORMATS`, or "dense".
+        format: a name in `FORMATS`, or "dense"; None for the default.
         ranges: of activations, or none.
 
     Raises:
@@ -164,7 +164,8 @@ def check_ranges(format: str, ranges: Ranges | None) -> None:
             "`jaxprune.storage.calibrate(apply_fn, params, batches)`."
         )
     if ranges is not None and not calibrated:
-        raise ValueError(f'`ranges` are for the format "{NAME}"; "{format}" leaves activations as they are.')
+        other = "the default" if format is None else f'"{format}"'
+        raise ValueError(f'`ranges` are for the format "{NAME}"; {other} leaves activations as they are.')
 
 
 def grid_of(name: str, ranges: Ranges | None) -> Float32[np.ndarray, "2"]:
