@@ -31,7 +31,7 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "native_block" | four values, one byte | leaves pruned by `Block(rows, 4 n)` |
 | "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |
 | "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
-| "int8" | four inputs at a time, one byte each, one for the index | integer products; rounds activations too, see `int8` |
+| "int8" | a byte each for four inputs and their index | products of integers; rounds activations too (`int8`) |
 
 What is compressed goes through `jax.export` as it is (`exports`).
 

@@ -52,8 +52,8 @@ def compress(
 
     Raises:
         ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
-            be stacked layers as well as a convolution; its name does not tell its layout; nothing is selected; `ranges` that are missing,
-            or of no use, or do not have one range for a leaf.
+            be stacked layers as well as a convolution; its name does not tell its layout; nothing is selected;
+            `ranges` that are missing, or of no use, or that do not have one range for a leaf.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)

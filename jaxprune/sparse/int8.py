@@ -5,14 +5,15 @@ r"""Weights and activations in 8 bits, and products of integers that really run.
 
 What `jaxprune.quantize.int8` simulates, a kernel computes on the codes that are not 0,
 
-    y = s_x s_w (\sum q_x q_w - z_x \sum q_w)          w = s_w q_w for each output,   x = s_x (q_x - z_x) for the tensor
+    y = s_x s_w (\sum q_x q_w - z_x \sum q_w)        w = s_w q_w for each output,   x = s_x (q_x - z_x) for the tensor
 
-with sums in 32 bits that nothing rounds. Activations are rounded as they arrive, in floating point, and results leave in
-floating point.
+with sums in 32 bits that nothing rounds. Activations arrive in floating point and are rounded then; results leave in
+floating point. What the function computes from weights before they are added, as a bias folded with other numbers, XLA
+may round once less where it joins it with the simulation.
 
 Processors multiply four bytes by four and add them up in one instruction, so weights are stored four inputs of one
-output at a time, where one of the four is alive. `Block(4, 1)` masks lose nothing; of unstructured masks at 83 % half of
-the runs are stored. The channels of each tap of a convolution make whole runs: what is beyond the last is 0.
+output at a time, where one of the four is alive. `Block(4, 1)` masks lose nothing; of unstructured masks at 83 % half
+of the runs are stored. The channels of each tap of a convolution make whole runs: what is beyond the last is 0.
 """
 
 from typing import Any, ClassVar

@@ -1,7 +1,7 @@
 """The native product and convolution as jax primitives: plain, and with what follows in a layer.
 
     native_product_p(values, index, bounds, scale, x)                    W x
-    int8_product_p(values, index, bounds, scale, totals, grid, x)        the same, rounded as `jaxprune.sparse.int8` does
+    int8_product_p(values, index, bounds, scale, totals, grid, x)        the same on integers (`jaxprune.sparse.int8`)
     fused_product_p(*either, *added)                               relu(pool(W x) + bias + residual), each if wanted
 
 x is (n, in), or images (n, height, width, channels) where there is a window. Derivatives of the fused product are those
@@ -78,17 +78,18 @@ def _kernel(*operands: Array, sizes: Sizes) -> Array:
 
 def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
     n_parts = 6 if sizes.integers else 4
-    parts, x, added = operands[:n_parts], operands[n_parts], list(operands[n_parts + 1 :])
+    x, added = operands[n_parts], list(operands[n_parts + 1 :])
     pixels = (n // pool for n, pool in zip(sizes.pixels, steps.pool, strict=False))
     shape, dtype = (x.shape[0], *pixels, sizes.n_out), jnp.dtype(sizes.dtype)
     bias = added.pop(0).reshape(-1).astype(jnp.float32) if steps.bias else jnp.zeros(0, jnp.float32)
     residual = added.pop(0).reshape(shape) if steps.residual else jnp.zeros(0, dtype)
     window = sizes.window and (*sizes.window, *steps.pool)
+    every = [*operands[:n_parts], bias, residual, x]
     attributes = {"shape": shape, "dtype": dtype, "tile": sizes.tile, "window": window, "relu": steps.relu}
     if sizes.integers:
-        y = native.product_of_codes(*parts, bias, residual, x, **attributes)
+        y = native.product_of_codes(*every, **attributes)
     else:
-        y = native.product(*parts, bias, residual, x, group=sizes.group, **attributes)
+        y = native.product(*every, group=sizes.group, **attributes)
     return y.reshape(steps.shape)
 
 
@@ -126,8 +127,8 @@ int8_product_p = sparse_product("int8_product", _kernel, _matrix, _dense, batch_
 
 def _no_derivative(*_: Any, **__: Any) -> Any:
     raise TypeError(
-        'A weight in the format "int8" has no derivative: its products round the activations, so that they are constant '
-        "nearly everywhere. Differentiate with the params as they were before `compress`."
+        'A weight in the format "int8" has no derivative: its products round the activations, so that they are '
+        "constant nearly everywhere. Differentiate with the params as they were before `compress`."
     )
 
 
