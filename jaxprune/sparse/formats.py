@@ -163,13 +163,11 @@ class SparseWeight(quax.ArrayValue):
         return BCOO((self.values, indices), shape=self.sizes, **known)
 
     @classmethod
-    def from_leaf(
-        cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, **fields: Any
-    ) -> "SparseWeight":
+    def from_leaf(cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, **own: Any) -> "SparseWeight":
         """The non-zeros of a leaf (*window, in, out), or (out, in, *window) without `outputs_last`, in host memory."""
         matrix = matrix_of(leaf, outputs_last)
         rows, cols = np.nonzero(matrix)
-        return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, **fields)
+        return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, **own)
 
     def __check_init__(self) -> None:
         check_unsupported(self.unsupported)
@@ -196,11 +194,7 @@ class SparseWeight(quax.ArrayValue):
         self.check_coordinates(rows, cols)
 
     def check_coordinates(self, rows: Int[np.ndarray, " _"], cols: Int[np.ndarray, " _"]) -> None:
-        """Refuses output and input indices that no weight has, or that lie in another order.
-
-        Raises:
-            ValueError: they do.
-        """
+        """Raises ValueError where such output and input indices are none, or lie in another order."""
         n_out, n_in = self.sizes
         if rows.size and not (rows.min() >= 0 and cols.min() >= 0 and rows.max() < n_out and cols.max() < n_in):
             raise ValueError(f"{self._who} has indices outside its {n_out} outputs and {n_in} inputs.")

@@ -16,6 +16,7 @@ from jax import lax
 from quick import quick_jit
 from sparse_helpers import LAYOUTS, make_leaf, make_x, needs_kernels, put
 
+import jaxprune as jp
 from jaxprune import sparse
 from jaxprune.granularity import Block
 from jaxprune.quantize.int8 import MOST_TERMS, calibrate, int8
@@ -319,6 +320,13 @@ def test_sums_that_32_bits_may_not_hold_are_refused():
     leaf = put(np.zeros((MOST_TERMS + 1, 1)))
     with pytest.raises(ValueError, match=r"32 bits surely hold the sum over 66311 inputs, here are 66312"):
         compressed(leaf, (-1.0, 1.0))
+
+
+def test_it_is_not_tuned_and_not_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r'`tune` draws its activations, and has no ranges for the format "int8"'):
+        sparse.tune(lambda params, x: x @ params["kernel"], {"kernel": LEAF}, make_x((2, 6)), formats=["int8"])
+    with pytest.raises(ValueError, match=r"`to` is dense, .*native_int8, .*'int8' arrived"):
+        jp.load(tmp_path / "file", to="int8")
 
 
 def test_codes_are_not_compressed_again():
