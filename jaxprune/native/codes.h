@@ -1,6 +1,6 @@
 // Products of codes of 8 bits: activations of 0 to 255, weights of -128 to 127, four inputs at a time, sums in 32 bits
-// without any rounding, so that every instruction set has the same. Sums are taken without sign, since no 66,311 products
-// overflow 32 bits with one and what was made up may wrap.
+// without any rounding, so that every instruction set has the same. As many products as a call may have never overflow;
+// numbers that nobody rounded may, and sums wrap then.
 #pragma once
 
 #include <algorithm>

@@ -8,8 +8,8 @@ What `jaxprune.quantize.int8` simulates, a kernel computes on the codes that are
     y = s_x s_w (\sum q_x q_w - z_x \sum q_w)        w = s_w q_w for each output,   x = s_x (q_x - z_x) for the tensor
 
 with sums in 32 bits that nothing rounds. Activations arrive in floating point and are rounded then; results leave in
-floating point. What the function computes from weights before they are added, as a bias folded with other numbers, XLA
-may round once less where it joins it with the simulation.
+floating point. A bias that the function itself makes by a product may differ in its last bit: in one of the programs
+XLA joins that product with the addition.
 
 Processors multiply four bytes by four and add them up in one instruction, so weights are stored four inputs of one
 output at a time, where one of the four is alive. `Block(4, 1)` masks lose nothing; of unstructured masks at 83 % half
