@@ -105,7 +105,7 @@ class Int8Weight(EightBits, NativeWeight):
         channels = max(_channels(self.leaf_shape, self.outputs_last), 1)
         return self.sizes[1] // channels * _runs(channels)
 
-    def of_activations(self) -> tuple[Array, ...]:
+    def of_activations(self) -> tuple[Shaped[Array, "..."], ...]:
         """See `NativeWeight.of_activations`."""
         return self.totals, self.grid
 

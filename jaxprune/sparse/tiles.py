@@ -86,7 +86,7 @@ class NativeWeight(SparseWeight):
         """What the sums of the stored values are multiplied by; nothing, so empty, unless the format rounds."""
         return jnp.zeros(0, jnp.float32)
 
-    def of_activations(self) -> tuple[Array, ...]:
+    def of_activations(self) -> tuple[Shaped[Array, "..."], ...]:
         """What the kernel has to know besides of activations that it rounds; nothing, unless the format does."""
         return ()
 
