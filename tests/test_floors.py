@@ -16,8 +16,8 @@ ROOMS = {
     0: ["compat", "types", "tree", "checks", "tables", "files"],
     1: ["exact", "layout", "schedules"],
     2: ["native", "masks", "granularity", "distributions", "tracing"],
-    3: ["criteria", "report"],
-    4: ["methods", "sparse", "quantize"],
+    3: ["criteria", "report", "quantize"],
+    4: ["methods", "sparse"],
     5: ["training", "channels", "storage"],
     6: ["search", "oneshot"],
     8: ["lab"],  # above the door, 7, the package's own `__init__`

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8, UInt16
+from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8, UInt16
 
 from jaxprune.exact.meshes import varying_like
 
@@ -26,7 +26,8 @@ _INSTALLED = [Path(entry) / "jaxprune" / "native" / "_kernels.so" for entry in s
 LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESIDE)
 TARGET = "jaxprune_product"
 TRANSPOSED = "jaxprune_transposed"
-INTERFACE = 6  # as in product.cc
+CODES = "jaxprune_codes"
+INTERFACE = 7  # as in product.cc
 LARGEST_POOL = 8  # likewise
 
 
@@ -86,7 +87,12 @@ def _why_not_called() -> str:
 
 
 def _register() -> None:
-    handlers = {TARGET: library().jaxprune_product, TRANSPOSED: library().jaxprune_transposed}
+    loaded = library()
+    handlers = {
+        TARGET: loaded.jaxprune_product,
+        TRANSPOSED: loaded.jaxprune_transposed,
+        CODES: loaded.jaxprune_codes,
+    }
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
 
@@ -199,6 +205,54 @@ def transposed(
     call = jax.ffi.ffi_call(TRANSPOSED, jax.ShapeDtypeStruct((x.shape[0], n_in), np.float32))
     operands = (values, index, bounds, scale, x)
     return call(*(varying_like(operand, *operands) for operand in operands))
+
+
+def product_of_codes(
+    values: Int8[Array, " four_times_runs"],
+    index: UInt8[Array, " runs"] | UInt16[Array, " runs"],
+    bounds: Int32[Array, " tiles_times_outputs_plus_1"],
+    scale: Float32[Array, " n_out"],
+    totals: Int32[Array, " n_out"],
+    grid: Float32[Array, "2"],
+    bias: Float32[Array, " n_out_or_none"],
+    residual: Float[Array, "..."],
+    x: Float[Array, "*batch_and_window channels"],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    tile: int,
+    window: tuple[int, ...] = (),
+    relu: bool = False,
+) -> Float[Array, "..."]:
+    """`product` on integers of 8 bits: x is rounded to codes, and sums over codes are exact.
+
+    The result of the product is rounded to float32 before anything is added. The call makes the codes of x besides, as
+    a second result, which is dropped.
+
+    Args:
+        values: codes, four inputs of one output at a time, tile by tile.
+        index: which four of their tile's; the channels of each tap of a window make whole runs of four.
+        bounds: where each output's runs begin and the last one ends, tile by tile, n_out + 1 a tile.
+        scale: of the codes of every output.
+        totals: sum of the codes of every output.
+        grid: scale of the codes of x, and which code is 0, as `jaxprune.quantize.scales.asymmetric_grid` says.
+        bias: see `product`; likewise all that follows.
+        residual: what is added.
+        x: activations.
+        shape: of the result.
+        dtype: of the result.
+        tile: runs of a tile.
+        window: of a convolution.
+        relu: whether negative results become 0.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name.
+    """
+    codes = jax.ShapeDtypeStruct((*x.shape[:-1], -(-x.shape[-1] // 4) * 4), np.uint8)
+    call = jax.ffi.ffi_call(CODES, (jax.ShapeDtypeStruct(shape, dtype), codes))
+    attributes = {"tile": np.int64(tile), "window": np.asarray(window, np.int64), "relu": bool(relu)}
+    operands = (values, index, bounds, scale, totals, grid, bias, residual, x)
+    return call(*(varying_like(operand, *operands) for operand in operands), **attributes)[0]
 
 
 # With the import, so that an exported program finds its kernels in a process that does nothing else; it starts no

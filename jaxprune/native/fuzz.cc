@@ -13,6 +13,7 @@
 
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
 extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame);
+extern "C" XLA_FFI_Error* jaxprune_codes(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
 extern "C" int64_t jaxprune_spread(const uint8_t*, int64_t, const char*, int64_t, int64_t, void*);
 extern "C" int64_t jaxprune_gather(const void*, int64_t, int64_t, uint8_t*, void*);
@@ -68,8 +69,7 @@ std::string Call(const Problem& p) {
   std::vector<int64_t> dims[kOperands], numbers = p.window;  // copies are exact allocations
   XLA_FFI_Buffer buffers[kOperands];
   std::vector<void*> pointers;
-  for (int i = 0; i < kOperands; ++i) {
-    if (p.transposed && (i == kBias || i == kResidual)) continue;
+  for (const int i : p.order()) {
     dims[i] = std::vector<int64_t>(p[i].dims);
     const int64_t rank = dims[i].size();
     buffers[i] = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, p[i].type, p[i].data.get(), rank, dims[i].data()};
@@ -86,20 +86,25 @@ std::string Call(const Problem& p) {
   std::vector<XLA_FFI_ByteSpan*> names = {&spans[0], &spans[1], &spans[2], &spans[3]};
   std::vector<XLA_FFI_AttrType> types = {scalar, scalar, scalar, XLA_FFI_AttrType_ARRAY};
   std::vector<void*> attrs = {&scalars[0], &scalars[1], &scalars[2], &window};
+  const int unused = p.unused_attributes();
   if (const int gone = p.missing_attribute; gone >= 0) {
     names.erase(names.begin() + gone), types.erase(types.begin() + gone), attrs.erase(attrs.begin() + gone);
   }
-  const int64_t n_args = pointers.size() - 1 - p.missing_arguments, n_attrs = p.transposed ? 0 : attrs.size();
+  const int64_t n_results = p.results(), n_args = pointers.size() - n_results - p.missing_arguments;
+  const int64_t skipped = std::min<int64_t>(attrs.size(), p.missing_attribute >= 0 && p.missing_attribute < unused ? unused - 1 : unused);
+  const int64_t n_attrs = attrs.size() - skipped;
   std::vector<XLA_FFI_ArgType> arg_types(n_args, XLA_FFI_ArgType_BUFFER);
-  XLA_FFI_RetType ret_type = XLA_FFI_RetType_BUFFER;
+  XLA_FFI_RetType ret_types[] = {XLA_FFI_RetType_BUFFER, XLA_FFI_RetType_BUFFER};
   XLA_FFI_CallFrame frame = {};
   frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
   frame.api = &api;
   frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
   frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, n_args, arg_types.data(), pointers.data()};
-  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &ret_type, &pointers.back()};
-  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, n_attrs, types.data(), names.data(), attrs.data()};
-  const std::unique_ptr<XLA_FFI_Error> error((p.transposed ? jaxprune_transposed : jaxprune_product)(&frame));
+  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, n_results, ret_types, &pointers[pointers.size() - n_results]};
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, n_attrs, types.data() + skipped, names.data() + skipped,
+                 attrs.data() + skipped};
+  const auto handler = p.transposed ? jaxprune_transposed : p.codes ? jaxprune_codes : jaxprune_product;
+  const std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
   for (const auto& [task, data] : late) task(data);
   for (std::thread& thread : threads) thread.join();
   late.clear(), threads.clear();
@@ -136,27 +141,87 @@ std::string WrongTransposed(const Problem& p) {
   return "";
 }
 
+// Where the inputs of a pixel of the result lie in x.
+struct Places {
+  std::vector<int64_t> win, xs, ys;
+
+  explicit Places(const Problem& p) : win(p.window), xs(p[kX].dims), ys(p[kY].dims) {
+    if (!win.empty()) return;
+    win = {1, 1, 1, 1, 0, 0, 1, 1, 1, 1};
+    xs = {xs[0], 1, 1, xs[1]}, ys = {ys[0], 1, 1, ys[1]};
+  }
+  int64_t pool() const { return win[8] * win[9]; }
+  // Of a pool's neighbour `within`; -1 outside.
+  int64_t Of(int64_t pixel, int64_t within, int64_t tap, int64_t channel) const {
+    const int64_t ow = pixel % ys[2] * win[9] + within % win[9];
+    const int64_t oh = pixel / ys[2] % ys[1] * win[8] + within / win[9], image = pixel / ys[2] / ys[1];
+    const int64_t h = oh * win[2] - win[4] + tap / win[1] * win[6];
+    const int64_t w = ow * win[3] - win[5] + tap % win[1] * win[7];
+    const bool inside = h >= 0 && h < xs[1] && w >= 0 && w < xs[2] && channel < xs[3];
+    return inside ? ((image * xs[1] + h) * xs[2] + w) * xs[3] + channel : -1;
+  }
+};
+
+// The same of products of codes, whose results have no error.
+std::string WrongCodes(const Problem& p) {
+  const Array &x = p[kX], &y = p[kY];
+  const Places places(p);
+  const int64_t runs = (places.xs[3] + 3) / 4, in = places.win[0] * places.win[1] * runs, out = places.ys[3];
+  const float x_scale = p[kGrid].at<float>(0), zero = p[kGrid].at<float>(1), steps = 1 / x_scale;
+  std::vector<int64_t> row(4 * in);
+  std::vector<float> largest(out);
+  for (int64_t step = 0; step < y.count() / out * places.pool(); ++step) {
+    const int64_t pixel = step / places.pool(), within = step % places.pool();
+    for (int64_t i = 0; i < 4 * in; ++i) {
+      const int64_t place = places.Of(pixel, within, i / 4 / runs, i % (4 * runs));
+      const float code = std::nearbyint(place < 0 ? 0.0f : static_cast<float>(x.Number(place)) * steps) + zero;
+      row[i] = (code != code ? 0 : static_cast<int64_t>(std::clamp(code, -128.0f, 127.0f))) + 128;
+    }
+    for (int64_t o = 0; o < out; ++o) {
+      int64_t sum = 0;
+      for (int64_t t = 0; t * p.tile < in; ++t) {
+        const int32_t* run = &p[kBounds].at<int32_t>(t * (out + 1) + o);
+        if (run[0] < 0 || run[0] > run[1] || run[1] > p[kIndex].count()) return "accepted bounds that lead outside";
+        for (int64_t i = 4 * int64_t{run[0]}; i < 4 * int64_t{run[1]}; ++i) {
+          const int64_t input = t * p.tile + p[kIndex].Whole(i / 4);
+          if (input >= std::min(t * p.tile + p.tile, in)) return "accepted an index that leads outside";
+          sum += p[kValues].at<int8_t>(i) * row[4 * input + i % 4];
+        }
+      }
+      sum -= (static_cast<int64_t>(zero) + 128) * p[kTotals].at<int32_t>(o);
+      volatile float product = static_cast<float>(static_cast<int32_t>(sum)) * (p[kScale].at<float>(o) * x_scale);
+      largest[o] = within && !(largest[o] < product) ? largest[o] : product;
+      if (within < places.pool() - 1) continue;
+      float want = largest[o];
+      const int64_t at = pixel * out + o;
+      if (p[kBias].count()) want += p[kBias].at<float>(o);
+      if (p[kResidual].count()) want += static_cast<float>(p[kResidual].Number(at));
+      if (p.relu) want = std::max(want, 0.0f);
+      const float got = y.Number(at), slack = y.type == kBF16 ? std::abs(want) / 256 : 0;
+      if (std::abs(want) < 1e37f && !(std::abs(got - want) <= slack)) {
+        return "result " + std::to_string(at) + " is " + std::to_string(got) + ", not " + std::to_string(want);
+      }
+    }
+  }
+  return "";
+}
+
 // What is wrong with what was accepted, "" if nothing.
 std::string Wrong(const Problem& p) {
   const Array &x = p[kX], &y = p[kY];
   if (y.count() == 0) return "";
   if (p.transposed) return WrongTransposed(p);
-  const bool matrix = p.window.empty();
-  const auto win = matrix ? std::vector<int64_t>{1, 1, 1, 1, 0, 0, 1, 1, 1, 1} : p.window;
-  const auto xs = matrix ? std::vector<int64_t>{x.dims[0], 1, 1, x.dims[1]} : x.dims;
-  const auto ys = matrix ? std::vector<int64_t>{y.dims[0], 1, 1, y.dims[1]} : y.dims;
+  if (p.codes) return WrongCodes(p);
+  const Places places(p);
+  const std::vector<int64_t> &win = places.win, &xs = places.xs, &ys = places.ys;
   const int64_t in = win[0] * win[1] * xs[3], out = ys[3], groups = out / p.group;
-  const int64_t pool = win[8] * win[9];
+  const int64_t pool = places.pool();
   std::vector<double> row(in), sums(out), sizes(out), largest(out), sizes_of_all(out);
   for (int64_t step = 0; step < y.count() * pool; step += out) {
     const int64_t at = step / out / pool * out, within = step / out % pool;
-    const int64_t ow = at / out % ys[2] * win[9] + within % win[9];
-    const int64_t oh = at / out / ys[2] % ys[1] * win[8] + within / win[9], image = at / out / ys[2] / ys[1];
     for (int64_t i = 0; i < in; ++i) {
-      const int64_t tap = i / xs[3], h = oh * win[2] - win[4] + tap / win[1] * win[6];
-      const int64_t w = ow * win[3] - win[5] + tap % win[1] * win[7];
-      const bool inside = h >= 0 && h < xs[1] && w >= 0 && w < xs[2];
-      row[i] = inside ? x.Number(((image * xs[1] + h) * xs[2] + w) * xs[3] + i % xs[3]) : 0;
+      const int64_t place = places.Of(at / out, within, i / xs[3], i % xs[3]);
+      row[i] = place < 0 ? 0 : x.Number(place);
     }
     std::fill(sums.begin(), sums.end(), 0), std::fill(sizes.begin(), sizes.end(), 0);
     double largest_x = 0;
@@ -211,7 +276,8 @@ std::string Wrong(const Problem& p) {
 
 bool Names(const std::string& why) {
   bool named = why.find("the result") != std::string::npos;
-  for (const char* name : {"values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window"}) {
+  for (const char* name : {"values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window",
+                           "totals", "grid"}) {
     named |= why.find('`' + std::string(name) + '`') != std::string::npos;
   }
   return named && why.rfind("jaxprune_product: ", 0) == 0;
@@ -227,7 +293,7 @@ std::string Case(bool fits, std::string* why) {
   *why = Call(p);
   if (why->empty()) return p.vast ? "accepted what fits no memory" : Wrong(p);
   if (fits && !p.vast) return "refused what fits: " + *why;
-  const bool no_attribute = !p.transposed && (p.bad_attribute >= 0 || p.missing_attribute >= 0);
+  const bool no_attribute = std::max(p.bad_attribute, p.missing_attribute) >= p.unused_attributes();
   const bool wrapper = no_attribute || p.missing_arguments;
   if (wrapper ? (*why)[0] != '[' : !Names(*why)) return "names nothing: " + *why;
   if (wrapper) *why = "XLA's own";

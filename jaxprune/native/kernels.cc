@@ -3,11 +3,13 @@
 #include "kernels.h"
 
 #include "bits.h"
+#include "codes.h"
 #include "panel.h"
 #include "single.h"
 
 namespace jaxprune {
 
-const Kernels KERNELS = {&Panel, &ScratchFloats, &Vector, &Arrange, &BitProduct, &Transposed, ISA_NAME, kUnit, kPanel};
+const Kernels KERNELS = {&Panel,      &ScratchFloats, &Vector,  &Arrange, &BitProduct,
+                         &Transposed, &Encode,        ISA_NAME, kUnit,    kPanel};
 
 }  // namespace jaxprune

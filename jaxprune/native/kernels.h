@@ -5,10 +5,11 @@
 
 namespace jaxprune {
 
-enum class Type { kF32, kBF16, kS8, kF16 };
+enum class Type { kF32, kBF16, kS8, kF16, kCodes };
 
 constexpr int64_t kGroup = 4;  // outputs of a group, where it is not a single one
 constexpr int64_t kWord = 64;  // inputs whose bits lie in a word
+constexpr int64_t kRun = 4;  // inputs whose codes lie in 32 bits
 constexpr int64_t kRowsAtOnce = 8;  // of activations, for which a weight of bits is read once
 
 // What any weight W (out, in) has.
@@ -37,15 +38,28 @@ struct BitInputs {
   bool finite;  // false: the data say nothing, since no zero may meet what they would say
 };
 
+// What products of codes need besides: x = x_scale * (code - zero) with codes of activations from 0 to 255, and
+// w = scale * code with codes of weights from -128 to 127.
+struct Codes {
+  float x_scale;
+  int32_t zero;
+  const float* scale;     // of every output
+  const int32_t* totals;  // of the codes of every output
+};
+
 // W (out, in), cut into tiles of `tile` inputs, its outputs in groups of `group` that share their inputs. The non-zeros
 // lie tile by tile, within a tile group by group, within a group by input, and there side by side for the group's
 // outputs; the inputs of tile t and group g are index[bounds[t * (groups + 1) + g]] up to the next bound.
+//
+// Of type kCodes an input is a run of kRun neighbours: its value is their codes side by side, and so is an activation,
+// which everything but the product itself moves as if it were a float.
 struct Weight : Stored {  // values of any type but f16
   const void* index;      // input, counted from the tile's first; u8, or u16 if `wide`
   const int32_t* bounds;
   bool wide;
   int64_t tile, n_tiles, group;
   int64_t inputs;  // length of `index`; there are `group` values for each
+  const Codes* codes = nullptr;  // of type kCodes, which has no `scale` then
 
   int64_t groups() const { return n_out / group; }
 };
@@ -106,6 +120,8 @@ struct Kernels {
   // sums (rows, inputs of whole words). `finite` says whether x is.
   bool (*transposed)(const BitWeight&, const float* x, float* sums, int64_t rows, bool finite, int64_t first,
                      int64_t last);
+  // Codes of pixels [first, last) of x, each of so many channels in whole runs; what is beyond the last is the code of 0.
+  void (*encode)(const void* x, Type type, int64_t channels, const Codes&, int64_t first, int64_t last, uint8_t* codes);
   const char* name;
   int64_t unit, panel_columns;  // columns of a panel: a multiple of the first, at most the second
 };

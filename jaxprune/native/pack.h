@@ -39,7 +39,7 @@ int64_t FindSegments(const Window& win, const X* x, const Task& task, Segment<X>
 }
 
 // Calls visit(first position, count, activation of the first, step to the next) for what one tap of the window, `dh`
-// and `dw` from its corner, sees of the image; elsewhere it sees zeros.
+// and `dw` from its corner, sees of the image.
 template <class X, class Visit>
 void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_t dh, int64_t dw, const Visit& visit) {
   const int64_t step = win.stride_w;
@@ -53,13 +53,14 @@ void EachInside(const Window& win, const Segment<X>* segments, int64_t n, int64_
   }
 }
 
-// Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, or null.
+// Rows of the panel for `squares` whole vectors of channels; rows[p] is where position p's channels begin, or null where
+// they are all `outside`.
 template <class X>
-void PackSquares(const X* const* rows, int64_t squares, int64_t columns, float* panel) {
+void PackSquares(const X* const* rows, int64_t squares, int64_t columns, float outside, float* panel) {
   for (int64_t c = 0; c < squares * kLanes; c += kLanes) {
     for (int64_t p = 0; p < columns; p += kLanes) {
       Vec square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = rows[p + i] ? Load(rows[p + i] + c) : Vec{};
+      for (int i = 0; i < kLanes; ++i) square[i] = rows[p + i] ? Load(rows[p + i] + c) : Filled(outside);
       Transpose(square);
       float* to = panel + c * columns + p;
       if (p + kLanes <= columns) {
@@ -73,7 +74,7 @@ void PackSquares(const X* const* rows, int64_t squares, int64_t columns, float* 
 
 template <class X>
 void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, int64_t n_segments, int64_t tile,
-              int64_t columns, float* panel) {
+              int64_t columns, float outside, float* panel) {
   const int64_t begin = tile * w.tile, end = std::min(begin + w.tile, w.n_in);
   for (int64_t r = begin; r < end;) {
     const int64_t tap = r / win.channels, first = r % win.channels, n = std::min(win.channels - first, end - r);
@@ -85,11 +86,11 @@ void PackTile(const Weight& w, const Window& win, const Segment<X>* segments, in
       EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
         for (int64_t i = 0; i < count; ++i) rows[p + i] = from + i * step + first;
       });
-      PackSquares(rows, squares, columns, rows_of_panel);
+      PackSquares(rows, squares, columns, outside, rows_of_panel);
     }
     for (int64_t c = squares * kLanes; c < n; ++c) {
       float* row = rows_of_panel + c * columns;
-      std::fill_n(row, columns, 0.0f);
+      std::fill_n(row, columns, outside);
       EachInside(win, segments, n_segments, dh, dw, [&](int64_t p, int64_t count, const X* from, int64_t step) {
         from += first + c;
         if (step == 1) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
+#include "codes.h"
 #include "finish.h"
 #include "kernels.h"
 #include "pack.h"
@@ -14,11 +16,29 @@ namespace {
 
 constexpr int64_t kSums = 512;  // outputs whose sums are kept at once: with 64 columns 128 KiB of second-level cache
 
+// A value of the weight, to be multiplied by vectors of the panel.
+template <class Value, int kWidth>
+struct TimesPanel {
+  using V = typename Floats<kWidth>::Type;
+  static constexpr int kWidest = kLanes;
+  float value;
+
+  explicit TimesPanel(Value from) : value(Widen(from)) {}
+  void AddTo(V& sum, V x) const { sum += value * x; }
+};
+
+template <int kWidth>
+struct TimesPanel<FourCodes, kWidth> : TimesCodes<kWidth> {
+  using TimesCodes<kWidth>::TimesCodes;
+  static constexpr int kWidest = kCodeLanes;
+};
+
 // One tile's runs times its packed panel of kVecs vectors of kWidth floats a row. Sums stay in registers for a run, and
 // come from and go to `sums`, which the second-level cache holds. A group's outputs share the loads from the panel.
 template <class Value, class Index, int kOutputs, int kWidth, int kVecs>
 void Runs(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums, int64_t stride) {
-  using V = typename Floats<kWidth>::Type;
+  using Times = TimesPanel<Value, kWidth>;
+  using V = typename Times::V;
   constexpr int kSets = kOutputs * kVecs >= 4 ? 1 : kVecs == 1 ? 4 : 2;  // so that additions do not wait for each other
   const Value* values = static_cast<const Value*>(w.values);
   const Index* index = static_cast<const Index*>(w.index);
@@ -33,8 +53,8 @@ void Runs(const Weight& w, int64_t tile, int64_t first, int64_t last, const floa
     const auto add = [&](int32_t i, V(&to)[kOutputs][kVecs]) {
       const float* row = panel + int64_t{index[i]} * stride;
       for (int o = 0; o < kOutputs; ++o) {
-        const float value = Widen(values[int64_t{i} * kOutputs + o]);
-        for (int v = 0; v < kVecs; ++v) to[o][v] += value * *reinterpret_cast<const V*>(row + v * kWidth);
+        const Times value(values[int64_t{i} * kOutputs + o]);
+        for (int v = 0; v < kVecs; ++v) value.AddTo(to[o][v], *reinterpret_cast<const V*>(row + v * kWidth));
       }
     };
     int32_t i = bounds[g];
@@ -55,8 +75,8 @@ void Runs(const Weight& w, int64_t tile, int64_t first, int64_t last, const floa
 // A panel of kUnits units, in parts whose sums fit the registers.
 template <class Value, class Index, int kOutputs, int kUnits>
 void TileTimesPanel(const Weight& w, int64_t tile, int64_t first, int64_t last, const float* panel, float* sums) {
-  constexpr int kColumns = kUnits * kUnit;
-  constexpr int kWidth = kColumns % kLanes == 0 ? kLanes : kUnit, kVecs = kColumns / kWidth;
+  constexpr int kColumns = kUnits * kUnit, kWidest = TimesPanel<Value, kUnit>::kWidest;
+  constexpr int kWidth = kColumns % kWidest == 0 ? kWidest : kUnit, kVecs = kColumns / kWidth;
   constexpr int kPart = kOutputs == 1 || VECTOR_BYTES == 64 ? kVecs : std::min(kVecs, 2);
   constexpr int kFull = kVecs / kPart * kPart, kRest = kVecs - kFull;
   for (int v = 0; v < kFull; v += kPart) {
@@ -82,7 +102,10 @@ TileLoop LoopOfWidth(int64_t columns) {
 
 template <class Value, class Index>
 TileLoop LoopOfIndex(const Weight& w, int64_t columns) {
-  return w.group == 1 ? LoopOfWidth<Value, Index, 1>(columns) : LoopOfWidth<Value, Index, kGroup>(columns);
+  if constexpr (!std::is_same_v<Value, FourCodes>) {
+    if (w.group == kGroup) return LoopOfWidth<Value, Index, kGroup>(columns);
+  }
+  return LoopOfWidth<Value, Index, 1>(columns);
 }
 
 template <class Value>
@@ -91,9 +114,10 @@ TileLoop LoopOfValue(const Weight& w, int64_t columns) {
 }
 
 TileLoop LoopFor(const Weight& w, int64_t columns) {
-  return w.type == Type::kF32    ? LoopOfValue<float>(w, columns)
-         : w.type == Type::kBF16 ? LoopOfValue<BF16>(w, columns)
-                                 : LoopOfValue<int8_t>(w, columns);
+  return w.type == Type::kF32     ? LoopOfValue<float>(w, columns)
+         : w.type == Type::kBF16  ? LoopOfValue<BF16>(w, columns)
+         : w.type == Type::kCodes ? LoopOfValue<FourCodes>(w, columns)
+                                  : LoopOfValue<int8_t>(w, columns);
 }
 
 // Groups that are worked on at once. One tile needs no sums between tiles, so they stay in the first level.
@@ -133,6 +157,7 @@ bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const
   float* largest = sums + at_once * w.group * columns;
   Segment<X> segments[kPanel];
   const TileLoop loop = LoopFor(w, columns);
+  const float outside = w.codes ? FourTimes(w.codes->zero) : 0.0f;
   for (int64_t i = 0; i < win.pool(); ++i) {
     const Window part = win.Neighbour(i);
     const int64_t n_segments = FindSegments(part, static_cast<const X*>(ops.x), task, segments);
@@ -141,9 +166,12 @@ bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const
       if (w.n_tiles == 0) std::fill_n(sums, (last - first) * w.group * columns, 0.0f);
       for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
         float* panel = scratch + (keep ? tile * w.tile * columns : 0);
-        if (first == task.first || !keep) PackTile(w, part, segments, n_segments, tile, columns, panel);
+        if (first == task.first || !keep) {
+          PackTile(w, part, segments, n_segments, tile, columns, outside, panel);
+        }
         loop(w, tile, first, last, panel, sums);
       }
+      if (w.codes) FloatsOfSums(*w.codes, first, last, columns, sums);
       if (win.pool() == 1) {
         WriteOut<Y>(w, ops, task, first * w.group, last * w.group, sums, columns);
       } else {

@@ -184,6 +184,17 @@ const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const We
   return wrong;
 }
 
+// The codes of x, of so many pixels of so many channels.
+void Encode(ffi::ThreadPool& pool, const Kernels& kernels, const void* x, Type type, int64_t pixels, int64_t channels,
+            const Codes& codes, uint8_t* to) {
+  const int64_t most = std::min(pixels, 4 * Threads(pool));
+  const int64_t parts = std::clamp<int64_t>(pixels * channels / (4 * kWorthAThread), 1, std::max<int64_t>(most, 1));
+  ForEach(pool, parts, [&](int64_t i) {
+    const auto [first, last] = Part(pixels, parts, i);
+    kernels.encode(x, type, channels, codes, first, last, to);
+  });
+}
+
 // ---- what arrives ----
 
 ffi::Error Refuse(const std::string& why) { return ffi::Error::InvalidArgument("jaxprune_product: " + why); }
@@ -267,17 +278,14 @@ std::string ReadValues(const ffi::AnyBuffer& values, const ffi::AnyBuffer& bound
   return "";
 }
 
-std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
-                       const ffi::AnyBuffer& scale, int64_t tile, int64_t group, Weight* w) {
-  if (!TypeOf(values, &w->type) || w->type == Type::kF16) return "`values` must be float32, bfloat16 or int8";
+std::string ReadRuns(const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds, int64_t tile, int64_t group,
+                     Weight* w) {
   const bool narrow = index.element_type() == ffi::DataType::U8;
   if (!narrow && index.element_type() != ffi::DataType::U16) return "`index` must be uint8 or uint16";
-  if (std::string why = ReadValues(values, bounds, scale, w); !why.empty()) return why;
   const int64_t reach = narrow ? 256 : 65536;
   if (tile < 1 || tile > reach) return "`tile` must be in [1, 65536], and [1, 256] for an index of uint8";
   if (group != 1 && group != kGroup) return "`group` must be 1 or 4";
   if (w->n_out % group != 0) return "`group` must divide the outputs";
-  if (Count(values) != Count(index) * group) return "`values` must have `group` numbers for each of `index`";
   w->n_tiles = CeilDiv(w->n_in, tile);
   w->group = group;
   int64_t n_bounds;
@@ -288,6 +296,48 @@ std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index
   w->wide = !narrow;
   w->tile = tile;
   w->inputs = Count(index);
+  return "";
+}
+
+std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
+                       const ffi::AnyBuffer& scale, int64_t tile, int64_t group, Weight* w) {
+  if (!TypeOf(values, &w->type) || w->type == Type::kF16) return "`values` must be float32, bfloat16 or int8";
+  if (std::string why = ReadValues(values, bounds, scale, w); !why.empty()) return why;
+  if (std::string why = ReadRuns(index, bounds, tile, group, w); !why.empty()) return why;
+  return Count(values) == Count(index) * group ? "" : "`values` must have `group` numbers for each of `index`";
+}
+
+// Products of codes, positive and negative ones of the largest size, of which 32 bits surely hold the sum.
+constexpr int64_t kMostTerms = INT32_MAX / (127 * 255);
+
+// A weight of codes, whose inputs and whose window's channels become runs of kRun.
+std::string ReadCodes(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index, const ffi::AnyBuffer& bounds,
+                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& totals, const ffi::AnyBuffer& grid,
+                      int64_t tile, Window* window, Weight* w, Codes* codes) {
+  const int64_t taps = window->kernel_height * window->kernel_width;
+  int64_t terms;
+  if (__builtin_mul_overflow(taps, window->channels, &terms) || terms > kMostTerms) {
+    return "`x` and `window` must make at most 66311 inputs, whose sums 32 bits hold";
+  }
+  window->channels = CeilDiv(window->channels, kRun);
+  w->n_in = taps * window->channels;
+  if (values.element_type() != ffi::DataType::S8) return "`values` must be int8";
+  if (std::string why = ReadValues(values, bounds, scale, w); !why.empty()) return why;
+  if (std::string why = ReadRuns(index, bounds, tile, 1, w); !why.empty()) return why;
+  if (Count(values) != Count(index) * kRun) return "`values` must have 4 numbers for each of `index`";
+  if (Count(scale) != w->n_out) return "`scale` must have one number for each output";
+  if (totals.element_type() != ffi::DataType::S32) return "`totals` must be int32";
+  if (Count(totals) != w->n_out) return "`totals` must have one number for each output";
+  if (grid.element_type() != ffi::DataType::F32 || Count(grid) != 2) return "`grid` must be two numbers of float32";
+  const float* numbers = static_cast<const float*>(grid.untyped_data());
+  const float zero = numbers[1];
+  if (!(numbers[0] > 0 && std::isfinite(numbers[0]) && zero >= -128 && zero <= 127 && zero == std::floor(zero))) {
+    return "`grid` must be a scale above 0 and an integer of 8 bits";
+  }
+  *codes = {numbers[0], static_cast<int32_t>(zero) + 128, w->scale, static_cast<const int32_t*>(totals.untyped_data())};
+  w->type = Type::kCodes;
+  w->scale = nullptr;
+  w->codes = codes;
   return "";
 }
 
@@ -365,6 +415,50 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
   return wrong ? Refuse(wrong) : ffi::Error::Success();
 }
 
+ffi::Error ProductOfCodes(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
+                          ffi::AnyBuffer scale, ffi::AnyBuffer totals, ffi::AnyBuffer grid, ffi::AnyBuffer bias,
+                          ffi::AnyBuffer residual, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y,
+                          ffi::Result<ffi::AnyBuffer> codes_of_x, int64_t tile, ffi::Span<const int64_t> numbers,
+                          bool relu) {
+  Window window;
+  Weight w;
+  Codes codes;
+  Operands ops;
+  if (std::string why = ReadSizes({{"`values`", &values},
+                                   {"`index`", &index},
+                                   {"`bounds`", &bounds},
+                                   {"`scale`", &scale},
+                                   {"`totals`", &totals},
+                                   {"`grid`", &grid},
+                                   {"`bias`", &bias},
+                                   {"`residual`", &residual},
+                                   {"`x`", &x},
+                                   {"the result", &*y},
+                                   {"the result of codes", &*codes_of_x}});
+      !why.empty()) {
+    return Refuse(why);
+  }
+  if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
+  w.n_out = y->dimensions().back();
+  if (std::string why = ReadCodes(values, index, bounds, scale, totals, grid, tile, &window, &w, &codes);
+      !why.empty()) {
+    return Refuse(why);
+  }
+  if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
+  const int64_t channels = x.dimensions().back(), pixels = channels ? Count(x) / channels : 0;
+  if (codes_of_x->element_type() != ffi::DataType::U8 || Count(*codes_of_x) != pixels * window.channels * kRun) {
+    return Refuse("the result of codes must be uint8, for each pixel of `x` its channels in whole runs of 4");
+  }
+  if (window.positions() == 0 || w.n_out == 0) return ffi::Error::Success();
+  const Kernels& kernels = BestKernels();
+  uint8_t* to = static_cast<uint8_t*>(codes_of_x->untyped_data());
+  Encode(pool, kernels, ops.x, ops.x_type, pixels, channels, codes, to);
+  ops.x = to;
+  ops.x_type = Type::kF32;
+  const char* wrong = PanelProduct(pool, kernels, w, window, ops);
+  return wrong ? Refuse(wrong) : ffi::Error::Success();
+}
+
 ffi::Error Transposed(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
                       ffi::AnyBuffer scale, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
   if (std::string why = ReadSizes({{"`values`", &values},
@@ -421,8 +515,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product, jaxprune::Product,
                                   .Attr<ffi::Span<const int64_t>>("window")
                                   .Attr<bool>("relu"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_codes, jaxprune::ProductOfCodes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("tile")
+                                  .Attr<ffi::Span<const int64_t>>("window")
+                                  .Attr<bool>("relu"));
+
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 6; }
+extern "C" int jaxprune_interface() { return 7; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

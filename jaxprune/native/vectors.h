@@ -93,6 +93,13 @@ inline void Store(BF16* to, Vec value) {
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(kept, Halves);
 }
 
+// The same bits in all lanes.
+inline Vec Filled(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (Vec)(Bits{} + bits);
+}
+
 // The sum of all lanes.
 inline float Total(Vec sums) {
   float lanes[kLanes];

@@ -8,7 +8,8 @@ Every product and convolution with a weight is done on integers of 8 bits, summe
 
     y = s_x s_w \sum (q_x - z_x) q_w            w = s_w q_w for each output,   x = s_x (q_x - z_x) for the tensor
 
-Everything between the products stays in float32: biases, normalisations, activations.
+Everything between the products stays in float32: biases, normalisations, activations. A result is rounded to its dtype
+before anything is added to it, so that `jaxprune.sparse.int8`, which runs on the integers, has the same to the bit.
 """
 
 import functools
@@ -172,7 +173,7 @@ def _on_codes(product: Product, low: float, high: float) -> Float[Array, "..."]:
     """The result of a product, of codes of both operands."""
     site = product.site
     over = _summed(site)
-    weight, x = product.weight.astype(jnp.float32), product.x.astype(jnp.float32)
+    weight, x = product.weight.astype(jnp.float32), lax.optimization_barrier(product.x).astype(jnp.float32)
     x_scale, x_zero = asymmetric_grid(np.float32(low), np.float32(high), 8)
     w_scale = symmetric_scale(jnp.max(jnp.abs(weight), axis=over, keepdims=True, initial=0), 8)
     w_codes = to_codes(weight, w_scale, 0, 8).astype(jnp.int8)
@@ -180,8 +181,13 @@ def _on_codes(product: Product, low: float, high: float) -> Float[Array, "..."]:
     sums = _sums(site, w_codes, x_codes, np.int8(x_zero))
     surplus = int(x_zero) * jnp.sum(w_codes, axis=over, keepdims=True, dtype=jnp.int32)
     exact = sums - _along_outputs(site, surplus, sums.ndim)
-    result = exact.astype(jnp.float32) * (_along_outputs(site, w_scale, sums.ndim) * x_scale)
-    return result.astype(site.y_dtype)
+    result = exact.astype(jnp.float32) * (_along_outputs(site, _rounded(w_scale), sums.ndim) * x_scale)
+    return lax.optimization_barrier(_rounded(result).astype(site.y_dtype))  # or numbers of 16 bits keep more
+
+
+def _rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same, rounded: XLA would multiply two constant factors first, and round a product and a sum only once."""
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min)
 
 
 def _summed(site: Site) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "native_block" | four values, one byte | leaves pruned by `Block(rows, 4 n)` |
 | "native_nm" | value, one byte | a batch of one, leaves pruned by `NM(2, 4)` and the like |
 | "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
+| "int8" | a byte each for four inputs and their index | products of integers; rounds activations too (`int8`) |
 
 What is compressed goes through `jax.export` as it is (`exports`).
 
@@ -47,6 +48,7 @@ from jaxprune.sparse.blocks import BlockWeight
 from jaxprune.sparse.compression import compress, decompress, nbytes
 from jaxprune.sparse.dispatch import apply
 from jaxprune.sparse.formats import FORMATS, SparseUseError, SparseWeight
+from jaxprune.sparse.int8 import Int8Weight
 from jaxprune.sparse.portable import BCOOWeight, BCSRWeight
 from jaxprune.sparse.products import matmul, times, times_transposed
 from jaxprune.sparse.tiles import (
@@ -65,6 +67,7 @@ __all__ = [
     "BCOOWeight",
     "BCSRWeight",
     "BlockWeight",
+    "Int8Weight",
     "NativeBitsInt8Weight",
     "NativeBitsWeight",
     "NativeBlockWeight",

@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import native, tree
 from jaxprune.layout import BY_NAME, Layout
+from jaxprune.quantize.int8 import Ranges
 from jaxprune.sparse.formats import FORMATS, SparseWeight, Unsupported, check_format, check_unsupported, matrix_of
+from jaxprune.sparse.int8 import check_ranges, grid_of
 from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.types import Params
 
@@ -23,6 +25,7 @@ def compress(
     select: tree.Select = tree.weights,
     layout: Layout = BY_NAME,
     unsupported: Unsupported = "refuse",
+    ranges: Ranges | None = None,
 ) -> Params:
     """The same tree, with the non-zeros of its matrices in place of the matrices.
 
@@ -44,15 +47,20 @@ def compress(
             `TORCH`, (out, in), also Equinox's; or `layout_of(sites)`, as the model's function uses them.
         unsupported: what becomes of a selected leaf that has no form in the named format, such as a convolution kernel
             or stacked layers, or whose name does not tell its layout: "refuse", or "dense" to leave it as it is.
+        ranges: of the activations that meet each leaf, as `jaxprune.storage.calibrate` finds them; for the format
+            "int8", which rounds activations too, and for no other.
 
     Raises:
         ValueError: an unknown format, or a plan for other params; a selected leaf is no matrix or holds a NaN, or may
-            be stacked layers as well as a convolution; its name does not tell its layout; nothing is selected.
+            be stacked layers as well as a convolution; its name does not tell its layout; nothing is selected;
+            `ranges` that are missing, or of no use, or that do not have one range for a leaf.
         TypeError: a leaf is traced, compressed already, no array, or not floating.
     """
     check_unsupported(unsupported)
     if isinstance(format, str):
         check_format(format)
+    if not isinstance(format, Plan):
+        check_ranges(format, ranges)
     for weight in filter(_is_sparse, jax.tree.leaves(params, is_leaf=_is_sparse)):
         raise TypeError(f"Leaf {weight.name!r} is compressed already. Call `decompress(params)` first.")
     if format == "dense":
@@ -74,7 +82,7 @@ def compress(
         kind = FORMATS[named or default_format(leaf)]
         if not has_form(name, leaf, kind, layout, unsupported if named else "dense", untold=unsupported):
             return leaf
-        weight = _compress_leaf(name, leaf, kind, layout)
+        weight = _compress_leaf(name, leaf, kind, layout, {"grid": grid_of(name, ranges)} if kind.calibrated else {})
         return weight if named or weight.nbytes < leaf.nbytes else leaf
 
     return tree.map_named(one, params)
@@ -165,12 +173,14 @@ def _is_told(name: str, leaf: Any, layout: Layout, unsupported: Unsupported) -> 
     return True
 
 
-def _compress_leaf(name: str, leaf: Any, kind: type[SparseWeight], layout: Layout) -> SparseWeight:
+def _compress_leaf(
+    name: str, leaf: Any, kind: type[SparseWeight], layout: Layout, fields: dict[str, Any]
+) -> SparseWeight:
     host = np.asarray(leaf)
     if np.isnan(host).any():
         raise ValueError(f"Leaf {name!r} holds a NaN, so it cannot be told what is zero. Find where it comes from.")
     outputs_last = layout.axes(name, leaf.shape).outputs == (leaf.ndim - 1,)
-    weight = kind.from_leaf(host, outputs_last=outputs_last, name=name)
+    weight = kind.from_leaf(host, outputs_last=outputs_last, name=name, **fields)
     if not isinstance(leaf, jax.Array) or not leaf.committed:
         return weight
     if isinstance(leaf.sharding, NamedSharding):

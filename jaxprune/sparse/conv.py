@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxprune.exact.meshes import lying_as_dense
 from jaxprune.sparse.formats import SparseWeight
-from jaxprune.sparse.native_product import Sizes, native_product_p, operands, result_dtype
+from jaxprune.sparse.native_product import native_product
 from jaxprune.sparse.tiles import NativeWeight
 
 
@@ -81,7 +81,5 @@ def _convolve(
     ones = (1, 1, 0, 1) if flat else ()
     pairs = [(*ones[i : i + 1], *map(int, pair)) for i, pair in enumerate(numbers)]
     pixels = (*ones[:1], *y_shape[1:-1])
-    n_out, n_in = weight.sizes
-    sizes = Sizes(n_out, n_in, weight.tile, weight.group, result_dtype(dtype), sum(pairs, ()), pixels)
-    y = native_product_p.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
+    y = native_product(weight, x, dtype, sum(pairs, ()), pixels)
     return y[:, 0] if flat else y

@@ -6,8 +6,8 @@
     jax.export.deserialize(blob).call(sparse_params, x)          elsewhere, after `import jaxprune`
 
 The calls are `jaxprune.native.TARGET` of the native formats, `jaxprune.native.TRANSPOSED` of those of bits where a
-product is over their outputs, and jaxlib's "cpu_csr_sparse_dense_ffi" of "bcsr": jax promises for its own old ones that
-later versions have them, and for no others. The other formats need no checks off.
+product is over their outputs, `jaxprune.native.CODES` of "int8", and jaxlib's "cpu_csr_sparse_dense_ffi" of "bcsr": jax
+promises for its own old ones that later versions have them, and for no others. The other formats need no checks off.
 
 A weight is written as its format's name and its static fields, in JSON; its arrays are arguments of the program.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.export
 
-from jaxprune.sparse import bits, blocks, tiles  # noqa: F401  (they add their formats)
+from jaxprune.sparse import bits, blocks, int8, tiles  # noqa: F401  (they add their formats)
 from jaxprune.sparse.formats import FORMATS, SparseWeight
 
 

@@ -100,6 +100,7 @@ class SparseWeight(quax.ArrayValue):
         outputs_last: True if the leaf is (*window, in, out), False if it is (out, in, *window); a matrix has no window.
         convolves: whether the format has a convolution.
         lossy: whether the format rounds the weights.
+        calibrated: whether it rounds the activations too, and so has to be told their range.
         by_output: whether the values lie in the order of outputs.
         name: the leaf's name, for messages.
         unsupported: "refuse", or "dense" to let operations without a sparse form have the dense leaf.
@@ -112,6 +113,7 @@ class SparseWeight(quax.ArrayValue):
     values: Float[Array, " nse"] = eqx.field(converter=jnp.asarray)
     convolves: ClassVar[bool] = False
     lossy: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
     stored_dtype: ClassVar[Any] = jnp.floating
     by_output: ClassVar[bool] = True
 
@@ -161,13 +163,11 @@ class SparseWeight(quax.ArrayValue):
         return BCOO((self.values, indices), shape=self.sizes, **known)
 
     @classmethod
-    def from_leaf(
-        cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, name: str = ""
-    ) -> "SparseWeight":
+    def from_leaf(cls, leaf: Shaped[np.ndarray, "*axes"], *, outputs_last: bool = True, **own: Any) -> "SparseWeight":
         """The non-zeros of a leaf (*window, in, out), or (out, in, *window) without `outputs_last`, in host memory."""
         matrix = matrix_of(leaf, outputs_last)
         rows, cols = np.nonzero(matrix)
-        return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, name=name)
+        return cls.pack(matrix[rows, cols], rows, cols, leaf.shape, outputs_last=outputs_last, **own)
 
     def __check_init__(self) -> None:
         check_unsupported(self.unsupported)
@@ -189,10 +189,14 @@ class SparseWeight(quax.ArrayValue):
             )
         self.check_parts()
         rows, cols = (np.asarray(part).astype(np.int64) for part in self.coordinates(np))
-        n_out, n_in = self.sizes
         if rows.shape != (self.nse,) or cols.shape != (self.nse,):
             raise ValueError(f"{self._who} has {self.nse} values, but {cols.size} input indices, which do not fit.")
-        if self.nse and not (rows.min() >= 0 and cols.min() >= 0 and rows.max() < n_out and cols.max() < n_in):
+        self.check_coordinates(rows, cols)
+
+    def check_coordinates(self, rows: Int[np.ndarray, " _"], cols: Int[np.ndarray, " _"]) -> None:
+        """Raises ValueError where such output and input indices are none, or lie in another order."""
+        n_out, n_in = self.sizes
+        if rows.size and not (rows.min() >= 0 and cols.min() >= 0 and rows.max() < n_out and cols.max() < n_in):
             raise ValueError(f"{self._who} has indices outside its {n_out} outputs and {n_in} inputs.")
         if not self.by_output:
             order = np.argsort(rows, kind="stable")  # inputs stay as they lie, to be looked at

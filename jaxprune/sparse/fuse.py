@@ -10,7 +10,8 @@ to `jax.nn.relu` and max-pooled, and has each such chain computed by one call:
 
 A convolution's pixels may be pooled anywhere before a residual, in windows that neither overlap nor reach outside: the
 largest of several sums is also the largest with the same bias added, and with ReLU. A step joins the chain if nobody
-else uses its input. The result is the same but for rounding: 16-bit results are rounded once, not at every step.
+else uses its input. The result is the same but for rounding: 16-bit results are rounded once, not at every step. Of
+products of integers it is the same to the bit: additions join in this order alone, and of 32 bits alone.
 """
 
 from collections import Counter
@@ -19,13 +20,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxprune.compat import closed
 from jaxprune.native import LARGEST_POOL
-from jaxprune.sparse.native_product import Steps, fused_product_p, native_product_p
+from jaxprune.sparse.native_product import Steps, fused_product_p, int8_product_p, native_product_p
 
 F = TypeVar("F", bound=Callable[..., Any])
 _BRANCHES_ON_VALUES = (
@@ -86,7 +88,7 @@ def find_chains(jaxpr: Jaxpr) -> list[Chain]:
     taken: set[int] = set()
     chains = []
     for i, eqn in enumerate(jaxpr.eqns):
-        if eqn.primitive is native_product_p:
+        if eqn.primitive in (native_product_p, int8_product_p):
             chain = _follow(jaxpr.eqns, Chain((i,)), uses, users, taken)
             taken.update(chain.steps)
             chains.append(chain)
@@ -126,6 +128,9 @@ def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, product: JaxprEqn)
     if eqn.primitive is not lax.add_p:
         return None
     other = eqn.invars[0] if eqn.invars[1] is var else eqn.invars[1]
+    integers = product.params["sizes"].integers
+    if integers and (chain.residual is not None or _aval(var).dtype != jnp.float32):
+        return None
     if isinstance(other, Literal) or shape != _aval(var).shape:
         return None
     if chain.bias is None and _aval(other).size == n_out == _aval(other).shape[-1]:

@@ -1,7 +1,8 @@
 """The native product and convolution as jax primitives: plain, and with what follows in a layer.
 
     native_product_p(values, index, bounds, scale, x)                    W x
-    fused_product_p(values, index, bounds, scale, x, *added)       relu(pool(W x) + bias + residual), each if wanted
+    int8_product_p(values, index, bounds, scale, totals, grid, x)        the same on integers (`jaxprune.sparse.int8`)
+    fused_product_p(*either, *added)                               relu(pool(W x) + bias + residual), each if wanted
 
 x is (n, in), or images (n, height, width, channels) where there is a window. Derivatives of the fused product are those
 of its parts, one after the other, and so is what `vmap` makes of it.
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Num, Shaped
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
 from jaxprune.sparse import bits, tiles
+from jaxprune.sparse.int8 import Int8Weight
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.products import project, project_transposed, times_transposed
 from jaxprune.sparse.tiles import NativeWeight
@@ -37,6 +39,7 @@ class Sizes(NamedTuple):
         dtype: of the result.
         window: of a convolution, two numbers each: kernel, stride, padding before, dilation; empty for a matrix.
         pixels: height and width of the result of a convolution.
+        integers: whether operands are those of `int8_product_p`.
     """
 
     n_out: int
@@ -46,6 +49,7 @@ class Sizes(NamedTuple):
     dtype: str
     window: tuple[int, ...] = ()
     pixels: tuple[int, ...] = ()
+    integers: bool = False
 
 
 class Steps(NamedTuple):
@@ -73,14 +77,19 @@ def _kernel(*operands: Array, sizes: Sizes) -> Array:
 
 
 def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
-    values, index, bounds, scale, x, *added = operands
+    n_parts = 6 if sizes.integers else 4
+    x, added = operands[n_parts], list(operands[n_parts + 1 :])
     pixels = (n // pool for n, pool in zip(sizes.pixels, steps.pool, strict=False))
     shape, dtype = (x.shape[0], *pixels, sizes.n_out), jnp.dtype(sizes.dtype)
     bias = added.pop(0).reshape(-1).astype(jnp.float32) if steps.bias else jnp.zeros(0, jnp.float32)
     residual = added.pop(0).reshape(shape) if steps.residual else jnp.zeros(0, dtype)
     window = sizes.window and (*sizes.window, *steps.pool)
-    attributes = {"tile": sizes.tile, "group": sizes.group, "window": window, "relu": steps.relu}
-    y = native.product(values, index, bounds, scale, bias, residual, x, shape=shape, dtype=dtype, **attributes)
+    every = [*operands[:n_parts], bias, residual, x]
+    attributes = {"shape": shape, "dtype": dtype, "tile": sizes.tile, "window": window, "relu": steps.relu}
+    if sizes.integers:
+        y = native.product_of_codes(*every, **attributes)
+    else:
+        y = native.product(*every, group=sizes.group, **attributes)
     return y.reshape(steps.shape)
 
 
@@ -113,6 +122,17 @@ def _dense(matrix: Array, x: Array, *, sizes: Sizes) -> Array:
 
 
 native_product_p = sparse_product("native_product", _kernel, _matrix, _dense, batch_axis=0)
+int8_product_p = sparse_product("int8_product", _kernel, _matrix, _dense, batch_axis=0)
+
+
+def _no_derivative(*_: Any, **__: Any) -> Any:
+    raise TypeError(
+        'A weight in the format "int8" has no derivative: its products round the activations, so that they are '
+        "constant nearly everywhere. Differentiate with the params as they were before `compress`."
+    )
+
+
+ad.primitive_jvps[int8_product_p] = _no_derivative
 
 
 def _fused_primitive() -> Primitive:
@@ -155,7 +175,7 @@ def operands(weight: NativeWeight, x: Num[Array, "*batch channels"], dtype: Any)
         raise TypeError(f"Leaf {weight.name!r} is stored for the native kernels. {reason}")
     as_it_is = jnp.issubdtype(weight.values.dtype, jnp.integer) or weight.tile == bits.BITMAP
     values = weight.values if as_it_is else _as_taken(weight.values)
-    return values, weight.index, weight.bounds, weight.output_scale(), _as_taken(x)
+    return values, weight.index, weight.bounds, weight.output_scale(), *weight.of_activations(), _as_taken(x)
 
 
 def _as_taken(array: Array) -> Array:
@@ -171,14 +191,32 @@ def _refusal(weight: NativeWeight, x: Array, result: Any) -> str:
 
 @project.register(NativeWeight)
 def _project_native(weight: NativeWeight, x: Num[Array, "n n_in"], dtype: Any) -> Float[Array, "n n_out"]:
-    n_out, n_in = weight.sizes
-    sizes = Sizes(n_out, n_in, weight.tile, weight.group, result_dtype(dtype))
-    return native_product_p.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
+    return native_product(weight, x, dtype)
 
 
-def result_dtype(dtype: Any) -> str:
-    """The dtype in which the kernels give a result that is wanted in `dtype`."""
-    return "bfloat16" if dtype == jnp.bfloat16 else "float32"
+def native_product(
+    weight: NativeWeight,
+    x: Num[Array, "*batch channels"],
+    dtype: Any,
+    window: tuple[int, ...] = (),
+    pixels: tuple[int, ...] = (),
+) -> Float[Array, "..."]:
+    """The product, or convolution, of a weight and x.
+
+    Args:
+        weight: in a native format.
+        x: (n, in), or images (n, height, width, channels).
+        dtype: of the result.
+        window: see `Sizes`.
+        pixels: likewise.
+
+    Raises:
+        TypeError: see `operands`.
+    """
+    in_kernel = "bfloat16" if dtype == jnp.bfloat16 else "float32"
+    sizes = Sizes(*weight.sizes, weight.tile, weight.group, in_kernel, window, pixels, weight.calibrated)
+    primitive = int8_product_p if weight.calibrated else native_product_p
+    return primitive.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
 
 
 def _transposed_matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, n_in: int) -> Array:
@@ -199,6 +237,12 @@ def _project_transposed_bits(
     return native_transposed_p.bind(*parts, x.astype(jnp.float32), n_in=weight.sizes[1]).astype(dtype)
 
 
+@project_transposed.register(Int8Weight)
+def _project_transposed_int8(weight: Int8Weight, x: Num[Array, "n n_out"], dtype: Any) -> Float[Array, "n n_in"]:
+    leaf = weight.dense_for("a product over its outputs, whose codes would be others")
+    return jnp.matmul(x.astype(dtype), leaf.astype(dtype).T if weight.outputs_last else leaf.astype(dtype))
+
+
 @times_transposed.register(NativeWeight)
 def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -> Float[Array, "n_in n"]:
     # No kernel of its own; the dense product is many times faster on CPU than a gather and a scatter.
@@ -206,5 +250,5 @@ def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -
 
 
 for _platform in ("cuda", "rocm", "tpu"):
-    for _primitive in (native_product_p, fused_product_p, native_transposed_p):
+    for _primitive in (native_product_p, int8_product_p, fused_product_p, native_transposed_p):
         mlir.register_lowering(_primitive, _not_on_cpu, platform=_platform)

@@ -69,8 +69,13 @@ class NativeWeight(SparseWeight):
 
     def check_parts(self) -> None:
         """See `SparseWeight.check_parts`."""
-        n_out, n_in = self.sizes
-        self.check_bounds(self.bounds, n_out // self.group, self.index.size, "indices", -(-n_in // self.tile))
+        n_tiles = -(-self.indexed // self.tile)
+        self.check_bounds(self.bounds, self.sizes[0] // self.group, self.index.size, "indices", n_tiles)
+
+    @property
+    def indexed(self) -> int:
+        """How many there are of what an index counts, inputs."""
+        return self.sizes[1]
 
     def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`; in the order of the tiles."""
@@ -80,6 +85,10 @@ class NativeWeight(SparseWeight):
     def output_scale(self) -> Float32[Array, " n_out_or_0"]:
         """What the sums of the stored values are multiplied by; nothing, so empty, unless the format rounds."""
         return jnp.zeros(0, jnp.float32)
+
+    def of_activations(self) -> tuple[Shaped[Array, "..."], ...]:
+        """What the kernel has to know besides of activations that it rounds; nothing, unless the format does."""
+        return ()
 
 
 class NativeRowWeight(NativeWeight):

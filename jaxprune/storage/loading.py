@@ -60,8 +60,9 @@ def load(
         >>> params = jp.load("model.jaxprune", like=params)
     """
     check_unsupported(unsupported)
-    if to not in ("dense", "masks", "quantized", *FORMATS):
-        raise ValueError(f"`to` is dense, masks, quantized, {', '.join(FORMATS)}; {to!r} arrived.")
+    uncalibrated = [name for name, format in FORMATS.items() if not format.calibrated]
+    if to not in ("dense", "masks", "quantized", *uncalibrated):
+        raise ValueError(f"`to` is dense, masks, quantized, {', '.join(uncalibrated)}; {to!r} arrived.")
     with Artifact(path) as file:
         file.check_memory(file.records, max_bytes)
         shapes = {name: jax.ShapeDtypeStruct(record.shape, record.dtype) for name, record in file.records.items()}

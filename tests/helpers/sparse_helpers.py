@@ -30,7 +30,7 @@ needs_kernels = pytest.mark.skipif(bool(sparse.native.why_missing()), reason=spa
 each_format = pytest.mark.parametrize("format", FORMATS)
 
 
-def put(array, dtype):
+def put(array, dtype="float32"):
     """`jnp.asarray`, which would compile a program for every shape."""
     return jax.device_put(np.asarray(array, jnp.dtype(dtype)))
 

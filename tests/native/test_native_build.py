@@ -44,6 +44,7 @@ extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
+extern "C" XLA_FFI_Error* jaxprune_codes(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
 """
 
 
@@ -71,6 +72,7 @@ def loaded(monkeypatch):
         monkeypatch.setattr(native, "LIBRARY", library)
         monkeypatch.setattr(native, "TARGET", f"jaxprune_product_of_{library.stem}")
         monkeypatch.setattr(native, "TRANSPOSED", f"jaxprune_transposed_of_{library.stem}")
+        monkeypatch.setattr(native, "CODES", f"jaxprune_codes_of_{library.stem}")
         forget()
 
     def forget():

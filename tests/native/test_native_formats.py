@@ -238,7 +238,11 @@ def test_int8_weights_cast_to_another_dtype_keep_what_is_stored():
 
 
 def test_int8_is_used_only_where_it_is_named():
-    assert [name for name, format in sparse.FORMATS.items() if format.lossy] == ["native_int8", "native_bits_int8"]
+    assert [name for name, format in sparse.FORMATS.items() if format.lossy] == [
+        "native_int8",
+        "native_bits_int8",
+        "int8",
+    ]
 
 
 # Transformations.

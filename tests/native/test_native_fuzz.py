@@ -11,7 +11,7 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "jaxprune" / "native"
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
 # What every run is expected to reach, each of it named in a refusal.
-NAMES = ("values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window")
+NAMES = ("values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window", "totals", "grid")
 
 
 @pytest.fixture(scope="module")

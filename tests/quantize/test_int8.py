@@ -1,13 +1,12 @@
 """INT8: every form of product and convolution against integers of NumPy."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from int8_helpers import RANGE, normal, on_codes
+from int8_helpers import RANGE, convolved, normal, on_codes
 from jax import lax
 
 from jaxprune.quantize.int8 import MOST_TERMS, int8
@@ -95,26 +94,6 @@ def test_products_are_those_of_integers(name, products):
     assert np.abs(sums).max() < 2**24  # so the oracle is exact in float32
     if x.shape[-1] > 500:
         assert np.abs(np.cumsum(x_codes[0] * w_codes[:, 0])).max() > 2**24
-
-
-def convolved(x, w, stride=(1, 1), padding=((0, 0), (0, 0)), hole=(1, 1), dilation=(1, 1), groups=1):
-    """x NHWC with a window HWIO, by the definition; `hole` is the dilation of x."""
-    sizes = [(n - 1) * h + 1 for n, h in zip(x.shape[1:3], hole, strict=True)]
-    spread = np.zeros((len(x), *sizes, x.shape[3]), x.dtype)
-    spread[:, :: hole[0], :: hole[1]] = x
-    spread = np.pad(spread, ((0, 0), *((max(a, 0), max(b, 0)) for a, b in padding), (0, 0)))
-    cuts = (slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(spread.shape[1:3], padding, strict=True))
-    spread = spread[:, *cuts]
-    reach = [(n - 1) * d + 1 for n, d in zip(w.shape[:2], dilation, strict=True)]
-    rows, cols = ((n - r) // s + 1 for n, r, s in zip(spread.shape[1:3], reach, stride, strict=True))
-    y = np.zeros((len(x), rows, cols, w.shape[3]), x.dtype)
-    inputs, outputs = w.shape[2], w.shape[3] // groups
-    for i, j, g in itertools.product(range(rows), range(cols), range(groups)):
-        patch = spread[:, i * stride[0] :, j * stride[1] :, g * inputs : (g + 1) * inputs]
-        patch = patch[:, : reach[0] : dilation[0], : reach[1] : dilation[1]]
-        these = slice(g * outputs, (g + 1) * outputs)
-        y[:, i, j, these] = np.einsum("bhwi,hwio->bo", patch, w[..., these])
-    return y
 
 
 CONVOLUTIONS = {

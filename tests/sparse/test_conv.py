@@ -238,7 +238,7 @@ def test_three_spatial_axes_are_refused_or_stay_dense():
 @pytest.mark.parametrize("format", ["bcoo", "bcsr", "block"])
 def test_formats_without_convolutions_name_those_that_have_them(format):
     params = {"conv": make_leaf((3, 3, 2, 4), 0.5, "float32"), "w": make_leaf((4, 4), 0.5, "float32")}
-    able = "native, native_block, native_int8, native_nm, native_row"
+    able = "int8, native, native_block, native_int8, native_nm, native_row"
     with pytest.raises(
         ValueError, match=rf"'conv' \(3, 3, 2, 4\) is a convolution kernel.*in the formats {able} a conv"
     ):

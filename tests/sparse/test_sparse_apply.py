@@ -82,7 +82,11 @@ def makes_a_matrix(jaxpr, sizes):
 
 
 SIZES = (64, 32)
-ANY = [format for format in sparse.FORMATS if not (format.startswith("native") and sparse.native.why_missing())]
+ANY = [
+    name
+    for name, one in sparse.FORMATS.items()
+    if not (one.calibrated or (name.startswith("native") and sparse.native.why_missing()))
+]
 WAYS = {  # (leaf, x (5, in)) -> (5, out), for a leaf (in, out) and one (out, in)
     "in_out": {"x @ W": lambda w, x: x @ w, "W.T @ x": lambda w, x: (w.T @ x.T).T, "W.T @ v": lambda w, x: w.T @ x[0]},
     "out_in": {"x @ W.T": lambda w, x: x @ w.T, "W @ x": lambda w, x: (w @ x.T).T, "W @ v": lambda w, x: w @ x[0]},

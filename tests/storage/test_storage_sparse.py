@@ -38,7 +38,7 @@ def compare(path, format, **kwargs):
     return ""
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name, one in FORMATS.items() if not one.calibrated])
 @pytest.mark.parametrize("layout", [FLAX, TORCH], ids=["flax", "torch"])
 def test_it_is_what_compress_makes(tmp_path, format, layout):
     conv = (3, 2, 8, 64) if layout is FLAX else (64, 8, 3, 2)

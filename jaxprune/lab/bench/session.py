@@ -36,7 +36,9 @@ def default_formats(platform: str) -> tuple[str, ...]:
     """What runs if no formats are named: those made for the platform, without those that always lose there."""
     made_for_cpu = [name for name in sparse.FORMATS if name.startswith("native")]
     if platform != "cpu":
-        return tuple(name for name in sparse.FORMATS if name not in made_for_cpu)
+        return tuple(
+            name for name, format in sparse.FORMATS.items() if name not in made_for_cpu and not format.calibrated
+        )
     return (*made_for_cpu, "bcsr")
 
 

@@ -53,7 +53,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     },
     "distribution": _shown(distributions, _class_with("__call__")),
     "schedule": _shown(schedules, _is_ramp),
-    "format": {**jp.sparse.FORMATS, "dense": None},
+    "format": {**{name: one for name, one in jp.sparse.FORMATS.items() if not one.calibrated}, "dense": None},
     "preset": dict(jp.presets()),
     "model": dict.fromkeys((
         *DROPPING, "resnet20", "resnet32", "resnet56", "resnet50", "cifar_vgg16", "cifar_vgg19", "vgg16", "vgg19",

@@ -112,7 +112,8 @@ def tune(
         The plan, for `compress(params, plan)`. All leaves "dense" with the `reason`, where that is best.
 
     Raises:
-        ValueError: an unknown format; nothing is selected; too few `repeats`; the cache cannot be written.
+        ValueError: an unknown format, or one that needs ranges of activations; nothing is selected; too few `repeats`;
+            the cache cannot be written.
         TypeError: a leaf is compressed already, traced, no array or not floating.
 
     Example:
@@ -158,6 +159,11 @@ def _names(formats: Iterable[str] | None) -> list[str]:
     names = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
     for name in names:
         check_format(name)
+        if name != "dense" and FORMATS[name].calibrated:
+            raise ValueError(
+                f'`tune` draws its activations, and has no ranges for the format "{name}". Compress with it, and '
+                "measure the model."
+            )
     return [name for name in names if name != "dense"]
 
 
