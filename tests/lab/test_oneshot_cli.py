@@ -134,7 +134,8 @@ def test_gguf_and_hugging_face_are_written_as_they_came(tmp_path, capsys):
     np.testing.assert_allclose(back, ours, rtol=2**-8)
 
 
-def test_texts_of_files_and_an_nm_pattern(story, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["alternating", "alternating-diagonal"])
+def test_texts_of_files_and_an_nm_pattern(story, tmp_path, capsys, method):
     """Calibrated all over a folder of texts, evaluated on the first windows of a file."""
     (tmp_path / "texts").mkdir()
     for i, text in {2: "ab " * 30, 10: "b" * 90}.items():
@@ -146,7 +147,7 @@ def test_texts_of_files_and_an_nm_pattern(story, tmp_path, capsys):
     np.testing.assert_array_equal(windows, np.reshape(tokens[: len(tokens) // 8 * 8], (-1, 8)))
     more = ["--calibrate", tmp_path / "texts", "--evaluate", files[1], "--pattern", "2:4"]
     out = tmp_path / "out"
-    assert cli.main([*words(story, out, *more, method="alternating", sparsity=None), "--evaluate-length", "5"]) == 0
+    assert cli.main([*words(story, out, *more, method=method, sparsity=None), "--evaluate-length", "5"]) == 0
     report = json.loads((out / "report.json").read_text())
     spread = windows[np.arange(4) * len(windows) // 4]
     first = texts.windows(TOKENIZER, files[1:], 5)[:3]

@@ -56,11 +56,12 @@ def _add_oneshot(commands: Any, style: dict[str, Any], do: Any) -> None:
     add("--out", metavar="FOLDER", type=Path, required=True, help="made, or of a run that stopped")
     add(
         "--method",
-        choices=["alternating", "sparsegpt", "wanda", "magnitude"],
+        choices=["alternating", "alternating-diagonal", "sparsegpt", "wanda", "magnitude"],
         default="alternating",
-        help="alternating directions, errors weighed by the derivatives of the loss (default), or a published method",
+        help="alternating directions, errors weighed by the derivatives of the loss (default); the same with a weight "
+        "for each output, faster by far for layers of a thousand outputs; or a published method",
     )
-    add("--refit", action="store_true", help="least squares on the mask; alternating always does that")
+    add("--refit", action="store_true", help="least squares on the mask; alternating directions always do that")
     many: Any = oneshot.add_mutually_exclusive_group(required=True)
     many.add_argument("--sparsity", metavar="F", type=float, help="fraction of every matrix to remove")
     many.add_argument("--pattern", metavar="N:M", default="", help="N of every M inputs stay, such as 2:4")

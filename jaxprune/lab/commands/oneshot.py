@@ -49,6 +49,9 @@ class Method(NamedTuple):
 
 METHODS = {
     "alternating": Method(jp.oneshot.AlternatingDirections(every=5, iterations=500), "products", weighed=True),
+    "alternating-diagonal": Method(
+        jp.oneshot.AlternatingDirections(every=3, iterations=100, diagonal=True), "products", weighed=True
+    ),
     "sparsegpt": Method(jp.oneshot.SparseGPT(), "blocks"),
     "wanda": Method(jp.oneshot.Wanda(), "blocks", pattern=jp.distributions.PerOutput()),
     "magnitude": Method(jp.oneshot.Magnitude(), "blocks"),
@@ -63,7 +66,7 @@ class Options:
         model: a file or folder that `generate` reads.
         out: folder, made, or of a run that stopped.
         method: one of `METHODS`.
-        refit: whether least squares follow on the mask; "alternating" always does that.
+        refit: whether least squares follow on the mask; alternating directions always do that.
         sparsity: fraction removed of every matrix; None: the pattern says it.
         allocate: whether matrices differ in sparsity, by their errors; `sparsity` is then that of all together.
         pattern: "2:4": so many of so many inputs stay; "": any weights.
@@ -195,7 +198,7 @@ def of_arguments(
 
 def _method(options: Options) -> Method:
     method = METHODS[options.method]
-    if options.refit and options.method != "alternating":
+    if options.refit and not isinstance(method.solver, jp.oneshot.AlternatingDirections):
         method = method._replace(solver=dataclasses.replace(method.solver, refit=True))
     order = options.order or method.order
     return method._replace(order=order, fit=options.fit or ("dense" if order == "products" else "own"))
@@ -311,7 +314,8 @@ def _memory(forward: Callable[..., Any], model: Language, batch: Any, method: Me
         key = "" if method.order == "layers" else name.rpartition("/")[0].rpartition("/")[0]
         blocks[key] = blocks.get(key, 0) + size * (1 + (method.fit == "dense"))
     leaves = tree.named_leaves(model.params)
-    outputs = sum(4 * leaves[name].shape[-1] ** 2 for name in sizes) if method.weighed else 0
+    power = 1 if getattr(method.solver, "diagonal", False) else 2
+    outputs = sum(4 * leaves[name].shape[-1] ** power for name in sizes) if method.weighed else 0
     most, weights = max(blocks.values()) + outputs, sum(leaf.nbytes for leaf in leaves.values())
     return (
         f"Second moments take {most / 1e6:,.1f} MB at most, beside {weights / 1e6:,.1f} MB of weights, as many of "
