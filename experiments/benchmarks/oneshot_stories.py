@@ -41,6 +41,7 @@ METHODS = {
     "weighed": (ALTERNATING, PRODUCTS),
     "weighed, allocated": (ALTERNATING, PRODUCTS),
     "weighed, diagonal": (ALTERNATING, PRODUCTS),
+    "weighed, diagonal, allocated": (ALTERNATING, PRODUCTS),
 }
 """Name -> solver and order; "weighed" has errors weighed by the loss's derivatives, "diagonal" each output by itself;
 "allocated" a sparsity a matrix."""
@@ -90,7 +91,10 @@ def measured(
     begun = time.perf_counter()
     if "allocated" in method:
         mean = chosen["sparsity"]
-        chosen["sparsity"] = jp.oneshot.allocation(forward, model.params, batches, mean, select=select, **weighed)
+        diagonal = "diagonal" in method
+        chosen["sparsity"] = jp.oneshot.allocation(
+            forward, model.params, batches, mean, select=select, diagonal=diagonal, **weighed
+        )
     params, masks = jp.oneshot.prune(
         forward, model.params, batches, solver, select=select, donate=True, **order, **chosen, **weighed
     )  # fmt: skip

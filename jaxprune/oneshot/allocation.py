@@ -41,6 +41,7 @@ def allocation(
     spread: float = 0.15,
     select: tree.Select = tree.weights,
     loss: Callable[..., Any] | None = None,
+    diagonal: bool = False,
 ) -> dict[str, Float[np.ndarray, "layers"]]:
     """How sparse every matrix becomes, by its errors at five sparsities: `error_curves`, then `allocate`.
 
@@ -53,6 +54,7 @@ def allocation(
         spread: how far from `sparsity` a matrix may be, at most to 0 and to 0.95.
         select: leaves to look at.
         loss: see `error_curves`.
+        diagonal: likewise.
 
     Returns:
         Leaf name -> sparsity of each layer: `prune` takes it in the place of one number.
@@ -66,7 +68,7 @@ def allocation(
     """
     check_sparsity(sparsity)
     points = np.linspace(max(sparsity - spread, 0.01), min(sparsity + spread, 0.95), 5).tolist()
-    curves = error_curves(apply_fn, params, batches, solver, points, select=select, loss=loss)
+    curves = error_curves(apply_fn, params, batches, solver, points, select=select, loss=loss, diagonal=diagonal)
     leaves = tree.named_leaves(params)
     return allocate(curves, points, {name: leaves[name].size // len(curve) for name, curve in curves.items()}, sparsity)
 
@@ -81,6 +83,7 @@ def error_curves(
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
     loss: Callable[..., Any] | None = None,
+    diagonal: bool = False,
 ) -> dict[str, Float[np.ndarray, "layers points"]]:
     r"""$\lVert XW - XW_s \rVert^2$ of every matrix, on the dense model's inputs, at each sparsity s.
 
@@ -94,10 +97,11 @@ def error_curves(
         select: leaves to look at.
         loss: (params, batch) -> scalar: errors count by its derivatives, see `prune`. None: they are divided by
             $\lVert XW \rVert^2$.
+        diagonal: errors of outputs count each by itself, see `of_outputs`; takes less memory and time.
     """
     batches = list(batches)
     seen = of_activations(apply_fn, params, batches, select=select, moments=True)
-    outputs = None if loss is None else of_outputs(loss, params, batches, select=select)
+    outputs = None if loss is None else of_outputs(loss, params, batches, select=select, diagonal=diagonal)
     errors = _errors(solver, pattern)
     leaves = tree.named_leaves(params)
     found = {}

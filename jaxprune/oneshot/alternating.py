@@ -61,9 +61,9 @@ class AlternatingDirections:
         moments: Moments,
         sparsity: Sparsity | None,
         pattern: Distribution | None = None,
-        outputs: OutputMoments | Float[Array, " outputs"] | None = None,
+        outputs: OutputMoments | None = None,
     ) -> Solved:
-        """See `Solver`; `outputs` are G, not damped, or its diagonal."""
+        """See `Solver`; `outputs` are G, not damped."""
         pattern = Uniform() if pattern is None else pattern
         full = damped(moments, self.damping)
         scale = jnp.sqrt(jnp.diagonal(full))[:, None]

@@ -21,7 +21,8 @@ from jaxprune.types import Sparsity
 
 Weight = Float[Array, "inputs outputs"]
 Moments = Float[Array, "inputs inputs"]
-OutputMoments = Float[Array, "outputs outputs"]
+OutputMoments = Float[Array, "outputs *outputs"]
+"""G, (outputs, outputs), or its diagonal alone, where the rest of it does not count."""
 Mask = Bool[Array, "inputs outputs"]
 
 
@@ -96,7 +97,9 @@ def error(weight: Weight, target: Weight, moments: Moments, outputs: OutputMomen
 
 def applied(weight: Weight, moments: Moments, outputs: OutputMoments | None) -> Weight:
     """H W G, half of the derivative of the error."""
-    return moments @ weight if outputs is None else moments @ weight @ outputs
+    if outputs is None:
+        return moments @ weight
+    return moments @ weight * outputs[None] if outputs.ndim == 1 else moments @ weight @ outputs
 
 
 def best(scores: Weight, sparsity: Sparsity | None, pattern: Distribution) -> Mask:

@@ -34,17 +34,19 @@ def test_errors_are_those_of_the_outputs():
             np.testing.assert_allclose(found, lost, rtol=1e-3)
 
 
-def test_errors_can_count_by_a_loss():
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_errors_can_count_by_a_loss(diagonal):
     def loss(params, x):
         return jnp.sum(jnp.sin(apply(params, x)))
 
-    found = jp.oneshot.error_curves(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), [0.5], loss=loss)
+    found = jp.oneshot.error_curves(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), [0.5], loss=loss, diagonal=diagonal)
     outputs = jp.evidence.of_outputs(loss, PARAMS, BATCHES)
     moments = jp.evidence.of_activations(apply, PARAMS, BATCHES, moments=True).moments
     for name, weight in PARAMS.items():
         mask = jp.compute_masks(jp.Method(distribution=jp.Uniform()), {name: weight}, 0.5)[name]
         off = np.float64(np.where(mask, 0, weight))
-        wanted = np.trace(off.T @ np.float64(moments[name]) @ off @ np.float64(outputs[name][0]))
+        counted = np.float64(outputs[name][0]) * (np.eye(off.shape[1]) if diagonal else 1)
+        wanted = np.trace(off.T @ np.float64(moments[name]) @ off @ counted)
         np.testing.assert_allclose(found[name][0, 0], wanted, rtol=1e-3)
 
 

@@ -155,7 +155,9 @@ def run(options: Options, note: Callable[[str], None] = _quiet, progress: Progre
     sparsity: Any = options.sparsity
     if options.allocate:
         note("Errors of every matrix at five sparsities are compared.")
-        sparsity = jp.oneshot.allocation(forward, model.params, batches, sparsity, select=SELECT, loss=loss)
+        sparsity = jp.oneshot.allocation(
+            forward, model.params, batches, sparsity, select=SELECT, loss=loss, diagonal=_diagonal(method)
+        )
     errors: dict[str, float] = {}
 
     def told(done: int, total: int, place: tuple[str, int], error: float) -> None:
@@ -306,6 +308,10 @@ def _batches(tokens: np.ndarray, most: int) -> list[Any]:
     return [jnp.asarray(tokens[start : start + size]) for start in range(0, len(tokens), size)]
 
 
+def _diagonal(method: Method) -> bool:
+    return getattr(method.solver, "diagonal", False)
+
+
 def _memory(forward: Callable[..., Any], model: Language, batch: Any, method: Method) -> str:
     """What second moments take, in words."""
     sizes = jp.evidence.bytes_of_moments(forward, model.params, batch, select=SELECT)
@@ -314,7 +320,7 @@ def _memory(forward: Callable[..., Any], model: Language, batch: Any, method: Me
         key = "" if method.order == "layers" else name.rpartition("/")[0].rpartition("/")[0]
         blocks[key] = blocks.get(key, 0) + size * (1 + (method.fit == "dense"))
     leaves = tree.named_leaves(model.params)
-    power = 1 if getattr(method.solver, "diagonal", False) else 2
+    power = 1 if _diagonal(method) else 2
     outputs = sum(4 * leaves[name].shape[-1] ** power for name in sizes) if method.weighed else 0
     most, weights = max(blocks.values()) + outputs, sum(leaf.nbytes for leaf in leaves.values())
     return (
