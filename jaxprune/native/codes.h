@@ -16,6 +16,13 @@ struct FourCodes {
   int8_t codes[kRun];
 };
 
+// The four codes as one number.
+inline int32_t BitsOf(FourCodes from) {
+  int32_t bits;
+  std::memcpy(&bits, &from, sizeof bits);
+  return bits;
+}
+
 template <int kWidth>
 struct Integers {
   typedef uint32_t Type __attribute__((vector_size(kWidth * sizeof(uint32_t)), aligned(4), may_alias));
@@ -33,11 +40,7 @@ struct TimesCodes<16> {
   using V = Integers<16>::Type;
   __m512i four;
 
-  explicit TimesCodes(FourCodes from) {
-    int32_t bits;
-    std::memcpy(&bits, &from, sizeof bits);
-    four = _mm512_set1_epi32(bits);
-  }
+  explicit TimesCodes(FourCodes from) : four(_mm512_set1_epi32(BitsOf(from))) {}
   void AddTo(V& sum, V x) const { sum = (V)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, four); }
 };
 
@@ -46,11 +49,7 @@ struct TimesCodes<8> {
   using V = Integers<8>::Type;
   __m256i four;
 
-  explicit TimesCodes(FourCodes from) {
-    int32_t bits;
-    std::memcpy(&bits, &from, sizeof bits);
-    four = _mm256_set1_epi32(bits);
-  }
+  explicit TimesCodes(FourCodes from) : four(_mm256_set1_epi32(BitsOf(from))) {}
   void AddTo(V& sum, V x) const { sum = (V)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)x, four); }
 };
 #elif VECTOR_BYTES >= 32
@@ -63,9 +62,7 @@ struct TimesCodes {
   __m256i even, odd;  // in 16 bits, since sums of two products saturate there
 
   explicit TimesCodes(FourCodes from) {
-    int32_t bits;
-    std::memcpy(&bits, &from, sizeof bits);
-    const __m256i four = _mm256_set1_epi32(bits);
+    const __m256i four = _mm256_set1_epi32(BitsOf(from));
     even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
     odd = _mm256_srai_epi16(four, 8);
   }
