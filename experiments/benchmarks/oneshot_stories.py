@@ -79,8 +79,9 @@ def measured(
     batches = [jnp.asarray(calibrating[i : i + batch]) for i in range(0, len(calibrating), batch)]
     forward = partial(decoder.forward, config=model.config)
     solver, order = METHODS[method]
+    diagonal = "diagonal" in method
     if solver is ALTERNATING:
-        solver = dataclasses.replace(alternating, diagonal="diagonal" in method)
+        solver = dataclasses.replace(alternating, diagonal=diagonal)
     chosen = share_of(pattern)
     select = "*layers*kernel"
 
@@ -91,7 +92,6 @@ def measured(
     begun = time.perf_counter()
     if "allocated" in method:
         mean = chosen["sparsity"]
-        diagonal = "diagonal" in method
         chosen["sparsity"] = jp.oneshot.allocation(
             forward, model.params, batches, mean, select=select, diagonal=diagonal, **weighed
         )

@@ -30,8 +30,8 @@ def refit(
     r"""The weight on this mask with the least error: for each output $H_{SS} w_S = (H t)_S$; with G, of all together.
 
     Conjugate gradients for all outputs at once, preconditioned by the diagonal: a step is one product with H, where a
-    factorization for each output would be in / 3 of them. The best weight on the
-    way is kept, since going on where rounding leaves no digits to be found leads away from it.
+    factorization for each output would be in / 3 of them. The best weight on the way is kept, since going on where
+    rounding leaves no digits to be found leads away from it.
 
     Args:
         target: T.

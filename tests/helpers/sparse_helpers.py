@@ -1,5 +1,10 @@
 """Leaves, inputs and compressed weights; shared by the tests of sparse weights."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,3 +67,19 @@ def least(dtype):
 def sparse_leaves(params):
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, sparse.SparseWeight))
     return [leaf for leaf in leaves if isinstance(leaf, sparse.SparseWeight)]
+
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_vnni")
+TESTS = Path(__file__).parents[1]
+PATHS = os.pathsep.join(str(TESTS / folder) for folder in ("helpers", "native", "sparse"))
+
+
+def check_under(isa, program, folder):
+    """Runs a program, whose last line says which instruction set ran, with the kernels of one of them."""
+    environment = {**os.environ, "JAXPRUNE_ISA": isa, "PYTHONPATH": PATHS}
+    # Elsewhere, so that the installed package is imported and not the sources beside these tests.
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if done.stdout.strip() != isa:
+        pytest.skip(f"this processor has no {isa}: {done.stdout.strip()} ran")

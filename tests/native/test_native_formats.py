@@ -1,10 +1,5 @@
 """Native formats: groups of outputs, 8-bit weights and bfloat16 are what NumPy makes of them, at every edge."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from quick import quick_jit
-from sparse_helpers import LAYOUTS, compress_one, make_leaf, make_x, needs_kernels
+from sparse_helpers import INSTRUCTION_SETS, LAYOUTS, check_under, compress_one, make_leaf, make_x, needs_kernels
 
 from jaxprune import sparse
 from jaxprune.granularity import Block
@@ -88,8 +83,6 @@ def test_products_equal_numpy(format, n_in, groups, batch, density, weights, act
     assert_product(y, to_numpy(x), stored_leaf(leaf, format), results)
 
 
-TESTS = Path(__file__).parents[1]
-PATHS = os.pathsep.join(str(TESTS / folder) for folder in ("helpers", "native", "sparse"))
 CHECK = """
 import itertools
 import jax, jax.numpy as jnp, numpy as np
@@ -117,15 +110,9 @@ print(sparse.native.instruction_set())
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_equals_numpy(isa, tmp_path):
-    environment = {**os.environ, "JAXPRUNE_ISA": isa, "PYTHONPATH": PATHS}
-    # Elsewhere, so that the installed package is imported and not the sources beside these tests.
-    run = [sys.executable, "-c", CHECK]
-    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    if done.stdout.strip() != isa:
-        pytest.skip(f"this processor has no {isa}: {done.stdout.strip()} ran")
+    check_under(isa, CHECK, tmp_path)
 
 
 # How weights lie in memory.

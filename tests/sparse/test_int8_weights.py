@@ -1,10 +1,5 @@
 """The format "int8": to the bit what `int8` simulates, whatever the weights, the range and the instruction set."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +9,7 @@ from hypothesis import strategies as st
 from int8_helpers import convolved, normal, on_codes
 from jax import lax
 from quick import quick_jit
-from sparse_helpers import LAYOUTS, make_leaf, make_x, needs_kernels, put
+from sparse_helpers import INSTRUCTION_SETS, LAYOUTS, check_under, make_leaf, make_x, needs_kernels, put
 
 import jaxprune as jp
 from jaxprune import sparse
@@ -237,17 +232,11 @@ for bad in (float("nan"), float("inf")):
     tests.test_activations_that_no_code_is_near_go_where_the_simulation_has_them(bad)
 print(sparse.native.instruction_set())
 """
-PATHS = os.pathsep.join([*map(str, (Path(__file__).parent, Path(__file__).parents[1] / "helpers")), *sys.path])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_equals_numpy(isa, tmp_path):
-    environment = {**os.environ, "JAXPRUNE_ISA": isa, "PYTHONPATH": PATHS}
-    run = [sys.executable, "-c", CHECK]
-    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    if done.stdout.strip() != isa:
-        pytest.skip(f"this processor has no {isa}: {done.stdout.strip()} ran")
+    check_under(isa, CHECK, tmp_path)
 
 
 # How weights lie in memory.
