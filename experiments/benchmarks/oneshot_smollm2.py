@@ -57,7 +57,8 @@ def texts_of(model: Path, folder: Path) -> tuple[np.ndarray, dict[str, np.ndarra
 def main() -> None:
     """Measure what is asked for."""
     options = parser_of(__doc__).parse_args()
-    measure_all(options, *texts_of(options.model, options.texts), batch=4, alternating=ALTERNATING, weighed_by=1)
+    texts, quick = texts_of(options.model, options.texts), jp.oneshot.Wanda()
+    measure_all(options, *texts, batch=4, alternating=ALTERNATING, weighed_by=1, allocating=quick)
 
 
 if __name__ == "__main__":

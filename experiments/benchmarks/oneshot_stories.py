@@ -29,13 +29,14 @@ from jaxprune.lab.runs.machine import hand_back_freed_arrays
 BLOCKS = {"order": "blocks", "fit": "own"}
 PRODUCTS = {"order": "products", "fit": "dense"}
 ALTERNATING = jp.oneshot.AlternatingDirections(every=5, iterations=500)
+SPARSEGPT = jp.oneshot.SparseGPT()
 METHODS = {
     "magnitude": (jp.oneshot.Magnitude(), {"order": "layers"}),
     "wanda": (jp.oneshot.Wanda(), BLOCKS),
     "wanda, least squares": (jp.oneshot.Wanda(refit=True), BLOCKS),
-    "sparsegpt": (jp.oneshot.SparseGPT(), BLOCKS),
+    "sparsegpt": (SPARSEGPT, BLOCKS),
     "sparsegpt, least squares": (jp.oneshot.SparseGPT(refit=True), BLOCKS),
-    "sparsegpt, products, dense": (jp.oneshot.SparseGPT(), PRODUCTS),
+    "sparsegpt, products, dense": (SPARSEGPT, PRODUCTS),
     "alternating": (ALTERNATING, BLOCKS),
     "alternating, products, dense": (ALTERNATING, PRODUCTS),
     "weighed": (ALTERNATING, PRODUCTS),
@@ -70,10 +71,12 @@ def measured(
     batch: int = 32,
     alternating: Any = ALTERNATING,
     weighed_by: int | None = None,
+    allocating: Any = SPARSEGPT,
 ) -> tuple[language.Language, dict[str, Any]]:
     """The pruned model, and a row of what it is worth on texts, by name.
 
-    Outputs are weighed by the first texts of each batch, `weighed_by` of them, or by all.
+    Outputs are weighed by the first texts of each batch, `weighed_by` of them, or by all; sparsities are allocated by
+    the errors that `allocating` makes.
     """
     model = language.read(path)
     batches = [jnp.asarray(calibrating[i : i + batch]) for i in range(0, len(calibrating), batch)]
@@ -93,7 +96,7 @@ def measured(
     if "allocated" in method:
         mean = chosen["sparsity"]
         chosen["sparsity"] = jp.oneshot.allocation(
-            forward, model.params, batches, mean, select=select, diagonal=diagonal, **weighed
+            forward, model.params, batches, mean, solver=allocating, select=select, diagonal=diagonal, **weighed
         )
     params, masks = jp.oneshot.prune(
         forward, model.params, batches, solver, select=select, donate=True, **order, **chosen, **weighed

@@ -64,7 +64,7 @@ def of_outputs(
                 return state, product.plain()
             return state, _tapped(product, zeros[name])
 
-        program = Products(jaxpr_of(loss, params, batch), params, names, do)
+        program = Products(jaxpr_of(loss, params, batch), params, names, do, differentiated=True)
         return program.run(arrays_of((params, (batch,), {}))[0], ())[1][0]
 
     derive = jax.jit(lambda *args: jax.grad(total)(*args))

@@ -285,7 +285,7 @@ def _run(eqn: Any, values: list[Any]) -> list[Any]:
     return rule(eqn, values)
 
 
-_ENTERED = {name: word for name, word in CALLS.items() if not name.startswith("custom_")}
+_ENTERED = {name for name in CALLS if not name.startswith("custom_")}
 
 
 _FIRST = """

@@ -4,7 +4,7 @@ Inner jaxprs are shared between the calls of one function, and so are their vari
 stands for one array. Loops and branches keep their bodies, each with variables of its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,10 @@ CALLS: Mapping[str, str] = {
 }
 """Operations that do what their jaxpr does, once -> the parameter that holds it."""
 
+REMAT = ("remat2", "checkpoint")
+OF_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", *REMAT)
+"""Those of them that are nothing but a word on how derivatives are to be found."""
+
 BODIES: Mapping[str, tuple[str, ...]] = {
     "scan": ("jaxpr",),
     "while": ("cond_jaxpr", "body_jaxpr"),
@@ -39,18 +43,20 @@ LOOPS = ("scan", "while")
 Bind = Callable[[JaxprEqn, list[Any]], Sequence[Any]]
 
 
-def inlined(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+def inlined(jaxpr: ClosedJaxpr, kept: Collection[str] = ()) -> ClosedJaxpr:
     """The same program without calls, and without what nothing comes of; its inputs stay.
 
     Args:
         jaxpr: any.
+        kept: calls that stay as they are, inside as well.
     """
+    calls = CALLS.keys() - set(kept)
 
     def run(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        return bind(eqn, values, with_bodies(eqn, inlined))
+        return bind(eqn, values, with_bodies(eqn, lambda body: inlined(body, kept)))
 
     inputs = (jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in jaxpr.jaxpr.invars)
-    whole = jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run))(*inputs)
+    whole = jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, run, calls))(*inputs)
     alive, _ = partial_eval.dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
     return closed(alive, whole.consts)
 
@@ -122,14 +128,14 @@ def with_bodies(eqn: JaxprEqn, change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> 
     return params
 
 
-def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mapping[str, str] = CALLS) -> list[Any]:
+def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Collection[str] = CALLS) -> list[Any]:
     """Results of a jaxpr whose operations are done by `run`, calls entered.
 
     Args:
         jaxpr: what to evaluate.
         values: its inputs.
         run: (equation, values of its operands) -> its results.
-        calls: operations that are entered -> the parameter that holds their jaxpr.
+        calls: operations that are entered.
     """
     known = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*jaxpr.consts, *values], strict=True))
 
@@ -139,13 +145,15 @@ def evaluate(jaxpr: ClosedJaxpr, values: Sequence[Any], run: Bind, calls: Mappin
     for eqn in jaxpr.jaxpr.eqns:
         given = [of(atom) for atom in eqn.invars]
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack):
-            if eqn.primitive.name in calls:
-                inner = eqn.params[calls[eqn.primitive.name]]
-                results = evaluate(inner if isinstance(inner, ClosedJaxpr) else closed(inner, ()), given, run, calls)
-            else:
-                results = run(eqn, given)
+            results = evaluate(called(eqn), given, run, calls) if eqn.primitive.name in calls else run(eqn, given)
         known |= zip(eqn.outvars, results, strict=True)
     return [of(atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def called(eqn: JaxprEqn) -> ClosedJaxpr:
+    """What an operation of `CALLS` does."""
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return inner if isinstance(inner, ClosedJaxpr) else closed(inner, ())
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Shaped
 
 from jaxprune import tree
 from jaxprune.compat import ClosedJaxpr, present_forms, primitive_name, scan_groups
-from jaxprune.tracing.inlined import bind, evaluate, inlined
+from jaxprune.tracing.inlined import OF_DERIVATIVES, REMAT, bind, called, evaluate, inlined
 from jaxprune.tracing.outputs import Became, Uses, became
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.sites import PRODUCTS, Site
@@ -71,12 +71,21 @@ class Products:
         do: (product, state) -> (state, result).
         after: (product, what its result became, state) -> state; told of each product at the end of the loop's body or
             the branch that it is in, or of the program.
+        differentiated: rules of derivatives that the program has of its own hold for it when it is run, but where one
+            of the leaves runs into them, and what it computes again for derivatives is computed again.
     """
 
     def __init__(
-        self, jaxpr: ClosedJaxpr, params: Leaves, names: Collection[str], do: Do, after: After | None = None
+        self,
+        jaxpr: ClosedJaxpr,
+        params: Leaves,
+        names: Collection[str],
+        do: Do,
+        after: After | None = None,
+        differentiated: bool = False,
     ) -> None:
-        self.jaxpr, self.names, self.do, self.after = inlined(jaxpr), names, do, after
+        self.jaxpr = inlined(jaxpr, OF_DERIVATIVES if differentiated else ())
+        self.names, self.do, self.after = names, do, after
         named = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
         paths: list[Value] = [start(name, tuple(leaf.shape), leaf.dtype.name) for name, leaf in named.items()]
         self._inputs = paths + [True] * (len(self.jaxpr.in_avals) - len(paths))
@@ -111,7 +120,7 @@ class Products:
                 made.update(zip(eqn.outvars, results, strict=True))
             return results
 
-        results = evaluate(jaxpr, inputs, step)
+        results = evaluate(jaxpr, inputs, step, ())
         if self.after is not None and done:
             made |= zip(jaxpr.jaxpr.invars, inputs, strict=True)
             uses = Uses(jaxpr.jaxpr)
@@ -122,10 +131,13 @@ class Products:
     def _step(
         self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any, done: list[tuple[JaxprEqn, Product]]
     ) -> tuple[Any, list[Known]]:
+        name, paths = eqn.primitive.name, any(isinstance(what, Path) for what in known)
         loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
-        if eqn.primitive.name in loops:
-            return loops[eqn.primitive.name](eqn, arrays, known, state)
-        found = use(eqn, known, 1) if any(isinstance(what, Path) for what in known) else end(eqn, known)
+        if name in loops:
+            return loops[name](eqn, arrays, known, state)
+        if name in OF_DERIVATIVES and (name in REMAT or paths):
+            return self._call(eqn, arrays, known, state)
+        found = use(eqn, known, 1) if paths else end(eqn, known)
         self._check(eqn, [lost.path for lost in found.lost])
         sites = [site for site in found.sites if site.kind in PRODUCTS and site.name in self.names]
         if not sites:
@@ -173,6 +185,20 @@ class Products:
         with present_forms():
             (values, state), stacked = lax.scan(step, (arrays[consts:stop], state), [steps, *arrays[stop:]], **loop)
         return state, [*pairs(values, inside[consts:stop]), *pairs(stacked, [True] * len(stacked))]
+
+    def _call(self, eqn: JaxprEqn, arrays: list[Any], known: list[Value], state: Any) -> tuple[Any, list[Known]]:
+        found: list[Value] = []
+
+        def run(arrays: list[Any], state: Any) -> Any:
+            state, results = self._run(called(eqn), arrays, known, state)
+            found[:] = [one.what for one in results]
+            return state, [one.array for one in results]
+
+        if eqn.primitive.name in REMAT:
+            run = jax.checkpoint(run, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+        with present_forms():
+            state, values = run(arrays, state)
+        return state, pairs(values, found)
 
     @contextlib.contextmanager
     def _at_step(self, number: Any) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Second moments of a loss's derivatives by the outputs of products, against derivatives taken one at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,69 @@ def test_what_is_not_finite_and_what_is_not_there_is_refused():
         )
     with pytest.raises(ValueError, match="There is no batch"):
         jp.evidence.of_outputs(lambda p, x: jnp.sum(x @ p["kernel"]), {"kernel": normal(2, 2)}, [])
+
+
+def test_rules_of_derivatives_of_the_function_hold():
+    """ReLU's at 0 is 0, and half of the maximum's that it is made of; a rounding that lets everything through."""
+
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+    params, x = {"kernel": normal(6, 5)}, jnp.zeros((7, 6))
+    assert not jp.evidence.of_outputs(lambda p, x: jnp.sum(jax.nn.relu(x @ p["kernel"])), params, [x])["kernel"].any()
+    found = jp.evidence.of_outputs(lambda p, x: jnp.sum(rounded(x @ p["kernel"])), params, [x])["kernel"]
+    np.testing.assert_allclose(found[0], np.full((5, 5), 7.0))
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, lambda f: jax.checkpoint(jax.checkpoint(f))])
+def test_weights_inside_of_what_is_computed_again(wrap):
+    params, x = {"layers": normal(3, 6, 6), "last": normal(6, 2, seed=3)}, normal(7, 6, seed=1)
+
+    def loss(params, x, wrap=lambda f: f):
+        step = wrap(lambda h, w: (jnp.tanh(h @ w), None))
+        return jnp.sum(jnp.sin(lax.scan(step, x, params["layers"])[0] @ params["last"]))
+
+    found, wanted = (jp.evidence.of_outputs(f, params, [x]) for f in (partial(loss, wrap=wrap), loss))
+    assert found.keys() == {"layers", "last"}
+    for name, one in wanted.items():
+        np.testing.assert_allclose(found[name], one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_custom_rule_that_a_leaf_runs_into_is_written_out():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    params, x = {"kernel": normal(6, 5)}, normal(7, 6, seed=1)
+    found, plain = (
+        jp.evidence.of_outputs(lambda p, x, f=f: jnp.sum(jnp.sin(f(x, p["kernel"]))), params, [x])["kernel"]
+        for f in (product, jnp.matmul)
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_computed_again_stays_so(monkeypatch):
+    """Barriers are what keeps XLA from keeping it instead; whether memory is saved is then up to XLA."""
+    params, counts = {f"w{i}": normal(6, 6, seed=i) for i in range(3)}, []
+
+    def loss(params, x, wrap):
+        for w in params.values():
+            x = wrap(lambda h, w: jnp.sin(jnp.tanh(h @ w)))(x, w)
+        return jnp.sum(x)
+
+    def counted(f):
+        def call(*args):
+            counts.append(jax.jit(f).lower(*args).as_text().count("optimization_barrier"))
+            return f(*args)
+
+        return call
+
+    for wrap in (jax.checkpoint, lambda f: f):
+        with monkeypatch.context() as patched:
+            patched.setattr("jaxprune.criteria.derivatives.jax", type("", (), {**vars(jax), "jit": counted}))
+            jp.evidence.of_outputs(lambda p, x, wrap=wrap: loss(p, x, wrap), params, [normal(7, 6)])
+    assert counts[0] >= 3
+    assert counts[1] == 0

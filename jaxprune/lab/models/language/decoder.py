@@ -58,7 +58,8 @@ def forward(
         params: shaped as `config.shapes()`, perhaps `stacked`.
         tokens: from 0 to below `config.vocabulary`; each text by itself, its first token at position 0.
         config: of the model.
-        remat: for derivatives blocks are computed again, so that of each only what it begins with is kept.
+        remat: for derivatives blocks are computed again, so that of each only what it begins with is kept; on CPUs
+            jaxlib 0.10 does so for `stacked` params alone, see findings/.
     """
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
