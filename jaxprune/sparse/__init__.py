@@ -58,6 +58,7 @@ from jaxprune.sparse.tiles import (
     NativeRowWeight,
     NativeWeight,
 )
+from jaxprune.sparse.trainable import TrainableWeight, join, trainable
 from jaxprune.sparse.tuning.cache import user_cache
 from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.sparse.tuning.tune import tune
@@ -78,16 +79,19 @@ __all__ = [
     "Plan",
     "SparseUseError",
     "SparseWeight",
+    "TrainableWeight",
     "apply",
     "compress",
     "decompress",
     "exports",
+    "join",
     "matmul",
     "native",
     "nbytes",
     "reference",
     "times",
     "times_transposed",
+    "trainable",
     "tune",
     "user_cache",
 ]
