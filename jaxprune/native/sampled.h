@@ -30,13 +30,19 @@ void Lay(const Rows& x, int64_t row, int64_t count, int64_t first, int64_t last,
                        : LayRows(static_cast<const BF16*>(x.data), x.channels, row, count, first, last, to);
 }
 
+// Of every second block of `step` lanes those of b, of the others those of a; or, `crossed`, their neighbours.
+template <int kStep, bool kCrossed, int... I>
+inline Vec Alternate(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((kCrossed ? I ^ kStep : I) + (I & kStep ? kLanes : 0))...);
+}
+
 // Lane i is the sum of row i.
 template <int kStep = kLanes / 2>
 inline Vec Totals(Vec (&rows)[kLanes]) {
   using Lanes = std::make_integer_sequence<int, kLanes>;
   for (int i = 0; i < kStep; ++i) {
     const Vec a = rows[i], b = rows[i + kStep];
-    rows[i] = Mix<kStep, false>(a, b, Lanes{}) + Mix<kStep, true>(a, b, Lanes{});
+    rows[i] = Alternate<kStep, false>(a, b, Lanes{}) + Alternate<kStep, true>(a, b, Lanes{});
   }
   if constexpr (kStep > 1) return Totals<kStep / 2>(rows);
   return rows[0];

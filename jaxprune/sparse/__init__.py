@@ -58,7 +58,7 @@ from jaxprune.sparse.tiles import (
     NativeRowWeight,
     NativeWeight,
 )
-from jaxprune.sparse.trainable import TrainableWeight, join, trainable
+from jaxprune.sparse.trained import TrainableWeight, join, trainable
 from jaxprune.sparse.tuning.cache import user_cache
 from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.sparse.tuning.tune import tune

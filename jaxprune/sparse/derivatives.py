@@ -8,7 +8,7 @@ its three, and its derivatives in them are
     trained_sampled_p      d t / d values              (nse,)       sums over the batch, only where W has a value
 
 so that the transpose of each in each of its arguments is one of the other two, and derivatives of any order are these.
-The transposed pattern is that of a `jaxprune.sparse.trainable.TrainableWeight`.
+The transposed pattern is that of a `jaxprune.sparse.trained.TrainableWeight`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from jaxprune import native
 from jaxprune.sparse.native_product import only_on_cpu, operands
 from jaxprune.sparse.primitives import multilinear
 from jaxprune.sparse.products import project, project_transposed
-from jaxprune.sparse.trainable import TrainableWeight
+from jaxprune.sparse.trained import TrainableWeight
 
 
 def _panels(values: Array, index: Array, bounds: Array, x: Array, n_out: int, tile: int, dtype: Any) -> Array:

@@ -5,9 +5,9 @@
     updates, opt_state = tx.update(grads, opt_state, values)
     values = optax.apply_updates(values, updates)
 
-Both trees have the structure of the params, with None for what is in the other, as `equinox.partition` has it; so a step
-of Adam takes 8 bytes of state a non-zero, and an array of indices is nobody's to train. `join(values, rest)` is a tree
-of compressed params like any other: `apply` runs it, `decompress` brings it back.
+Both trees have the structure of the params, with None for what is in the other, as `equinox.partition` has it; so
+Adam takes 8 bytes of state a non-zero, and an array of indices is nobody's to train. `join(values, rest)` is a tree of
+compressed params like any other: `apply` runs it, `decompress` brings it back.
 """
 
 from typing import Any
@@ -78,9 +78,9 @@ class TrainableWeight(NativeWeight):
 def trainable(params: Params) -> tuple[Params, Params]:
     """Compressed params as what is trained and the rest, for `join`.
 
-    Matrices in the format "native" become `TrainableWeight`s: from then on x W.T, and its derivatives in x and in W, are
-    products with the non-zeros alone, however small the batch, and never take memory of the dense leaf's size. Compressed
-    leaves of other formats, and convolutions, stay what they are; gradients of those go through a dense copy.
+    Matrices in the format "native" become `TrainableWeight`s: from then on x W.T, and its derivatives in x and in W,
+    are products with the non-zeros alone, at every batch, without memory of the dense leaf's size. Compressed leaves
+    of other formats, and convolutions, stay what they are; gradients of those go through a dense copy.
 
     Args:
         params: any pytree, as `compress` leaves it, outside of `jit`.
