@@ -3,8 +3,9 @@
     y = product(values, *pattern, x)      linear in `values`, linear in x
 
 A derivative in x is the same product of a tangent; the transposes are dense, since on CPU the dense product and a
-gather are many times faster than short sums over the non-zeros. `vmap` over x adds rows, or columns, to one call of the
-kernel, where JAX's own rules would call it one by one, or leave it without a word.
+gather are many times faster than short sums over the non-zeros; what has kernels for these too is `multilinear`
+(`jaxprune.sparse.derivatives`). `vmap` over x adds rows, or columns, to one call of the kernel, where JAX's own rules
+would call it one by one, or leave it without a word.
 """
 
 from collections.abc import Callable
