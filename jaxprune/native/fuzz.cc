@@ -147,8 +147,11 @@ std::string WrongTransposed(const Problem& p) {
 std::string WrongSampled(const Problem& p) {
   const Array &x = p[kX], &dy = p[kDy], &bounds = p[kBounds];
   const int64_t rows = x.dims[0], in = x.dims[1], out = dy.dims[1];
+  for (int64_t i = 0; rows == 0 && i < p[kY].count(); ++i) {  // of nothing no index is looked at
+    if (p[kY].Number(i) != 0) return "a sum of nothing is " + std::to_string(p[kY].Number(i));
+  }
   int64_t i = 0;
-  for (int64_t run = 0; run < bounds.count(); ++run) {
+  for (int64_t run = 0; run < (rows ? bounds.count() : 0); ++run) {
     const int64_t tile = run / (out + 1), o = run % (out + 1);
     if (bounds.at<int32_t>(run) != i) return "accepted bounds with gaps";
     if (o == out) continue;
@@ -167,7 +170,7 @@ std::string WrongSampled(const Problem& p) {
       }
     }
   }
-  return i == p[kIndex].count() ? "" : "accepted bounds that leave something out";
+  return !rows || i == p[kIndex].count() ? "" : "accepted bounds that leave something out";
 }
 
 std::string WrongPermuted(const Problem& p) {

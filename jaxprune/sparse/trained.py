@@ -115,10 +115,10 @@ def _across(
     index: Shaped[np.ndarray, " nse"], bounds: Shaped[np.ndarray, " _"], tile: int, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     """The fields of the transposed pattern, in host memory."""
-    n_out, _ = sizes
+    n_out, n_in = sizes
     rows, cols = coordinates(index, bounds, n_out=n_out, tile=tile, group=1, xp=np)
     order = np.lexsort((rows, cols))
-    own = NativeWeight.parts(order.astype(np.int32), cols[order], rows[order], sizes[::-1])
+    own = NativeWeight.parts(order.astype(np.int32), cols[order], rows[order], (n_in, n_out))
     names = {"index": "index_across", "bounds": "bounds_across", "values": "order", "tile": "tile_across"}
     return {names[name]: part for name, part in own.items()}
 
