@@ -27,7 +27,9 @@ LIBRARY = next((path for path in (_BESIDE, *_INSTALLED) if path.exists()), _BESI
 TARGET = "jaxprune_product"
 TRANSPOSED = "jaxprune_transposed"
 CODES = "jaxprune_codes"
-INTERFACE = 7  # as in product.cc
+SAMPLED = "jaxprune_sampled"
+PERMUTED = "jaxprune_permuted"
+INTERFACE = 8  # as in product.cc
 LARGEST_POOL = 8  # likewise
 
 
@@ -92,6 +94,8 @@ def _register() -> None:
         TARGET: loaded.jaxprune_product,
         TRANSPOSED: loaded.jaxprune_transposed,
         CODES: loaded.jaxprune_codes,
+        SAMPLED: loaded.jaxprune_sampled,
+        PERMUTED: loaded.jaxprune_permuted,
     }
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
@@ -253,6 +257,41 @@ def product_of_codes(
     attributes = {"tile": np.int64(tile), "window": np.asarray(window, np.int64), "relu": bool(relu)}
     operands = (values, index, bounds, scale, totals, grid, bias, residual, x)
     return call(*(varying_like(operand, *operands) for operand in operands), **attributes)[0]
+
+
+def sampled(
+    index: UInt8[Array, " nse"] | UInt16[Array, " nse"],
+    bounds: Int32[Array, " tiles_times_outputs_plus_1"],
+    x: Float[Array, "n n_in"],
+    y: Float[Array, "n n_out"],
+    *,
+    tile: int,
+) -> Float32[Array, " nse"]:
+    """For each non-zero (o, i) of W the sum over n of x[n, i] y[n, o], on this processor; sums are float32.
+
+    Args:
+        index: see `product`; likewise the bounds, which leave nothing out.
+        bounds: of the runs.
+        x: float32 or bfloat16.
+        y: likewise.
+        tile: inputs of a tile.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name.
+    """
+    call = jax.ffi.ffi_call(SAMPLED, jax.ShapeDtypeStruct(index.shape, np.float32))
+    operands = (index, bounds, x, y)
+    return call(*(varying_like(operand, *operands) for operand in operands), tile=np.int64(tile))
+
+
+def permuted(values: Float[Array, " n"], order: Int32[Array, " m"]) -> Float[Array, " m"]:
+    """values[order], float32 or bfloat16, on this processor's threads.
+
+    Raises:
+        XlaRuntimeError: when the call runs: an operand that does not fit, by name; an order that leads outside.
+    """
+    call = jax.ffi.ffi_call(PERMUTED, jax.ShapeDtypeStruct(order.shape, values.dtype))
+    return call(varying_like(values, values, order), varying_like(order, values, order))
 
 
 # With the import, so that an exported program finds its kernels in a process that does nothing else; it starts no

@@ -14,6 +14,8 @@
 extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame);
 extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame);
 extern "C" XLA_FFI_Error* jaxprune_codes(XLA_FFI_CallFrame* frame);
+extern "C" XLA_FFI_Error* jaxprune_sampled(XLA_FFI_CallFrame* frame);
+extern "C" XLA_FFI_Error* jaxprune_permuted(XLA_FFI_CallFrame* frame);
 extern "C" const char* jaxprune_isa();
 extern "C" int64_t jaxprune_spread(const uint8_t*, int64_t, const char*, int64_t, int64_t, void*);
 extern "C" int64_t jaxprune_gather(const void*, int64_t, int64_t, uint8_t*, void*);
@@ -86,13 +88,13 @@ std::string Call(const Problem& p) {
   std::vector<XLA_FFI_ByteSpan*> names = {&spans[0], &spans[1], &spans[2], &spans[3]};
   std::vector<XLA_FFI_AttrType> types = {scalar, scalar, scalar, XLA_FFI_AttrType_ARRAY};
   std::vector<void*> attrs = {&scalars[0], &scalars[1], &scalars[2], &window};
-  const int unused = p.unused_attributes();
+  const auto [first, last] = p.attributes();
   if (const int gone = p.missing_attribute; gone >= 0) {
     names.erase(names.begin() + gone), types.erase(types.begin() + gone), attrs.erase(attrs.begin() + gone);
   }
   const int64_t n_results = p.results(), n_args = pointers.size() - n_results - p.missing_arguments;
-  const int64_t skipped = std::min<int64_t>(attrs.size(), p.missing_attribute >= 0 && p.missing_attribute < unused ? unused - 1 : unused);
-  const int64_t n_attrs = attrs.size() - skipped;
+  const auto place = [gone = p.missing_attribute](int i) { return i - (gone >= 0 && gone < i); };
+  const int64_t skipped = place(first), n_attrs = place(last) - skipped;
   std::vector<XLA_FFI_ArgType> arg_types(n_args, XLA_FFI_ArgType_BUFFER);
   XLA_FFI_RetType ret_types[] = {XLA_FFI_RetType_BUFFER, XLA_FFI_RetType_BUFFER};
   XLA_FFI_CallFrame frame = {};
@@ -103,7 +105,7 @@ std::string Call(const Problem& p) {
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, n_results, ret_types, &pointers[pointers.size() - n_results]};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, n_attrs, types.data() + skipped, names.data() + skipped,
                  attrs.data() + skipped};
-  const auto handler = p.transposed ? jaxprune_transposed : p.codes ? jaxprune_codes : jaxprune_product;
+  const auto handler = p.sampled ? jaxprune_sampled : p.permuted ? jaxprune_permuted : p.transposed ? jaxprune_transposed : p.codes ? jaxprune_codes : jaxprune_product;
   const std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
   for (const auto& [task, data] : late) task(data);
   for (std::thread& thread : threads) thread.join();
@@ -137,6 +139,46 @@ std::string WrongTransposed(const Problem& p) {
         return "result " + std::to_string(row * in + i) + " is " + std::to_string(got) + ", not " + std::to_string(sums[i]);
       }
     }
+  }
+  return "";
+}
+
+// The same of derivatives in the non-zeros.
+std::string WrongSampled(const Problem& p) {
+  const Array &x = p[kX], &dy = p[kDy], &bounds = p[kBounds];
+  const int64_t rows = x.dims[0], in = x.dims[1], out = dy.dims[1];
+  for (int64_t i = 0; rows == 0 && i < p[kY].count(); ++i) {  // of nothing no index is looked at
+    if (p[kY].Number(i) != 0) return "a sum of nothing is " + std::to_string(p[kY].Number(i));
+  }
+  int64_t i = 0;
+  for (int64_t run = 0; run < (rows ? bounds.count() : 0); ++run) {
+    const int64_t tile = run / (out + 1), o = run % (out + 1);
+    if (bounds.at<int32_t>(run) != i) return "accepted bounds with gaps";
+    if (o == out) continue;
+    for (; i < bounds.at<int32_t>(run + 1); ++i) {
+      if (i >= p[kIndex].count()) return "accepted bounds that lead outside";
+      const int64_t input = tile * p.tile + p[kIndex].Whole(i);
+      if (input >= std::min(tile * p.tile + p.tile, in)) return "accepted an index that leads outside";
+      double sum = 0, size = 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        const double term = x.Number(row * in + input) * dy.Number(row * out + o);
+        sum += term, size += std::abs(term);
+      }
+      const double got = p[kY].Number(i);
+      if (size < 1e37 && !(std::abs(got - sum) <= 1e-5 * size + 1e-30)) {
+        return "result " + std::to_string(i) + " is " + std::to_string(got) + ", not " + std::to_string(sum);
+      }
+    }
+  }
+  return !rows || i == p[kIndex].count() ? "" : "accepted bounds that leave something out";
+}
+
+std::string WrongPermuted(const Problem& p) {
+  const Array &values = p[kValues], &order = p[kBounds];
+  for (int64_t i = 0; i < order.count(); ++i) {
+    const int64_t from = order.at<int32_t>(i), width = values.width();
+    if (from < 0 || from >= values.count()) return "accepted an order that leads outside";
+    if (std::memcmp(values.data.get() + from * width, p[kY].data.get() + i * width, width)) return "another value";
   }
   return "";
 }
@@ -210,6 +252,8 @@ std::string WrongCodes(const Problem& p) {
 std::string Wrong(const Problem& p) {
   const Array &x = p[kX], &y = p[kY];
   if (y.count() == 0) return "";
+  if (p.sampled) return WrongSampled(p);
+  if (p.permuted) return WrongPermuted(p);
   if (p.transposed) return WrongTransposed(p);
   if (p.codes) return WrongCodes(p);
   const Places places(p);
@@ -277,7 +321,7 @@ std::string Wrong(const Problem& p) {
 bool Names(const std::string& why) {
   bool named = why.find("the result") != std::string::npos;
   for (const char* name : {"values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window",
-                           "totals", "grid"}) {
+                           "totals", "grid", "y", "order"}) {
     named |= why.find('`' + std::string(name) + '`') != std::string::npos;
   }
   return named && why.rfind("jaxprune_product: ", 0) == 0;
@@ -293,7 +337,7 @@ std::string Case(bool fits, std::string* why) {
   *why = Call(p);
   if (why->empty()) return p.vast ? "accepted what fits no memory" : Wrong(p);
   if (fits && !p.vast) return "refused what fits: " + *why;
-  const bool no_attribute = std::max(p.bad_attribute, p.missing_attribute) >= p.unused_attributes();
+  const bool no_attribute = p.has_attribute(p.bad_attribute) || p.has_attribute(p.missing_attribute);
   const bool wrapper = no_attribute || p.missing_arguments;
   if (wrapper ? (*why)[0] != '[' : !Names(*why)) return "names nothing: " + *why;
   if (wrapper) *why = "XLA's own";

@@ -8,13 +8,14 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
 
 namespace {
 
-enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kTotals, kGrid, kCodes, kOperands };
+enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kTotals, kGrid, kCodes, kDy, kOperands };
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kBF16 = XLA_FFI_DataType_BF16, kS8 = XLA_FFI_DataType_S8,
                            kU8 = XLA_FFI_DataType_U8, kU16 = XLA_FFI_DataType_U16, kS32 = XLA_FFI_DataType_S32, kF16 = XLA_FFI_DataType_F16;
 
@@ -98,19 +99,42 @@ struct Problem {
   bool relu = false, vast = false;
   bool transposed = false;  // a call of jaxprune_transposed: no attributes, bias or residual
   bool codes = false;       // a call of jaxprune_codes: no `group`, totals, a grid and a second result
+  bool sampled = false;     // a call of jaxprune_sampled: no values, and a number for each of the index as a result
+  bool permuted = false;    // a call of jaxprune_permuted: values, an order in the place of bounds, as many as a result
   int bad_attribute = -1, missing_attribute = -1, missing_arguments = 0;
 
   std::vector<Operand> order() const {
     if (transposed) return {kValues, kIndex, kBounds, kScale, kX, kY};
+    if (sampled) return {kIndex, kBounds, kX, kDy, kY};
+    if (permuted) return {kValues, kBounds, kY};
     if (codes) return {kValues, kIndex, kBounds, kScale, kTotals, kGrid, kBias, kResidual, kX, kY, kCodes};
     return {kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY};
   }
   int results() const { return codes ? 2 : 1; }
-  int unused_attributes() const { return transposed ? 4 : codes ? 1 : 0; }  // the first by name
+  // Of group, relu, tile and window those of the call.
+  std::pair<int, int> attributes() const {
+    return transposed || permuted ? std::pair(4, 4) : sampled ? std::pair(2, 3) : std::pair(codes ? 1 : 0, 4);
+  }
+  bool has_attribute(int i) const { return attributes().first <= i && i < attributes().second; }
 
   const Array& operator[](int i) const { return operands[i]; }
   Array& operator[](int i) { return operands[i]; }
 };
+
+// The derivatives of a problem's product: in its non-zeros, or what the other one needs.
+void Derive(Problem& p) {
+  p.sampled = Chance(2), p.permuted = !p.sampled;
+  Array &x = p[kX], &y = p[kY], &dy = p[kDy], &bounds = p[kBounds];
+  if (p.sampled) {
+    dy.type = Any({kF32, kBF16}), dy.dims = y.dims;
+    if (Chance(20)) x.dims[0] = dy.dims[0] = Draw(500, 1100);
+    y.type = kF32, y.dims = p[kIndex].dims;
+    return;
+  }
+  const int64_t n = p[kValues].dims[0];
+  p[kValues].type = y.type = Any({kF32, kBF16});
+  bounds.dims = y.dims = {n ? Size(Chance(30) ? 40000 : 300) : 0};
+}
 
 // A call that must be accepted. Positions beyond the window's formula read zeros.
 Problem Valid() {
@@ -172,7 +196,8 @@ Problem Valid() {
     }
     bounds.push_back(index.size());
   }
-  if (!bits && Chance(8)) index.resize(index.size() + Draw(1, 3), 65535);  // beyond the last bound, and so nobody's
+  const bool derived = !bits && !span && !p.codes && p.group == 1 && p.window.empty() && Chance(2);
+  if (!bits && !derived && Chance(8)) index.resize(index.size() + Draw(1, 3), 65535);  // beyond the last bound, and so nobody's
   const int64_t indices = index.size(), n_bounds = bounds.size();
   p[kIndex].type = p.tile <= 256 && (bits || span || Chance(2)) ? kU8 : kU16;
   p[kIndex].dims = {indices};
@@ -194,10 +219,14 @@ Problem Valid() {
     std::swap(p[kX].dims, p[kY].dims);
     p[kResidual].dims = {0};
   }
+  if (derived) Derive(p);
   for (Array& array : p.operands) array.Allocate(0xff);  // the result is no number until it is written
   for (int64_t i = 0; i < indices; ++i) p[kIndex].Put(i, index[i]);
-  for (int64_t i = 0; i < n_bounds; ++i) p[kBounds].at<int32_t>(i) = bounds[i];
-  for (int which : {kValues, kScale, kBias, kResidual, kX}) {  // numbers that bfloat16 holds exactly
+  for (int64_t i = 0; i < (p.permuted ? 0 : n_bounds); ++i) p[kBounds].at<int32_t>(i) = bounds[i];
+  for (int64_t i = 0, n = p.permuted ? p[kBounds].count() : 0; i < n; ++i) {
+    p[kBounds].at<int32_t>(i) = Draw(0, p[kValues].count() - 1);
+  }
+  for (int which : {kValues, kScale, kBias, kResidual, kX, kDy}) {  // numbers that bfloat16 holds exactly
     Array& array = p[which];
     for (int64_t i = 0, n = array.count(); i < n; ++i) array.Put(i, Draw(-64, 64) / (array.type == kS8 ? 0.5f : 64.0f));
   }

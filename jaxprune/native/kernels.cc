@@ -5,11 +5,13 @@
 #include "bits.h"
 #include "codes.h"
 #include "panel.h"
+#include "sampled.h"
 #include "single.h"
 
 namespace jaxprune {
 
 const Kernels KERNELS = {&Panel,      &ScratchFloats, &Vector,  &Arrange, &BitProduct,
-                         &Transposed, &Encode,        ISA_NAME, kUnit,    kPanel};
+                         &Transposed, &Encode,        &Lay,     &Sampled, ISA_NAME,
+                         kUnit,       kPanel};
 
 }  // namespace jaxprune

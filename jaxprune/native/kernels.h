@@ -105,6 +105,21 @@ struct Task {
   int64_t position, count, first, last;
 };
 
+// Rows of activations, or of the derivatives of a result: f32 or bf16, (rows, channels).
+struct Rows {
+  const void* data;
+  Type type;
+  int64_t channels;
+};
+
+// Rows of inputs and of outputs as (channel, row), panel after panel of `columns` rows each but the last, whose rows
+// make whole vectors.
+struct Panels {
+  const float *x, *y;
+  int64_t rows, columns;
+  bool add;  // to what is there already
+};
+
 struct Kernels {
   // Computes a task; false if the weight's indices or bounds would lead outside, and nothing is read or written there.
   bool (*panel)(const Weight&, const Window&, const Operands&, const Task&, float* scratch);
@@ -122,6 +137,11 @@ struct Kernels {
                      int64_t last);
   // Codes of pixels [first, last) of x, each of so many channels in whole runs; what is beyond the last is the code of 0.
   void (*encode)(const void* x, Type type, int64_t channels, const Codes&, int64_t first, int64_t last, uint8_t* codes);
+  // Channels [first, last) of rows [row, row + count), count <= `panel_columns`, to their place in a panel.
+  void (*lay)(const Rows&, int64_t row, int64_t count, int64_t first, int64_t last, float* panel);
+  // Sums over all rows of products of an input and an output, for each non-zero of a tile's outputs [first, last); of the
+  // weight there are indices and bounds, and no values. False as of `panel`.
+  bool (*sampled)(const Weight&, int64_t tile, int64_t first, int64_t last, const Panels&, float* to);
   const char* name;
   int64_t unit, panel_columns;  // columns of a panel: a multiple of the first, at most the second
 };

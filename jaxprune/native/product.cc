@@ -97,6 +97,7 @@ int64_t PartsOfOutputs(int64_t weights, int64_t n_out, int64_t most) {
 }
 
 constexpr char kOutside[] = "`index` or `bounds` lead outside of the weight";
+constexpr char kNoRoom[] = "no memory for `x` and `y`";
 constexpr char kNoMemory[] = "no memory for the inputs that `x` and `window` make";
 
 // What is wrong, or null; the same of `PanelProduct`.
@@ -193,6 +194,46 @@ void Encode(ffi::ThreadPool& pool, const Kernels& kernels, const void* x, Type t
     const auto [first, last] = Part(pixels, parts, i);
     kernels.encode(x, type, channels, codes, first, last, to);
   });
+}
+
+constexpr int64_t kRowsLaid = 512;  // of x and y, for which indices are read once
+constexpr int64_t kChannelsLaid = 256;
+
+// For each non-zero of w the sum over the batch of its input of x times its output of y.
+const char* SampledProduct(ffi::ThreadPool& pool, const Kernels& kernels, const Weight& w, const Rows& x, const Rows& y,
+                           int64_t rows, float* to) {
+  const int64_t columns = kernels.panel_columns, most = std::min(CeilDiv(rows, columns) * columns, kRowsLaid);
+  float* scratch = Scratch(most * (w.n_in + w.n_out));
+  if (!scratch) return kNoRoom;
+  const int64_t blocks_of_x = CeilDiv(w.n_in, kChannelsLaid), blocks = blocks_of_x + CeilDiv(w.n_out, kChannelsLaid);
+  const int64_t parts = PartsOfOutputs(w.inputs * rows / columns, w.n_out, CeilDiv(4 * Threads(pool), w.n_tiles));
+  std::atomic<const char*> wrong{nullptr};
+  for (int64_t row = 0; row < rows && !wrong; row += kRowsLaid) {
+    const Panels panels{scratch, scratch + most * w.n_in, std::min(rows - row, kRowsLaid), columns, row > 0};
+    ForEach(pool, CeilDiv(panels.rows, columns) * blocks, [&](int64_t i) {
+      const int64_t block = i % blocks, from = i / blocks * columns;
+      const bool of_x = block < blocks_of_x;
+      const Rows& of = of_x ? x : y;
+      const int64_t first = (of_x ? block : block - blocks_of_x) * kChannelsLaid;
+      const int64_t last = std::min(first + kChannelsLaid, of.channels);
+      float* panel = scratch + (of_x ? 0 : most * w.n_in) + from * of.channels;
+      kernels.lay(of, row + from, std::min(columns, panels.rows - from), first, last, panel);
+    });
+    ForEach(pool, w.n_tiles * parts, [&](int64_t i) {
+      const auto [first, last] = Part(w.n_out, parts, i % parts);
+      if (!kernels.sampled(w, i / parts, first, last, panels, to)) wrong = kOutside;
+    });
+  }
+  return wrong;
+}
+
+template <class Value>
+bool Permute(const Value* values, const int32_t* order, int64_t first, int64_t last, int64_t n, Value* to) {
+  for (int64_t i = first; i < last; ++i) {
+    if (order[i] < 0 || order[i] >= n) return false;
+    to[i] = values[order[i]];
+  }
+  return true;
 }
 
 // ---- what arrives ----
@@ -484,10 +525,91 @@ ffi::Error Transposed(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffe
   return wrong ? Refuse(wrong) : ffi::Error::Success();
 }
 
+// Whether runs lie one after the other, and every index in one of them.
+bool IsWithoutGaps(const Weight& w) {
+  int32_t end = 0;
+  for (int64_t tile = 0; tile < w.n_tiles; ++tile) {
+    const int32_t* bounds = w.bounds + tile * (w.groups() + 1);
+    if (bounds[0] != end) return false;
+    end = bounds[w.groups()];
+  }
+  return end == w.inputs;
+}
+
+ffi::Error Sampled(ffi::ThreadPool pool, ffi::AnyBuffer index, ffi::AnyBuffer bounds, ffi::AnyBuffer x,
+                   ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> values, int64_t tile) {
+  if (std::string why = ReadSizes(
+          {{"`index`", &index}, {"`bounds`", &bounds}, {"`x`", &x}, {"`y`", &y}, {"the result", &*values}});
+      !why.empty()) {
+    return Refuse(why);
+  }
+  const auto xs = x.dimensions(), ys = y.dimensions();
+  Rows of_x{x.untyped_data(), {}, 0}, of_y{y.untyped_data(), {}, 0};
+  if (!TypeOf(x, &of_x.type) || !IsActivation(of_x.type)) return Refuse("`x` must be float32 or bfloat16");
+  if (!TypeOf(y, &of_y.type) || !IsActivation(of_y.type)) return Refuse("`y` must be float32 or bfloat16");
+  if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) return Refuse("`x` and `y` must be (batch, in) and (batch, out)");
+  if (xs[1] > INT32_MAX || ys[1] > INT32_MAX) return Refuse("`x` and `y` must have fewer than 2^31 columns");
+  Weight w{};
+  w.n_in = of_x.channels = xs[1], w.n_out = of_y.channels = ys[1];
+  if (std::string why = ReadRuns(index, bounds, tile, 1, &w); !why.empty()) return Refuse(why);
+  if (values->element_type() != ffi::DataType::F32 || Count(*values) != w.inputs) {
+    return Refuse("the result must be float32, a number for each of `index`");
+  }
+  if (w.inputs > INT32_MAX - 64) return Refuse("`index` must have fewer than 2^31 - 64 numbers");
+  if (!IsWithoutGaps(w)) return Refuse("`bounds` must be of runs one after the other, with all of `index`");
+  if (w.inputs == 0) return ffi::Error::Success();
+  float* to = static_cast<float*>(values->untyped_data());
+  if (xs[0] == 0) return std::fill_n(to, w.inputs, 0.0f), ffi::Error::Success();
+  const char* wrong = SampledProduct(pool, BestKernels(), w, of_x, of_y, xs[0], to);
+  return wrong ? Refuse(wrong) : ffi::Error::Success();
+}
+
+ffi::Error Permuted(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer order,
+                    ffi::Result<ffi::AnyBuffer> to) {
+  if (std::string why = ReadSizes({{"`values`", &values}, {"`order`", &order}, {"the result", &*to}}); !why.empty()) {
+    return Refuse(why);
+  }
+  Type type;
+  if (!TypeOf(values, &type) || !IsActivation(type)) return Refuse("`values` must be float32 or bfloat16");
+  if (to->element_type() != values.element_type()) return Refuse("the result must be of the dtype of `values`");
+  if (order.element_type() != ffi::DataType::S32) return Refuse("`order` must be int32");
+  if (Count(*to) != Count(order)) return Refuse("the result must have a number for each of `order`");
+  const int64_t n = Count(order), parts = std::clamp<int64_t>(n / (2 * kWorthAThread), 1, 4 * Threads(pool));
+  std::atomic<bool> sound{true};
+  ForEach(pool, parts, [&](int64_t i) {
+    const auto [first, last] = Part(n, parts, i);
+    const auto permute = [&](auto of) {
+      using Value = decltype(of);
+      return Permute(static_cast<const Value*>(values.untyped_data()),
+                     static_cast<const int32_t*>(order.untyped_data()), first, last, Count(values),
+                     static_cast<Value*>(to->untyped_data()));
+    };
+    if (!(type == Type::kF32 ? permute(float{}) : permute(uint16_t{}))) sound = false;
+  });
+  return sound ? ffi::Error::Success() : Refuse("`order` leads outside of `values`");
+}
+
 }  // namespace
 }  // namespace jaxprune
 
 #pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_sampled, jaxprune::Sampled,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("tile"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_permuted, jaxprune::Permuted,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_transposed, jaxprune::Transposed,
                               ffi::Ffi::Bind()
@@ -534,7 +656,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_codes, jaxprune::ProductOfCodes,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 7; }
+extern "C" int jaxprune_interface() { return 8; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

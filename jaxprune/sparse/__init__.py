@@ -33,7 +33,8 @@ What has no sparse form is refused with the leaf's name, never quietly run dense
 | "native_int8" | one byte for the value, one for the index | where bytes count; rounds the weights |
 | "int8" | a byte each for four inputs and their index | products of integers; rounds activations too (`int8`) |
 
-What is compressed goes through `jax.export` as it is (`exports`).
+What is compressed goes through `jax.export` as it is (`exports`). It can be trained as it is, too, at the cost of its
+non-zeros: `values, rest = trainable(params)` (`trained`).
 
 The native formats are C++ kernels for CPUs, called from the compiled program (`native`), float32 and bfloat16, products
 and (but for bits) convolutions, with bias, residual and ReLU in the kernel (`fuse`). Products over the outputs, as of a
@@ -58,6 +59,7 @@ from jaxprune.sparse.tiles import (
     NativeRowWeight,
     NativeWeight,
 )
+from jaxprune.sparse.trained import TrainableWeight, join, trainable
 from jaxprune.sparse.tuning.cache import user_cache
 from jaxprune.sparse.tuning.plan import Plan
 from jaxprune.sparse.tuning.tune import tune
@@ -78,16 +80,19 @@ __all__ = [
     "Plan",
     "SparseUseError",
     "SparseWeight",
+    "TrainableWeight",
     "apply",
     "compress",
     "decompress",
     "exports",
+    "join",
     "matmul",
     "native",
     "nbytes",
     "reference",
     "times",
     "times_transposed",
+    "trainable",
     "tune",
     "user_cache",
 ]

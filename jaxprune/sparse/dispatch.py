@@ -8,7 +8,7 @@ import jax
 import quax
 
 from jaxprune.compat import present_forms
-from jaxprune.sparse import conv, products  # noqa: F401  (they register their rules with quax)
+from jaxprune.sparse import conv, derivatives, products  # noqa: F401  (they register their rules with quax)
 from jaxprune.sparse.formats import SparseUseError, SparseWeight, Unsupported, check_unsupported
 from jaxprune.sparse.fuse import fused
 

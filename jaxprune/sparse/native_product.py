@@ -159,8 +159,15 @@ def _fused_primitive() -> Primitive:
 fused_product_p = _fused_primitive()
 
 
-def _not_on_cpu(*_: Any, **__: Any) -> Any:
-    raise TypeError(f"A weight is stored for the native kernels. {_ON_CPU}")
+def only_on_cpu(*primitives: Primitive) -> None:
+    """Refuses to compile these primitives for other platforms, by name."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise TypeError(f"A weight is stored for the native kernels. {_ON_CPU}")
+
+    for platform in ("cuda", "rocm", "tpu"):
+        for primitive in primitives:
+            mlir.register_lowering(primitive, refuse, platform=platform)
 
 
 def operands(weight: NativeWeight, x: Num[Array, "*batch channels"], dtype: Any) -> tuple[Shaped[Array, "..."], ...]:
@@ -249,6 +256,4 @@ def _times_transposed_native(weight: NativeWeight, y: Float[Array, "n_out n"]) -
     return jnp.matmul(weight.matrix().T, y)
 
 
-for _platform in ("cuda", "rocm", "tpu"):
-    for _primitive in (native_product_p, int8_product_p, fused_product_p, native_transposed_p):
-        mlir.register_lowering(_primitive, _not_on_cpu, platform=_platform)
+only_on_cpu(native_product_p, int8_product_p, fused_product_p, native_transposed_p)

@@ -3,8 +3,9 @@
     y = product(values, *pattern, x)      linear in `values`, linear in x
 
 A derivative in x is the same product of a tangent; the transposes are dense, since on CPU the dense product and a
-gather are many times faster than short sums over the non-zeros. `vmap` over x adds rows, or columns, to one call of the
-kernel, where JAX's own rules would call it one by one, or leave it without a word.
+gather are many times faster than short sums over the non-zeros; what has kernels for these too is `multilinear`
+(`jaxprune.sparse.derivatives`). `vmap` over x adds rows, or columns, to one call of the kernel, where JAX's own rules
+would call it one by one, or leave it without a word.
 """
 
 from collections.abc import Callable
@@ -41,22 +42,46 @@ def sparse_product(
     Returns:
         The primitive; `bind` takes the arguments of `product`.
     """
+
+    def of_values(ct: Array, values: Any, *pattern_and_x: Any, **sizes: Any) -> Array:
+        *pattern, x = pattern_and_x
+        dense = lambda v: dense_product(to_matrix(v, *pattern, x, **sizes), x, **sizes)  # noqa: E731
+        return jax.linear_transpose(dense, values.aval)(ct)[0]
+
+    def of_x(ct: Array, *weight_and_x: Any, **sizes: Any) -> Array:
+        *weight, x = weight_and_x
+        matrix = to_matrix(*weight, x.aval, **sizes)
+        return jax.linear_transpose(lambda x: dense_product(matrix, x, **sizes), x.aval)(ct)[0]
+
+    return multilinear(name, product, {0: of_values, -1: of_x}, batch_axis=batch_axis)
+
+
+def multilinear(
+    name: str, product: Callable[..., Array], transposes: dict[int, Callable[..., Array]], *, batch_axis: int | None
+) -> Primitive:
+    """A kernel that is linear in some of its arguments, as a primitive with derivatives and with `vmap`.
+
+    Args:
+        name: of the primitive.
+        product: (*args, **sizes) -> y, the kernel; sizes are static and hashable.
+        transposes: place of each argument that it is linear in, -1 the last -> (ct of y, *args, **sizes) -> its ct,
+            where this argument is one of `ad.is_undefined_primal`.
+        batch_axis: axis of the last argument and of y along which independent rows lie; None if there are none.
+
+    Returns:
+        The primitive; `bind` takes the arguments of `product`.
+    """
     primitive = Primitive(name)
 
-    def transpose(ct: Array, values: Any, *pattern_and_x: Any, **sizes: Any) -> tuple[Any, ...]:
-        *pattern, x = pattern_and_x
-        nothing = (None,) * len(pattern)
-        if ad.is_undefined_primal(values):
-            dense = lambda v: dense_product(to_matrix(v, *pattern, x, **sizes), x, **sizes)  # noqa: E731
-            of_values = jax.linear_transpose(dense, values.aval)
-            return (*of_values(ct), *nothing, None)
-        matrix = to_matrix(values, *pattern, x.aval, **sizes)
-        of_x = jax.linear_transpose(lambda x: dense_product(matrix, x, **sizes), x.aval)
-        return (None, *nothing, *of_x(ct))
+    def transpose(ct: Array, *args: Any, **sizes: Any) -> list[Any]:
+        place = next(place for place in transposes if ad.is_undefined_primal(args[place]))
+        cts: list[Any] = [None] * len(args)
+        cts[place] = transposes[place](ct, *args, **sizes)
+        return cts
 
     def batch(args: tuple[Array, ...], axes: tuple[Any, ...], **sizes: Any) -> tuple[Array, int]:
         *weight, x = args
-        if any(axis is not None for axis in axes[:-1]):
+        if batch_axis is None or any(axis is not None for axis in axes[:-1]):
             return _one_by_one(primitive, args, axes, sizes), 0
         x = jnp.moveaxis(x, axes[-1], batch_axis)
         before, (size, rows), after = x.shape[:batch_axis], x.shape[batch_axis:][:2], x.shape[batch_axis + 2 :]
@@ -64,12 +89,12 @@ def sparse_product(
         return y.reshape(*y.shape[:batch_axis], size, rows, *y.shape[batch_axis + 1 :]), batch_axis
 
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **sizes: Any) -> tuple[Any, Any]:
-        values, *pattern, x = primals
         dots = []
-        if type(tangents[0]) is not ad.Zero:
-            dots.append(primitive.bind(ad.instantiate_zeros(tangents[0]), *pattern, x, **sizes))
-        if type(tangents[-1]) is not ad.Zero:
-            dots.append(primitive.bind(values, *pattern, ad.instantiate_zeros(tangents[-1]), **sizes))
+        for place in transposes:
+            if type(tangents[place]) is not ad.Zero:
+                args = list(primals)
+                args[place] = ad.instantiate_zeros(tangents[place])
+                dots.append(primitive.bind(*args, **sizes))
         y = primitive.bind(*primals, **sizes)
         return y, sum(dots[1:], dots[0]) if dots else ad.Zero(jax.typeof(y).to_tangent_aval())
 

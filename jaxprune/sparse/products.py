@@ -14,8 +14,9 @@ every batch of at least one, also under `jax.vmap`; float16 and bfloat16 values 
 inside the program. On CUDA `times` of BCOO and BCSR weights is cuSPARSE's (`jaxprune.sparse.gpu`). Native formats bring
 kernels of their own (`jaxprune.sparse.native_product`, `conv`), blocks are dense products (`blocks`). Nothing else has
 a kernel: `times_transposed`, and BCOO and BCSR elsewhere, are gathers and scatter-additions, and gradients with respect
-to the activations go through a dense copy of W. A weight that is not stored meets nothing: an infinity or NaN in x,
-which a dense product turns into a NaN even under a zero weight, stays out of the sum.
+to the activations go through a dense copy of W, but for weights that are to be trained (`trained`). A weight that is
+not stored meets nothing: an infinity or NaN in x, which a dense product turns into a NaN even under a zero weight,
+stays out of the sum.
 """
 
 import functools

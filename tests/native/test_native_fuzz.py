@@ -12,6 +12,7 @@ SOURCES = Path(__file__).parents[2] / "jaxprune" / "native"
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
 # What every run is expected to reach, each of it named in a refusal.
 NAMES = ("values", "index", "bounds", "scale", "bias", "residual", "x", "tile", "group", "window", "totals", "grid")
+NAMES += ("y", "order")
 
 
 @pytest.fixture(scope="module")
