@@ -263,7 +263,8 @@ def product_of_codes(
     attributes = {"tile": np.int64(tile), "window": np.asarray(window, np.int64), "relu": bool(relu)}
     grids = (jnp.asarray(numbers, jnp.float32) for numbers in (grid, grid_of_y))
     operands = (values, index, bounds, scale, totals, *grids, bias, residual, x)
-    return call(*(varying_like(operand, *operands) for operand in operands), **attributes)[:2]
+    y, codes, _ = call(*(varying_like(operand, *operands) for operand in operands), **attributes)
+    return y, codes
 
 
 def _codes(shape: tuple[int, ...]) -> tuple[int, ...]:

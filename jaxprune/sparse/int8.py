@@ -132,10 +132,10 @@ class Int8Weight(EightBits, NativeWeight):
         """
         super().check_parts()
         n_out = self.sizes[0]
-        shapes = {"scale": (n_out,), "totals": (n_out,), "values": (RUN * self.index.size,)}
+        shapes = {"scale": (n_out,), "totals": (n_out,), "grid": (2,), "values": (RUN * self.index.size,)}
         for part, shape in shapes.items():
-            if getattr(self, part).shape != shape:
-                raise ValueError(f"{self._who} needs `{part}` {shape}, {getattr(self, part).shape} arrived.")
+            if np.shape(getattr(self, part)) != shape:
+                raise ValueError(f"{self._who} needs `{part}` {shape}, {np.shape(getattr(self, part))} arrived.")
         totals = np.zeros(n_out, np.int64)
         np.add.at(totals, self.coordinates(np)[0], np.asarray(self.values))
         if not np.array_equal(totals, self.totals):

@@ -340,7 +340,7 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"'kernel' has `totals` that are not the sums"):
         kind(**fields | {"totals": weight.totals + 1})
     with pytest.raises(ValueError, match=r"'kernel' needs `grid` \(2,\), \(3,\) arrived"):
-        kind(**fields | {"grid": jnp.ones(3)})
+        kind(**fields | {"grid": (1.0, 0.0, 0.0)})
     with pytest.raises(ValueError, match=r"'kernel' needs `values`"):
         kind(**fields | {"values": weight.values[:-1]})
     beyond = np.array(weight.values).reshape(-1, 4)
@@ -355,8 +355,8 @@ def test_parts_that_do_not_fit_are_refused():
     [
         ("index", lambda part: part.at[0].set(200), "`index` or `bounds` lead outside"),
         ("bounds", lambda part: part.at[1].set(-5), "`index` or `bounds` lead outside"),
-        ("grid", lambda part: part.at[0].set(0), "`grid` must be a scale above 0"),
-        ("grid", lambda part: part.at[1].set(128), "`grid` must be a scale above 0 and an integer of 8 bits"),
+        ("grid", lambda part: (0.0, part[1]), "`grid` must be a scale above 0"),
+        ("grid", lambda part: (part[0], 128.0), "`grid` must be a scale above 0 and an integer of 8 bits"),
         ("totals", lambda part: part[1:], "`totals` must have one number for each output"),
         ("values", lambda part: part[4:], "`values` must have 4 numbers for each of `index`"),
         ("scale", lambda part: part[1:], "`scale` must have one number for each output"),
