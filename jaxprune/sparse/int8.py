@@ -54,7 +54,7 @@ class Int8Weight(EightBits, NativeWeight):
     calibrated: ClassVar[bool] = True
 
     totals: Int32[Array, " n_out"] = eqx.field(converter=jnp.asarray)
-    grid: tuple[float, float] = eqx.field(static=True, kw_only=True)
+    grid: tuple[float, ...] = eqx.field(static=True, kw_only=True)
 
     @staticmethod
     def choose_tile(density: float) -> int:
