@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8, UInt16
 
@@ -29,7 +30,7 @@ TRANSPOSED = "jaxprune_transposed"
 CODES = "jaxprune_codes"
 SAMPLED = "jaxprune_sampled"
 PERMUTED = "jaxprune_permuted"
-INTERFACE = 8  # as in product.cc
+INTERFACE = 9  # as in product.cc
 LARGEST_POOL = 8  # likewise
 
 
@@ -217,21 +218,23 @@ def product_of_codes(
     bounds: Int32[Array, " tiles_times_outputs_plus_1"],
     scale: Float32[Array, " n_out"],
     totals: Int32[Array, " n_out"],
-    grid: Float32[Array, "2"],
     bias: Float32[Array, " n_out_or_none"],
     residual: Float[Array, "..."],
-    x: Float[Array, "*batch_and_window channels"],
+    x: Shaped[Array, "*batch_and_window channels"],
     *,
+    grid: tuple[float, ...],
+    grid_of_y: tuple[float, ...] = (),
+    keep: bool = True,
     shape: tuple[int, ...],
     dtype: Any,
     tile: int,
     window: tuple[int, ...] = (),
     relu: bool = False,
-) -> Float[Array, "..."]:
-    """`product` on integers of 8 bits: x is rounded to codes, and sums over codes are exact.
+) -> tuple[Float[Array, "..."], UInt8[Array, "..."]]:
+    """`product` on integers of 8 bits: x is rounded to codes, if it is none, and sums over codes are exact.
 
     The result of the product is rounded to float32 before anything is added. The call makes the codes of x besides, as
-    a second result, which is dropped.
+    another result, which is dropped.
 
     Args:
         values: codes, four inputs of one output at a time, tile by tile.
@@ -239,24 +242,38 @@ def product_of_codes(
         bounds: where each output's runs begin and the last one ends, tile by tile, n_out + 1 a tile.
         scale: of the codes of every output.
         totals: sum of the codes of every output.
-        grid: scale of the codes of x, and which code is 0, as `jaxprune.quantize.scales.asymmetric_grid` says.
         bias: see `product`; likewise all that follows.
         residual: what is added.
-        x: activations.
+        x: activations; or codes of them, uint8 and counted from 0 on, with channels in whole runs of four.
+        grid: scale of the codes of x, and which code is 0, as `jaxprune.quantize.scales.asymmetric_grid` says.
+        grid_of_y: that of the codes of the result; nothing if they are not wanted.
+        keep: whether the result itself is wanted; else it has no outputs.
         shape: of the result.
         dtype: of the result.
         tile: runs of a tile.
         window: of a convolution.
         relu: whether negative results become 0.
 
+    Returns:
+        The result, and its codes as x has them, or nothing.
+
     Raises:
         XlaRuntimeError: when the call runs: an operand that does not fit, by name.
     """
-    codes = jax.ShapeDtypeStruct((*x.shape[:-1], -(-x.shape[-1] // 4) * 4), np.uint8)
-    call = jax.ffi.ffi_call(CODES, (jax.ShapeDtypeStruct(shape, dtype), codes))
+    of_y = _codes(shape) if grid_of_y else (0,)
+    of_x = (0,) if x.dtype == np.uint8 else _codes(x.shape)
+    results = jax.ShapeDtypeStruct(shape if keep else (*shape[:-1], 0), dtype)
+    call = jax.ffi.ffi_call(CODES, (results, *(jax.ShapeDtypeStruct(size, np.uint8) for size in (of_y, of_x))))
     attributes = {"tile": np.int64(tile), "window": np.asarray(window, np.int64), "relu": bool(relu)}
-    operands = (values, index, bounds, scale, totals, grid, bias, residual, x)
-    return call(*(varying_like(operand, *operands) for operand in operands), **attributes)[0]
+    grids = (jnp.asarray(numbers, jnp.float32) for numbers in (grid, grid_of_y))
+    operands = (values, index, bounds, scale, totals, *grids, bias, residual, x)
+    y, codes, _ = call(*(varying_like(operand, *operands) for operand in operands), **attributes)
+    return y, codes
+
+
+def _codes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same with channels in whole runs of four."""
+    return (*shape[:-1], -(-shape[-1] // 4) * 4)
 
 
 def sampled(

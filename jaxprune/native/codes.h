@@ -86,6 +86,8 @@ struct TimesCodes {
 };
 #endif
 
+inline int64_t WholeRuns(int64_t channels) { return (channels + kRun - 1) / kRun * kRun; }
+
 // A run of the same code.
 inline float FourTimes(int32_t code) {
   const uint32_t bits = static_cast<uint32_t>(code) * 0x01010101u;
@@ -101,8 +103,8 @@ inline void FloatsOfSums(const Codes& codes, int64_t first, int64_t last, int64_
   using V = typename Integers<kWidth>::Type;
   typedef int32_t Signed __attribute__((vector_size(kWidth * sizeof(int32_t))));
   for (int64_t o = first; o < last; ++o, sums += columns) {
-    const uint32_t surplus = static_cast<uint32_t>(codes.zero) * static_cast<uint32_t>(codes.totals[o]);
-    const float scale = codes.scale[o] * codes.x_scale;
+    const uint32_t surplus = static_cast<uint32_t>(codes.x.zero) * static_cast<uint32_t>(codes.totals[o]);
+    const float scale = codes.scale[o] * codes.x.scale;
     for (int64_t p = 0; p < columns; p += kWidth) {
       const Signed exact = (Signed)(*reinterpret_cast<const V*>(sums + p) - surplus);
       *reinterpret_cast<typename Floats<kWidth>::Type*>(sums + p) =
@@ -115,12 +117,12 @@ inline void FloatsOfSums(const Codes& codes, int64_t first, int64_t last, int64_
 // result for what is no number is 0 as an integer of 8 bits with sign.
 class Encoder {
  public:
-  explicit Encoder(const Codes& codes)
-      : inverse_(1.0f / codes.x_scale),
-        low_(Vec{} - static_cast<float>(codes.zero)),
+  explicit Encoder(const Grid& grid)
+      : inverse_(1.0f / grid.scale),
+        low_(Vec{} - static_cast<float>(grid.zero)),
         high_(low_ + 255.0f),
         none_(low_ + 128.0f),
-        zero_(codes.zero) {}
+        zero_(grid.zero) {}
 
   Bytes operator()(Vec x) const {
     Vec steps = x * inverse_;
@@ -128,6 +130,11 @@ class Encoder {
     steps = steps > high_ ? high_ : steps;
     steps = steps == steps ? steps : none_;
     return __builtin_convertvector((Bits)(steps + kWhole) + zero_, Bytes);  // of the sum's bits the last are the integer
+  }
+
+  void Write(Vec x, uint8_t* to) const {
+    const Bytes codes = (*this)(x);
+    std::memcpy(to, &codes, kLanes);
   }
 
  private:
@@ -140,10 +147,7 @@ class Encoder {
 template <class X>
 void EncodeRow(const Encoder& encoder, const X* x, int64_t n, uint8_t* to) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Bytes codes = encoder(Load(x + i));
-    std::memcpy(to + i, &codes, kLanes);
-  }
+  for (; i + kLanes <= n; i += kLanes) encoder.Write(Load(x + i), to + i);
   if (i == n) return;
   Vec rest{};
   for (int64_t j = i; j < n; ++j) rest[j - i] = Widen(x[j]);
@@ -152,19 +156,19 @@ void EncodeRow(const Encoder& encoder, const X* x, int64_t n, uint8_t* to) {
 }
 
 template <class X>
-void EncodeAs(const X* x, int64_t channels, const Codes& codes, int64_t first, int64_t last, uint8_t* to) {
-  const Encoder encoder(codes);
-  const int64_t padded = (channels + kRun - 1) / kRun * kRun;
+void EncodeAs(const X* x, int64_t channels, const Grid& grid, int64_t first, int64_t last, uint8_t* to) {
+  const Encoder encoder(grid);
+  const int64_t padded = WholeRuns(channels);
   if (padded == channels) return EncodeRow(encoder, x + first * channels, (last - first) * channels, to + first * padded);
   for (int64_t pixel = first; pixel < last; ++pixel) {
     EncodeRow(encoder, x + pixel * channels, channels, to + pixel * padded);
-    std::fill_n(to + pixel * padded + channels, padded - channels, static_cast<uint8_t>(codes.zero));
+    std::fill_n(to + pixel * padded + channels, padded - channels, static_cast<uint8_t>(grid.zero));
   }
 }
 
-void Encode(const void* x, Type type, int64_t channels, const Codes& codes, int64_t first, int64_t last, uint8_t* to) {
-  type == Type::kF32 ? EncodeAs(static_cast<const float*>(x), channels, codes, first, last, to)
-                     : EncodeAs(static_cast<const BF16*>(x), channels, codes, first, last, to);
+void Encode(const void* x, Type type, int64_t channels, const Grid& grid, int64_t first, int64_t last, uint8_t* to) {
+  type == Type::kF32 ? EncodeAs(static_cast<const float*>(x), channels, grid, first, last, to)
+                     : EncodeAs(static_cast<const BF16*>(x), channels, grid, first, last, to);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 
 namespace {
 
-enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kTotals, kGrid, kCodes, kDy, kOperands };
+enum Operand { kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY, kTotals, kGrid, kGridOfY, kCodesOfY, kCodes, kDy, kOperands };
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32, kBF16 = XLA_FFI_DataType_BF16, kS8 = XLA_FFI_DataType_S8,
                            kU8 = XLA_FFI_DataType_U8, kU16 = XLA_FFI_DataType_U16, kS32 = XLA_FFI_DataType_S32, kF16 = XLA_FFI_DataType_F16;
 
@@ -98,7 +98,7 @@ struct Problem {
   std::vector<int64_t> window;
   bool relu = false, vast = false;
   bool transposed = false;  // a call of jaxprune_transposed: no attributes, bias or residual
-  bool codes = false;       // a call of jaxprune_codes: no `group`, totals, a grid and a second result
+  bool codes = false;       // a call of jaxprune_codes: no `group`, totals, grids and three results
   bool sampled = false;     // a call of jaxprune_sampled: no values, and a number for each of the index as a result
   bool permuted = false;    // a call of jaxprune_permuted: values, an order in the place of bounds, as many as a result
   int bad_attribute = -1, missing_attribute = -1, missing_arguments = 0;
@@ -107,10 +107,10 @@ struct Problem {
     if (transposed) return {kValues, kIndex, kBounds, kScale, kX, kY};
     if (sampled) return {kIndex, kBounds, kX, kDy, kY};
     if (permuted) return {kValues, kBounds, kY};
-    if (codes) return {kValues, kIndex, kBounds, kScale, kTotals, kGrid, kBias, kResidual, kX, kY, kCodes};
+    if (codes) return {kValues, kIndex, kBounds, kScale, kTotals, kGrid, kGridOfY, kBias, kResidual, kX, kY, kCodesOfY, kCodes};
     return {kValues, kIndex, kBounds, kScale, kBias, kResidual, kX, kY};
   }
-  int results() const { return codes ? 2 : 1; }
+  int results() const { return codes ? 3 : 1; }
   // Of group, relu, tile and window those of the call.
   std::pair<int, int> attributes() const {
     return transposed || permuted ? std::pair(4, 4) : sampled ? std::pair(2, 3) : std::pair(codes ? 1 : 0, 4);
@@ -167,11 +167,14 @@ Problem Valid() {
   const int64_t span = !bits && !wide && !full && p.window.empty() && p[kX].dims[0] == 1 && Chance(2) ? Any({32, 64}) : 0;
   if (span) p.group = 1, p.tile = span * Draw(1, 256 / span), p[kX].dims[1] = in = span * Draw(0, 10);
   p.codes = !bits && !span && !far && !vast && Chance(3);
+  bool encoded = false;  // x
   if (p.codes) {
     const int64_t channels = p[kX].dims.back(), taps = p.window.empty() ? 1 : p.window[0] * p.window[1];
     p.group = 1, in = taps * ((channels + 3) / 4);
     p[kCodes].dims = p[kX].dims;
     p[kCodes].dims.back() = (channels + 3) / 4 * 4;
+    encoded = Chance(3);
+    if (encoded) std::swap(p[kX].dims, p[kCodes].dims), p[kCodes].dims = {0};
   }
   std::vector<int32_t> bounds;
   std::vector<int> index;
@@ -206,14 +209,21 @@ Problem Valid() {
   p[kValues].type = p.codes ? kS8 : bits ? Any({kF32, kBF16, kF16, kS8}) : Any({kF32, kBF16, kS8});
   p[kValues].dims = {bits ? bounds.back() + (Chance(8) ? Draw(0, 90) : 0) : indices * (p.codes ? 4 : p.group)};
   p[kScale].dims = {Chance(2) && !p.codes ? 0 : out};
-  p[kTotals].type = kS32, p[kCodes].type = kU8;
+  p[kTotals].type = kS32, p[kCodesOfY].type = p[kCodes].type = kU8;
   p[kTotals].dims = {out};
   p[kGrid].dims = {2};
   p[kBias].dims = {Chance(2) ? 0 : out};
-  p[kX].type = Any({kF32, kBF16});
+  p[kX].type = encoded ? kU8 : Any({kF32, kBF16});
   p[kY].type = p[kResidual].type = Any({kF32, kBF16});
   p[kResidual].dims = Chance(2) ? std::vector<int64_t>{0} : p[kY].dims;
   p.relu = Chance(2);
+  p[kGridOfY].dims = p[kCodesOfY].dims = {0};
+  if (p.codes && Chance(2)) {
+    p[kGridOfY].dims = {2};
+    p[kCodesOfY].dims = p[kY].dims;
+    p[kCodesOfY].dims.back() = (out + 3) / 4 * 4;
+    if (Chance(2)) p[kY].dims.back() = 0;
+  }
   if (p.transposed) {
     p[kX].type = p[kY].type = p[kResidual].type = kF32;
     std::swap(p[kX].dims, p[kY].dims);
@@ -228,11 +238,14 @@ Problem Valid() {
   }
   for (int which : {kValues, kScale, kBias, kResidual, kX, kDy}) {  // numbers that bfloat16 holds exactly
     Array& array = p[which];
-    for (int64_t i = 0, n = array.count(); i < n; ++i) array.Put(i, Draw(-64, 64) / (array.type == kS8 ? 0.5f : 64.0f));
+    for (int64_t i = 0, n = array.count(); i < n; ++i) array.Put(i, Draw(-64, 64) / (array.width() == 1 ? 0.5f : 64.0f));
   }
   for (int64_t i = 0; i < out; ++i) p[kTotals].Put(i, Draw(-3000, 3000));
-  p[kGrid].Put(0, Any({0.25f, 0.01f, 0.003f, 1e-7f}));
-  p[kGrid].Put(1, Any({Draw(-128, 127), -128L, 127L}));
+  for (int which : {kGrid, kGridOfY}) {
+    if (!p[which].count()) continue;
+    p[which].Put(0, Any({0.25f, 0.01f, 0.003f, 1e-7f}));
+    p[which].Put(1, Any({Draw(-128, 127), -128L, 127L}));
+  }
   return p;
 }
 

@@ -38,11 +38,15 @@ struct BitInputs {
   bool finite;  // false: the data say nothing, since no zero may meet what they would say
 };
 
-// What products of codes need besides: x = x_scale * (code - zero) with codes of activations from 0 to 255, and
-// w = scale * code with codes of weights from -128 to 127.
-struct Codes {
-  float x_scale;
+// Activations are scale * (code - zero), with codes from 0 to 255.
+struct Grid {
+  float scale;
   int32_t zero;
+};
+
+// What products of codes need besides: the grid of x, and w = scale * code with codes of weights from -128 to 127.
+struct Codes {
+  Grid x;
   const float* scale;     // of every output
   const int32_t* totals;  // of the codes of every output
 };
@@ -92,11 +96,13 @@ struct Window {
 // y = relu(pool(scale * (W @ x)) + bias + residual), all but W @ x optional; x, y and residual have channels last.
 struct Operands {
   const void* x;
-  void* y;
+  void* y;  // of panels null where only `codes` are wanted
   const float* bias;
   const void* residual;  // of the type of y
   Type x_type, y_type;   // f32 or bf16
   bool relu;
+  uint8_t* codes = nullptr;  // of y besides, each position's in whole runs, or null; panels alone have them
+  Grid grid = {1, 0};        // of these
 };
 
 // A share of the work: positions [position, position + count), count <= the kernels' `panel_columns`, and groups of
@@ -136,7 +142,7 @@ struct Kernels {
   bool (*transposed)(const BitWeight&, const float* x, float* sums, int64_t rows, bool finite, int64_t first,
                      int64_t last);
   // Codes of pixels [first, last) of x, each of so many channels in whole runs; what is beyond the last is the code of 0.
-  void (*encode)(const void* x, Type type, int64_t channels, const Codes&, int64_t first, int64_t last, uint8_t* codes);
+  void (*encode)(const void* x, Type type, int64_t channels, const Grid&, int64_t first, int64_t last, uint8_t* codes);
   // Channels [first, last) of rows [row, row + count), count <= `panel_columns`, to their place in a panel.
   void (*lay)(const Rows&, int64_t row, int64_t count, int64_t first, int64_t last, float* panel);
   // Sums over all rows of products of an input and an output, for each non-zero of a tile's outputs [first, last); of the

@@ -157,7 +157,7 @@ bool PanelProduct(const Weight& w, const Window& win, const Operands& ops, const
   float* largest = sums + at_once * w.group * columns;
   Segment<X> segments[kPanel];
   const TileLoop loop = LoopFor(w, columns);
-  const float outside = w.codes ? FourTimes(w.codes->zero) : 0.0f;
+  const float outside = w.codes ? FourTimes(w.codes->x.zero) : 0.0f;
   for (int64_t i = 0; i < win.pool(); ++i) {
     const Window part = win.Neighbour(i);
     const int64_t n_segments = FindSegments(part, static_cast<const X*>(ops.x), task, segments);

@@ -187,12 +187,12 @@ const char* PanelProduct(ffi::ThreadPool& pool, const Kernels& kernels, const We
 
 // The codes of x, of so many pixels of so many channels.
 void Encode(ffi::ThreadPool& pool, const Kernels& kernels, const void* x, Type type, int64_t pixels, int64_t channels,
-            const Codes& codes, uint8_t* to) {
+            const Grid& grid, uint8_t* to) {
   const int64_t most = std::min(pixels, 4 * Threads(pool));
   const int64_t parts = std::clamp<int64_t>(pixels * channels / (4 * kWorthAThread), 1, std::max<int64_t>(most, 1));
   ForEach(pool, parts, [&](int64_t i) {
     const auto [first, last] = Part(pixels, parts, i);
-    kernels.encode(x, type, channels, codes, first, last, to);
+    kernels.encode(x, type, channels, grid, first, last, to);
   });
 }
 
@@ -250,7 +250,9 @@ bool TypeOf(const ffi::AnyBuffer& buffer, Type* type) {
   }
 }
 
-bool IsActivation(Type type) { return type == Type::kF32 || type == Type::kBF16; }
+bool IsOfActivations(const ffi::AnyBuffer& buffer, Type* type) {
+  return TypeOf(buffer, type) && (*type == Type::kF32 || *type == Type::kBF16);
+}
 
 // Sizes below are such that their products, and those with strides, stay far from 2^63.
 constexpr int64_t kMostElements = int64_t{1} << 40, kMostStep = 1 << 20, kMostPool = 8;
@@ -348,6 +350,17 @@ std::string ReadWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index
   return Count(values) == Count(index) * group ? "" : "`values` must have `group` numbers for each of `index`";
 }
 
+std::string ReadGrid(const ffi::AnyBuffer& grid, const std::string& name, Grid* out) {
+  if (grid.element_type() != ffi::DataType::F32 || Count(grid) != 2) return name + " must be two numbers of float32";
+  const float* numbers = static_cast<const float*>(grid.untyped_data());
+  const float scale = numbers[0], zero = numbers[1];
+  if (!(scale > 0 && std::isfinite(scale) && zero >= -128 && zero <= 127 && zero == std::floor(zero))) {
+    return name + " must be a scale above 0 and an integer of 8 bits";
+  }
+  *out = {scale, static_cast<int32_t>(zero) + 128};
+  return "";
+}
+
 // Products of codes, positive and negative ones of the largest size, of which 32 bits surely hold the sum.
 constexpr int64_t kMostTerms = INT32_MAX / (127 * 255);
 
@@ -369,13 +382,9 @@ std::string ReadCodes(const ffi::AnyBuffer& values, const ffi::AnyBuffer& index,
   if (Count(scale) != w->n_out) return "`scale` must have one number for each output";
   if (totals.element_type() != ffi::DataType::S32) return "`totals` must be int32";
   if (Count(totals) != w->n_out) return "`totals` must have one number for each output";
-  if (grid.element_type() != ffi::DataType::F32 || Count(grid) != 2) return "`grid` must be two numbers of float32";
-  const float* numbers = static_cast<const float*>(grid.untyped_data());
-  const float zero = numbers[1];
-  if (!(numbers[0] > 0 && std::isfinite(numbers[0]) && zero >= -128 && zero <= 127 && zero == std::floor(zero))) {
-    return "`grid` must be a scale above 0 and an integer of 8 bits";
-  }
-  *codes = {numbers[0], static_cast<int32_t>(zero) + 128, w->scale, static_cast<const int32_t*>(totals.untyped_data())};
+  if (std::string why = ReadGrid(grid, "`grid`", &codes->x); !why.empty()) return why;
+  codes->scale = w->scale;
+  codes->totals = static_cast<const int32_t*>(totals.untyped_data());
   w->type = Type::kCodes;
   w->scale = nullptr;
   w->codes = codes;
@@ -399,13 +408,12 @@ std::string ReadBitWeight(const ffi::AnyBuffer& values, const ffi::AnyBuffer& in
 }
 
 std::string ReadOperands(const ffi::AnyBuffer& bias, const ffi::AnyBuffer& residual, const ffi::AnyBuffer& x,
-                         const ffi::AnyBuffer& y, int64_t n_out, bool relu, Operands* ops) {
-  if (!TypeOf(x, &ops->x_type) || !IsActivation(ops->x_type)) return "`x` must be float32 or bfloat16";
-  if (!TypeOf(y, &ops->y_type) || !IsActivation(ops->y_type)) return "the result must be float32 or bfloat16";
+                         const ffi::AnyBuffer& y, int64_t results, int64_t n_out, bool relu, Operands* ops) {
+  if (!IsOfActivations(y, &ops->y_type)) return "the result must be float32 or bfloat16";
   if (bias.element_type() != ffi::DataType::F32) return "`bias` must be float32";
   if (Count(bias) != 0 && Count(bias) != n_out) return "`bias` must have one number for each output, or none";
   if (residual.element_type() != y.element_type()) return "`residual` must be of the result's dtype";
-  if (Count(residual) != 0 && Count(residual) != Count(y)) return "`residual` must have the result's shape, or none";
+  if (Count(residual) != 0 && Count(residual) != results) return "`residual` must have the result's shape, or none";
   ops->x = x.untyped_data();
   ops->y = y.untyped_data();
   ops->bias = Count(bias) ? static_cast<const float*>(bias.untyped_data()) : nullptr;
@@ -446,7 +454,10 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
       !why.empty()) {
     return Refuse(why);
   }
-  if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
+  if (!IsOfActivations(x, &ops.x_type)) return Refuse("`x` must be float32 or bfloat16");
+  if (std::string why = ReadOperands(bias, residual, x, *y, Count(*y), w.n_out, relu, &ops); !why.empty()) {
+    return Refuse(why);
+  }
   const int64_t positions = window.positions();
   if (positions == 0 || w.n_out == 0) return ffi::Error::Success();
   const Kernels& kernels = BestKernels();
@@ -457,13 +468,14 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer i
 }
 
 ffi::Error ProductOfCodes(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer bounds,
-                          ffi::AnyBuffer scale, ffi::AnyBuffer totals, ffi::AnyBuffer grid, ffi::AnyBuffer bias,
-                          ffi::AnyBuffer residual, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y,
+                          ffi::AnyBuffer scale, ffi::AnyBuffer totals, ffi::AnyBuffer grid, ffi::AnyBuffer grid_of_y,
+                          ffi::AnyBuffer bias, ffi::AnyBuffer residual, ffi::AnyBuffer x,
+                          ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> codes_of_y,
                           ffi::Result<ffi::AnyBuffer> codes_of_x, int64_t tile, ffi::Span<const int64_t> numbers,
                           bool relu) {
   Window window;
   Weight w;
-  Codes codes;
+  Codes of_codes;
   Operands ops;
   if (std::string why = ReadSizes({{"`values`", &values},
                                    {"`index`", &index},
@@ -471,30 +483,57 @@ ffi::Error ProductOfCodes(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyB
                                    {"`scale`", &scale},
                                    {"`totals`", &totals},
                                    {"`grid`", &grid},
+                                   {"`grid_of_y`", &grid_of_y},
                                    {"`bias`", &bias},
                                    {"`residual`", &residual},
                                    {"`x`", &x},
                                    {"the result", &*y},
-                                   {"the result of codes", &*codes_of_x}});
+                                   {"the result of its codes", &*codes_of_y},
+                                   {"the result of codes of x", &*codes_of_x}});
       !why.empty()) {
     return Refuse(why);
   }
   if (std::string why = ReadWindow(numbers, x, *y, &window); !why.empty()) return Refuse(why);
-  w.n_out = y->dimensions().back();
-  if (std::string why = ReadCodes(values, index, bounds, scale, totals, grid, tile, &window, &w, &codes);
+  w.n_out = Count(scale);
+  const bool encodes = Count(grid_of_y) != 0, alone = encodes && y->dimensions().back() == 0;
+  if (!alone && y->dimensions().back() != w.n_out) return Refuse("`scale` must have one number for each output");
+  if (std::string why = ReadCodes(values, index, bounds, scale, totals, grid, tile, &window, &w, &of_codes);
       !why.empty()) {
     return Refuse(why);
   }
-  if (std::string why = ReadOperands(bias, residual, x, *y, w.n_out, relu, &ops); !why.empty()) return Refuse(why);
-  const int64_t channels = x.dimensions().back(), pixels = channels ? Count(x) / channels : 0;
-  if (codes_of_x->element_type() != ffi::DataType::U8 || Count(*codes_of_x) != pixels * window.channels * kRun) {
-    return Refuse("the result of codes must be uint8, for each pixel of `x` its channels in whole runs of 4");
+  int64_t results, codes;
+  if (__builtin_mul_overflow(window.positions(), w.n_out, &results) ||
+      __builtin_mul_overflow(window.positions(), CeilDiv(w.n_out, kRun) * kRun, &codes)) {
+    return Refuse("the result must have fewer than 2^63 numbers");
   }
+  if (std::string why = ReadOperands(bias, residual, x, *y, results, w.n_out, relu, &ops); !why.empty()) {
+    return Refuse(why);
+  }
+  const int64_t channels = x.dimensions().back(), pixels = channels ? Count(x) / channels : 0;
+  const bool encoded = x.element_type() == ffi::DataType::U8;
+  if (!encoded && !IsOfActivations(x, &ops.x_type)) return Refuse("`x` must be float32, bfloat16 or codes in uint8");
+  if (encoded && channels % kRun) return Refuse("`x` of codes must have its channels in whole runs of 4");
+  if (codes_of_x->element_type() != ffi::DataType::U8 ||
+      Count(*codes_of_x) != (encoded ? 0 : pixels * window.channels * kRun)) {
+    return Refuse("the result of codes of `x` must be uint8, for each pixel its channels in whole runs of 4, and empty "
+                  "where `x` is of codes");
+  }
+  if (encodes) {
+    if (std::string why = ReadGrid(grid_of_y, "`grid_of_y`", &ops.grid); !why.empty()) return Refuse(why);
+    ops.codes = static_cast<uint8_t*>(codes_of_y->untyped_data());
+  }
+  if (codes_of_y->element_type() != ffi::DataType::U8 || Count(*codes_of_y) != (encodes ? codes : 0)) {
+    return Refuse("the result of its codes must be uint8, for each pixel its outputs in whole runs of 4, and empty "
+                  "without a `grid_of_y`");
+  }
+  if (alone) ops.y = nullptr;
   if (window.positions() == 0 || w.n_out == 0) return ffi::Error::Success();
   const Kernels& kernels = BestKernels();
-  uint8_t* to = static_cast<uint8_t*>(codes_of_x->untyped_data());
-  Encode(pool, kernels, ops.x, ops.x_type, pixels, channels, codes, to);
-  ops.x = to;
+  if (!encoded) {
+    uint8_t* to = static_cast<uint8_t*>(codes_of_x->untyped_data());
+    Encode(pool, kernels, ops.x, ops.x_type, pixels, channels, of_codes.x, to);
+    ops.x = to;
+  }
   ops.x_type = Type::kF32;
   const char* wrong = PanelProduct(pool, kernels, w, window, ops);
   return wrong ? Refuse(wrong) : ffi::Error::Success();
@@ -545,8 +584,8 @@ ffi::Error Sampled(ffi::ThreadPool pool, ffi::AnyBuffer index, ffi::AnyBuffer bo
   }
   const auto xs = x.dimensions(), ys = y.dimensions();
   Rows of_x{x.untyped_data(), {}, 0}, of_y{y.untyped_data(), {}, 0};
-  if (!TypeOf(x, &of_x.type) || !IsActivation(of_x.type)) return Refuse("`x` must be float32 or bfloat16");
-  if (!TypeOf(y, &of_y.type) || !IsActivation(of_y.type)) return Refuse("`y` must be float32 or bfloat16");
+  if (!IsOfActivations(x, &of_x.type)) return Refuse("`x` must be float32 or bfloat16");
+  if (!IsOfActivations(y, &of_y.type)) return Refuse("`y` must be float32 or bfloat16");
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) return Refuse("`x` and `y` must be (batch, in) and (batch, out)");
   if (xs[1] > INT32_MAX || ys[1] > INT32_MAX) return Refuse("`x` and `y` must have fewer than 2^31 columns");
   Weight w{};
@@ -570,7 +609,7 @@ ffi::Error Permuted(ffi::ThreadPool pool, ffi::AnyBuffer values, ffi::AnyBuffer 
     return Refuse(why);
   }
   Type type;
-  if (!TypeOf(values, &type) || !IsActivation(type)) return Refuse("`values` must be float32 or bfloat16");
+  if (!IsOfActivations(values, &type)) return Refuse("`values` must be float32 or bfloat16");
   if (to->element_type() != values.element_type()) return Refuse("the result must be of the dtype of `values`");
   if (order.element_type() != ffi::DataType::S32) return Refuse("`order` must be int32");
   if (Count(*to) != Count(order)) return Refuse("the result must have a number for each of `order`");
@@ -649,6 +688,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_codes, jaxprune::ProductOfCodes,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("tile")
@@ -656,7 +697,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_codes, jaxprune::ProductOfCodes,
                                   .Attr<bool>("relu"));
 
 // Counts up with the operands and attributes of the call, so that kernels left over from another version are noticed.
-extern "C" int jaxprune_interface() { return 8; }
+extern "C" int jaxprune_interface() { return 9; }
 
 // Name of the instruction set that runs.
 extern "C" const char* jaxprune_isa() { return jaxprune::BestKernels().name; }

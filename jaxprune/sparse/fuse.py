@@ -27,6 +27,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxprune.compat import closed
 from jaxprune.native import LARGEST_POOL
+from jaxprune.sparse.encoded import with_codes
 from jaxprune.sparse.native_product import Steps, fused_product_p, int8_product_p, native_product_p
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,14 +75,14 @@ def fused(fn: F) -> F:
             closed, shape = jax.make_jaxpr(arrays, return_shape=True)(inputs)
         except _BRANCHES_ON_VALUES:  # as it may where only derivatives are traced
             return fn(*args, **kwargs)
-        outputs = eval_jaxpr(_with_chains(closed.jaxpr), closed.consts, *jax.tree.leaves(inputs))
+        outputs = eval_jaxpr(with_codes(_with_chains(closed.jaxpr)), closed.consts, *jax.tree.leaves(inputs))
         return eqx.combine(jax.tree.unflatten(jax.tree.structure(shape), outputs), static[-1])
 
     return with_chains  # pyright: ignore[reportReturnType]
 
 
 def find_chains(jaxpr: Jaxpr) -> list[Chain]:
-    """The chains of a jaxpr's native products, none sharing a step."""
+    """The chains of a jaxpr's native products, none sharing a step; those without one only of integers."""
     uses = Counter(var for eqn in jaxpr.eqns for var in eqn.invars if isinstance(var, Var))
     uses.update(var for var in jaxpr.outvars if isinstance(var, Var))
     users = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, Var)}
@@ -92,7 +93,7 @@ def find_chains(jaxpr: Jaxpr) -> list[Chain]:
             chain = _follow(jaxpr.eqns, Chain((i,)), uses, users, taken)
             taken.update(chain.steps)
             chains.append(chain)
-    return [chain for chain in chains if chain != Chain(chain.steps)]
+    return [c for c in chains if c != Chain(c.steps) or jaxpr.eqns[c.steps[0]].primitive is int8_product_p]
 
 
 def _follow(
@@ -128,8 +129,7 @@ def _join(chain: Chain, number: int, eqn: JaxprEqn, var: Var, product: JaxprEqn)
     if eqn.primitive is not lax.add_p:
         return None
     other = eqn.invars[0] if eqn.invars[1] is var else eqn.invars[1]
-    integers = product.params["sizes"].integers
-    if integers and (chain.residual is not None or _aval(var).dtype != jnp.float32):
+    if product.params["sizes"].grid and (chain.residual is not None or _aval(var).dtype != jnp.float32):
         return None
     if isinstance(other, Literal) or shape != _aval(var).shape:
         return None

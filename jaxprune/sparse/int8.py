@@ -8,8 +8,8 @@ What `jaxprune.quantize.int8` simulates, a kernel computes on the codes that are
     y = s_x s_w (\sum q_x q_w - z_x \sum q_w)        w = s_w q_w for each output,   x = s_x (q_x - z_x) for the tensor
 
 with sums in 32 bits that nothing rounds. Activations arrive in floating point and are rounded then; results leave in
-floating point. A bias that the function itself makes by a product may differ in its last bit: in one of the programs
-XLA joins that product with the addition.
+floating point, but as codes where another product reads them (`encoded`). A bias that the function itself makes by a
+product may differ in its last bit: in one of the programs XLA joins that product with the addition.
 
 Processors multiply four bytes by four and add them up in one instruction, so weights are stored four inputs of one
 output at a time, where one of the four is alive. `Block(4, 1)` masks lose nothing; of unstructured masks at 83 % half
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Int, Int32, Shaped, UInt8
 
 from jaxprune.quantize.int8 import MOST_TERMS, Ranges
 from jaxprune.quantize.scales import TINY, asymmetric_grid, symmetric_scale, to_codes
@@ -47,13 +47,14 @@ class Int8Weight(EightBits, NativeWeight):
         index: run of inputs, counted from its tile's first.
         tile: runs of a tile.
         totals: sum of the codes of every output.
-        grid: scale of the activations' codes, and which of them, from -128 to 127, is 0.
+        grid: scale of the activations' codes, and which of them, from -128 to 127, is 0. Other ranges are another
+            program.
     """
 
     calibrated: ClassVar[bool] = True
 
     totals: Int32[Array, " n_out"] = eqx.field(converter=jnp.asarray)
-    grid: Float32[Array, "2"] = eqx.field(converter=jnp.asarray)
+    grid: tuple[float, ...] = eqx.field(static=True, kw_only=True)
 
     @staticmethod
     def choose_tile(density: float) -> int:
@@ -107,7 +108,11 @@ class Int8Weight(EightBits, NativeWeight):
 
     def of_activations(self) -> tuple[Shaped[Array, "..."], ...]:
         """See `NativeWeight.of_activations`."""
-        return self.totals, self.grid
+        return (self.totals,)
+
+    def grid_of_activations(self) -> tuple[float, ...]:
+        """See `NativeWeight.grid_of_activations`."""
+        return self.grid
 
     def coordinates(self, xp: Any = jnp) -> tuple[Indices, Indices]:
         """See `SparseWeight.coordinates`; the input of what is beyond the channels is one beyond the last."""
@@ -129,8 +134,8 @@ class Int8Weight(EightBits, NativeWeight):
         n_out = self.sizes[0]
         shapes = {"scale": (n_out,), "totals": (n_out,), "grid": (2,), "values": (RUN * self.index.size,)}
         for part, shape in shapes.items():
-            if getattr(self, part).shape != shape:
-                raise ValueError(f"{self._who} needs `{part}` {shape}, {getattr(self, part).shape} arrived.")
+            if np.shape(getattr(self, part)) != shape:
+                raise ValueError(f"{self._who} needs `{part}` {shape}, {np.shape(getattr(self, part))} arrived.")
         totals = np.zeros(n_out, np.int64)
         np.add.at(totals, self.coordinates(np)[0], np.asarray(self.values))
         if not np.array_equal(totals, self.totals):
@@ -169,7 +174,7 @@ def check_ranges(format: str | None, ranges: Ranges | None) -> None:
         raise ValueError(f'`ranges` are for the format "{NAME}"; {other} leaves activations as they are.')
 
 
-def grid_of(name: str, ranges: Ranges | None) -> Float32[np.ndarray, "2"]:
+def grid_of(name: str, ranges: Ranges | None) -> tuple[float, float]:
     """Scale of the codes of the activations that meet a leaf, and which of them is 0.
 
     Args:
@@ -190,7 +195,16 @@ def grid_of(name: str, ranges: Ranges | None) -> Float32[np.ndarray, "2"]:
     low, high = np.asarray(uses[0], np.float32)
     if not (np.isfinite([low, high]).all() and low <= 0 <= high):
         raise ValueError(f"The range of the activations that meet {name!r} has 0 inside, not ({low:g}, {high:g}).")
-    return np.array(asymmetric_grid(low, high, 8), np.float32)
+    scale, zero = asymmetric_grid(low, high, 8)
+    return float(scale), float(zero)
+
+
+def codes_of(y: Float[Array, "*batch channels"], grid: tuple[float, ...]) -> UInt8[Array, "*batch padded"]:
+    """Codes of activations as the kernel has them, counted from 0 on, with channels in whole runs."""
+    scale, zero = np.float32(grid[0]), np.float32(grid[1])
+    signed = to_codes(y.astype(jnp.float32), scale, zero, 8).astype(jnp.int8)
+    beyond = [(0, 0)] * (y.ndim - 1) + [(0, _runs(y.shape[-1]) * RUN - y.shape[-1])]
+    return (jnp.pad(signed, beyond, constant_values=np.int8(zero)).astype(jnp.int32) + 128).astype(jnp.uint8)
 
 
 def _channels(leaf_shape: tuple[int, ...], outputs_last: bool) -> int:

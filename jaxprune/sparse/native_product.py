@@ -1,13 +1,15 @@
 """The native product and convolution as jax primitives: plain, and with what follows in a layer.
 
     native_product_p(values, index, bounds, scale, x)                    W x
-    int8_product_p(values, index, bounds, scale, totals, grid, x)        the same on integers (`jaxprune.sparse.int8`)
+    int8_product_p(values, index, bounds, scale, totals, x)              the same on integers (`jaxprune.sparse.int8`)
     fused_product_p(*either, *added)                               relu(pool(W x) + bias + residual), each if wanted
 
-x is (n, in), or images (n, height, width, channels) where there is a window. Derivatives of the fused product are those
-of its parts, one after the other, and so is what `vmap` makes of it.
+x is (n, in), or images (n, height, width, channels) where there is a window; of integers it may be codes, and a fused
+product may give those of its result, with it or alone. Derivatives of the fused product are those of its parts, one
+after the other, and so is what `vmap` makes of it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ from jaxtyping import Array, Float, Num, Shaped
 from jaxprune import native
 from jaxprune.compat import ClosedJaxpr, type_like
 from jaxprune.sparse import bits, tiles
-from jaxprune.sparse.int8 import Int8Weight
+from jaxprune.sparse.int8 import Int8Weight, codes_of
 from jaxprune.sparse.primitives import sparse_product
 from jaxprune.sparse.products import project, project_transposed, times_transposed
 from jaxprune.sparse.tiles import NativeWeight
@@ -39,7 +41,7 @@ class Sizes(NamedTuple):
         dtype: of the result.
         window: of a convolution, two numbers each: kernel, stride, padding before, dilation; empty for a matrix.
         pixels: height and width of the result of a convolution.
-        integers: whether operands are those of `int8_product_p`.
+        grid: of the codes of x (`Int8Weight`), where operands are those of `int8_product_p`; else empty.
     """
 
     n_out: int
@@ -49,7 +51,7 @@ class Sizes(NamedTuple):
     dtype: str
     window: tuple[int, ...] = ()
     pixels: tuple[int, ...] = ()
-    integers: bool = False
+    grid: tuple[float, ...] = ()
 
 
 class Steps(NamedTuple):
@@ -62,6 +64,8 @@ class Steps(NamedTuple):
         shape: of the result in the end.
         pool: height and width of the pools of a convolution's pixels of which only the largest is kept, output by
             output, before anything is added; pixels that fill no pool are left out.
+        grid: of the codes of the result, the second one then; empty if they are not wanted.
+        keep: whether the result itself is wanted.
     """
 
     bias: bool
@@ -69,15 +73,21 @@ class Steps(NamedTuple):
     relu: bool
     shape: tuple[int, ...]
     pool: tuple[int, ...] = (1, 1)
+    grid: tuple[float, ...] = ()
+    keep: bool = True
+
+    def results(self, y: Any, codes: Any) -> list[Any]:
+        """What is wanted of the two."""
+        return [y] * self.keep + [codes] * bool(self.grid)
 
 
 def _kernel(*operands: Array, sizes: Sizes) -> Array:
     shape = (operands[-1].shape[0], *sizes.pixels, sizes.n_out)
-    return _fused_kernel(*operands, steps=Steps(False, False, False, shape), sizes=sizes)
+    return _fused_kernel(*operands, steps=Steps(False, False, False, shape), sizes=sizes)[0]
 
 
-def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> Array:
-    n_parts = 6 if sizes.integers else 4
+def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJaxpr | None = None) -> list[Array]:
+    n_parts = 5 if sizes.grid else 4
     x, added = operands[n_parts], list(operands[n_parts + 1 :])
     pixels = (n // pool for n, pool in zip(sizes.pixels, steps.pool, strict=False))
     shape, dtype = (x.shape[0], *pixels, sizes.n_out), jnp.dtype(sizes.dtype)
@@ -86,11 +96,12 @@ def _fused_kernel(*operands: Array, steps: Steps, sizes: Sizes, apart: ClosedJax
     window = sizes.window and (*sizes.window, *steps.pool)
     every = [*operands[:n_parts], bias, residual, x]
     attributes = {"shape": shape, "dtype": dtype, "tile": sizes.tile, "window": window, "relu": steps.relu}
-    if sizes.integers:
-        y = native.product_of_codes(*every, **attributes)
-    else:
-        y = native.product(*every, group=sizes.group, **attributes)
-    return y.reshape(steps.shape)
+    if not sizes.grid:
+        return [native.product(*every, group=sizes.group, **attributes).reshape(steps.shape)]
+    grids = {"grid": sizes.grid, "grid_of_y": steps.grid, "keep": steps.keep}
+    y, codes = native.product_of_codes(*every, **grids, **attributes)
+    y = y.reshape(steps.shape) if steps.keep else None
+    return steps.results(y, codes.reshape(*steps.shape[:-1], codes.shape[-1]) if steps.grid else None)
 
 
 def _matrix(values: Array, index: Array, bounds: Array, scale: Array, x: Any, *, sizes: Sizes) -> Array:
@@ -141,16 +152,21 @@ def _fused_primitive() -> Primitive:
 
     def jvp(primals: Any, tangents: Any, *, apart: ClosedJaxpr, **_: Any) -> Any:
         tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
-        (y,), (dot,) = jax.jvp(jaxpr_as_fun(apart), primals, tangents)
-        return y, dot
+        return jax.jvp(jaxpr_as_fun(apart), primals, tangents)
 
-    def batch(args: Any, axes: Any, *, apart: ClosedJaxpr, **_: Any) -> Any:
+    def batch(args: Any, axes: Any, *, apart: ClosedJaxpr, steps: Steps, **_: Any) -> Any:
         (y,) = jax.vmap(jaxpr_as_fun(apart), axes)(*args)
-        return y, 0
+        results = steps.results(y, codes_of(y, steps.grid) if steps.grid else None)
+        return results, [0] * len(results)
 
+    def abstract(*args: Any, steps: Steps, sizes: Sizes, **_: Any) -> Any:
+        kinds = jax.eval_shape(partial(_fused_kernel, steps=steps, sizes=sizes), *args)
+        return [type_like(kind.shape, kind.dtype, *args) for kind in kinds]
+
+    primitive.multiple_results = True
     primitive.def_impl(jax.jit(_fused_kernel, static_argnames=("steps", "sizes", "apart")))
-    primitive.def_abstract_eval(lambda *args, steps, sizes, apart: type_like(steps.shape, sizes.dtype, *args))
-    mlir.register_lowering(primitive, mlir.lower_fun(_fused_kernel, multiple_results=False))
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(_fused_kernel, multiple_results=True))
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     return primitive
@@ -221,7 +237,7 @@ def native_product(
         TypeError: see `operands`.
     """
     in_kernel = "bfloat16" if dtype == jnp.bfloat16 else "float32"
-    sizes = Sizes(*weight.sizes, weight.tile, weight.group, in_kernel, window, pixels, weight.calibrated)
+    sizes = Sizes(*weight.sizes, weight.tile, weight.group, in_kernel, window, pixels, weight.grid_of_activations())
     primitive = int8_product_p if weight.calibrated else native_product_p
     return primitive.bind(*operands(weight, x, dtype), sizes=sizes).astype(dtype)
 

@@ -90,6 +90,10 @@ class NativeWeight(SparseWeight):
         """What the kernel has to know besides of activations that it rounds; nothing, unless the format does."""
         return ()
 
+    def grid_of_activations(self) -> tuple[float, ...]:
+        """Of their codes, in the same case."""
+        return ()
+
 
 class NativeRowWeight(NativeWeight):
     """One tile of up to 65,536 inputs, for a batch of one; right at every batch, but slower than `NativeWeight`."""

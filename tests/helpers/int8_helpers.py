@@ -2,7 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
+from sparse_helpers import LAYOUTS
+
+from jaxprune import sparse
+from jaxprune.quantize.int8 import int8
 
 TINY = np.finfo(np.float32).tiny
 RANGE = (-51.0, 204.0)  # a scale of exactly 1, and the code of 0 is -77
@@ -40,3 +45,14 @@ def convolved(x, w, stride=(1, 1), padding=((0, 0), (0, 0)), hole=(1, 1), dilati
         these = slice(g * outputs, (g + 1) * outputs)
         y[:, i, j, these] = np.einsum("bhwi,hwio->bo", patch, w[..., these])
     return y
+
+
+def assert_simulated(fn, params, ranges, x, layout="in_out"):
+    """`fn` on the compressed params is what `int8` makes of it; the result."""
+    selected = {"select": lambda name, _: name in ranges, "layout": LAYOUTS[layout]}
+    small = sparse.compress(params, "int8", ranges=ranges, **selected)
+    got = jax.jit(sparse.apply(fn))(small, x)
+    want = jax.jit(int8(fn, ranges))(params, x)
+    assert got.dtype == want.dtype
+    assert np.asarray(got + 0).tobytes() == np.asarray(want + 0).tobytes()  # a 0 has no sign
+    return np.asarray(got)
