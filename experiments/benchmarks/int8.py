@@ -13,7 +13,7 @@ floating point, with weights alone in 8 bits, and with weights and activations.
 
 FOLDER holds ResNet-50's published weights and 20 photographs from ImageNet, as for the tests: resnet50/ and
 imagenet_samples/. There is no training data with them, so the ranges come from the first four photographs; the other
-16 are counted apart.
+16 are counted apart. It also runs on integers (format "int8"), and its logits are held against the simulated ones.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 import photographs
 from tables import describe_machine
 
-from jaxprune import nonzero_masks, sparsity_of
+from jaxprune import nonzero_masks, sparse, sparsity_of
 from jaxprune.lab.bench.whole import of_run
 from jaxprune.lab.checkpoints import checkpoint
 from jaxprune.lab.data import sets
@@ -78,19 +78,24 @@ def of_photographs(folder: Path, percentile: float) -> None:
     """The row of ResNet-50."""
     model, params, images, truth = photographs.load(folder)
     ranges = calibrate(model.apply, params, [images[:PHOTOGRAPHS]], percentile=percentile)
-    found = [
-        np.asarray(jax.jit(function)(given, images).argmax(-1))
+    simulated, real = int8(model.apply, ranges), sparse.apply(model.apply)
+    scores = [
+        np.asarray(jax.jit(function)(given, images))
         for function, given in (
             (model.apply, params),
             (model.apply, dequantize(to_integers(params))),
-            (int8(model.apply, ranges), params),
+            (simulated, params),
+            (real, sparse.compress(params, "int8", ranges=ranges)),
         )
     ]
-    print_row(f"resnet50, {len(truth)} photographs", [100 * np.mean(guess == truth) for guess in found], "points")
+    found = [one.argmax(-1) for one in scores]
+    print_row(f"resnet50, {len(truth)} photographs", [100 * np.mean(guess == truth) for guess in found[:3]], "points")
     kept = found[2] == found[0]
     print(
         f"  top-1 kept on {kept.sum()} of {len(truth)}, on {kept[PHOTOGRAPHS:].sum()} of the others than the first four"
     )
+    differ = (scores[2] != scores[3]).sum()
+    print(f"  of {scores[2].size} logits {differ} differ between the simulation and the kernels of integers")
 
 
 def print_row(name: str, shares: Any, unit: str) -> None:
