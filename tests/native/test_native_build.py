@@ -18,6 +18,7 @@ from jaxprune import native, sparse
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = REPOSITORY / "jaxprune" / "native"
+CALLS = ("TARGET", "TRANSPOSED", "CODES", "SAMPLED", "PERMUTED")
 # Optimized as little as can be, and for no processor in particular: it compiles in a tenth of the time.
 FLAGS = ["-O0", "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", "-isystem", SOURCES / "third_party"]
 PORTABLE = ["-DKERNELS=kPortable", '-DISA_NAME="portable"', "-DVECTOR_BYTES=16", "-Wno-psabi"]
@@ -45,6 +46,8 @@ extern "C" XLA_FFI_Error* jaxprune_product(XLA_FFI_CallFrame* frame) {
 }
 extern "C" XLA_FFI_Error* jaxprune_transposed(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
 extern "C" XLA_FFI_Error* jaxprune_codes(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
+extern "C" XLA_FFI_Error* jaxprune_sampled(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
+extern "C" XLA_FFI_Error* jaxprune_permuted(XLA_FFI_CallFrame* frame) { return jaxprune_product(frame); }
 """
 
 
@@ -70,9 +73,8 @@ def loaded(monkeypatch):
 
     def use(library):
         monkeypatch.setattr(native, "LIBRARY", library)
-        monkeypatch.setattr(native, "TARGET", f"jaxprune_product_of_{library.stem}")
-        monkeypatch.setattr(native, "TRANSPOSED", f"jaxprune_transposed_of_{library.stem}")
-        monkeypatch.setattr(native, "CODES", f"jaxprune_codes_of_{library.stem}")
+        for name in CALLS:
+            monkeypatch.setattr(native, name, f"jaxprune_{name}_of_{library.stem}")
         forget()
 
     def forget():
@@ -206,7 +208,9 @@ import sys, jax, jax.numpy as jnp, numpy as np
 from jaxprune import sparse
 from jaxprune.sparse import native
 from pathlib import Path
-native.LIBRARY, native.TARGET = Path(sys.argv[1]), "another"  # the one beside the package is registered
+native.LIBRARY = Path(sys.argv[1])
+for name in sys.argv[2:]:
+    setattr(native, name, "another " + name)  # the one beside the package is registered
 native._library.cache_clear()
 assert not native._why_not_called.cache_info().currsize  # the import calls nothing
 assert native.why_missing() == "", native.why_missing()
@@ -231,5 +235,5 @@ def test_a_library_built_beside_one_jaxlib_runs_beside_another(tmp_path, build_h
     subprocess.run(wheel, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as files:
         library = files.extract("jaxprune/native/_kernels.so", tmp_path)
-    done = subprocess.run([runner, "-c", CHECK, library], capture_output=True, text=True, env=environment)
+    done = subprocess.run([runner, "-c", CHECK, library, *CALLS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
