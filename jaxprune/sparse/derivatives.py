@@ -8,10 +8,11 @@ its three, and its derivatives in them are
     trained_sampled_p      d t / d values              (nse,)       sums over the batch, only where W has a value
 
 so that the transpose of each in each of its arguments is one of the other two, and derivatives of any order are these.
-The transposed pattern is that of a `jaxprune.sparse.trained.TrainableWeight`.
+Operands are values, index and bounds of W, then index, bounds and order of W.T (`trained.TrainableWeight`), then what
+is multiplied.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -22,6 +23,9 @@ from jaxprune.sparse.primitives import multilinear
 from jaxprune.sparse.products import project, project_transposed
 from jaxprune.sparse.trained import TrainableWeight
 
+Sizes: TypeAlias = tuple[int, int]
+"""(outputs, inputs) of W, or the tiles of W and of W.T."""
+
 
 def _panels(values: Array, index: Array, bounds: Array, x: Array, n_out: int, tile: int, dtype: Any) -> Array:
     none, nothing = jnp.zeros(0, jnp.float32), jnp.zeros(0, dtype)
@@ -30,50 +34,20 @@ def _panels(values: Array, index: Array, bounds: Array, x: Array, n_out: int, ti
 
 
 def _product(
-    values: Array,
-    index: Array,
-    bounds: Array,
-    index_across: Array,
-    bounds_across: Array,
-    order: Array,
-    x: Array,
-    *,
-    sizes: tuple[int, int],
-    tiles: tuple[int, int],
-    dtype: Any,
+    values: Array, index: Array, bounds: Array, *others: Array, sizes: Sizes, tiles: Sizes, dtype: Any
 ) -> Array:
-    return _panels(values, index, bounds, x, sizes[0], tiles[0], dtype)
+    return _panels(values, index, bounds, others[-1], sizes[0], tiles[0], dtype)
 
 
 def _transposed(
-    values: Array,
-    index: Array,
-    bounds: Array,
-    index_across: Array,
-    bounds_across: Array,
-    order: Array,
-    y: Array,
-    *,
-    sizes: tuple[int, int],
-    tiles: tuple[int, int],
-    dtype: Any,
+    values: Array, _index: Array, _bounds: Array, *others: Array, sizes: Sizes, tiles: Sizes, dtype: Any
 ) -> Array:
-    return _panels(native.permuted(values, order), index_across, bounds_across, y, sizes[1], tiles[1], dtype)
+    index, bounds, order, y = others
+    return _panels(native.permuted(values, order), index, bounds, y, sizes[1], tiles[1], dtype)
 
 
-def _sampled(
-    index: Array,
-    bounds: Array,
-    index_across: Array,
-    bounds_across: Array,
-    order: Array,
-    x: Array,
-    y: Array,
-    *,
-    sizes: tuple[int, int],
-    tiles: tuple[int, int],
-    dtype: Any,
-) -> Array:
+def _sampled(index: Array, bounds: Array, *others: Array, sizes: Sizes, tiles: Sizes, dtype: Any) -> Array:
+    *_, x, y = others
     return native.sampled(index, bounds, x, y, tile=tiles[0]).astype(dtype)
 
 
