@@ -48,7 +48,7 @@ from jaxprune.search.sensitivity import sensitivity
 from jaxprune.search.targets import masks_within
 from jaxprune.storage import load, save
 from jaxprune.tracing import costs, layout_of, trace, weights_of
-from jaxprune.training.distillation import distillation_loss
+from jaxprune.training.distillation import distillation_loss, feature_loss
 from jaxprune.training.loops import iterative_masks, iterative_pruning
 from jaxprune.training.presets import presets
 from jaxprune.training.prune import keep_params_sparse, prune, regrow
@@ -88,6 +88,7 @@ __all__ = [
     "every",
     "evidence",
     "exact",
+    "feature_loss",
     "granularity",
     "iterative_masks",
     "iterative_pruning",

@@ -5,14 +5,15 @@
 
 PRUNED is what oneshot_stories.py --save wrote, or `jp.save` of the same params. A pool of texts is sampled by the dense
 model, each goes into `--epochs` steps, and the next pool is sampled. The loss is the divergence from the dense model's
-probabilities, those that it drew the texts by. Both are among the `--vocabulary` tokens that it thinks likeliest in the
-texts of calibration, which have nearly all probability and take a fraction of the work; perplexity in the end is over
-all tokens. Time counts sampling, but not compilation; the rate is warmed up, then falls to zero along a cosine.
+probabilities, those that it drew the texts by, and `--hidden` times the loss of what blocks give, see
+`jp.feature_loss`. Texts and probabilities are among the `--vocabulary` tokens that the dense model thinks likeliest in
+the texts of calibration, which have nearly all probability and take a fraction of the work; perplexity in the end is
+over all tokens. Time counts sampling, but not compilation. The rate is warmed up, then falls to zero along a line; the
+factor of the hidden states falls with it, to an eighth. The divergences that are printed are of texts never seen.
 """
 
 import argparse
 import dataclasses
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens that the loss looks at")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
     parser.add_argument("--keep-embedding", action="store_true", help="train everything but the embedding")
-    parser.add_argument("--rate", type=float, default=2.5e-4)
+    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--hidden", type=float, default=4.0, help="factor of the loss of hidden states, at first")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--evaluate", type=int, default=100)
     parser.add_argument("--save", type=Path)
@@ -123,21 +125,26 @@ def main() -> None:
     key = jax.random.key(options.seed)
     among, covered = likeliest(dense, np.load(options.texts / "calibration.npy")[:32], config, options.vocabulary)
 
-    def loss(params: Any, tokens: Any, teacher: Any) -> Any:
+    def loss(params: Any, dense: Any, tokens: Any, teacher: Any, factor: Any) -> Any:
         if options.keep_embedding:
             params = {**params, "embed": lax.stop_gradient(params["embed"])}
-        return jp.distillation_loss(decoder.forward(narrowed(params, among), tokens, config)[:, :-1], teacher)
+        ours, theirs = (decoder.hidden(one, tokens, config) for one in (params, dense))
+        logits = decoder.logits(narrowed(params, among), ours[-1], config)
+        lost = jp.distillation_loss(logits[:, :-1], teacher)
+        return lost + factor * jp.feature_loss(list(ours), list(theirs)), lost
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def train(params: Any, state: Any, tokens: Any, teacher: Any, rate: Any) -> Any:
+    def train(params: Any, state: Any, dense: Any, tokens: Any, teacher: Any, rate: Any, factor: Any) -> Any:
         state[1].hyperparams["learning_rate"] = rate
-        lost, grads = jax.value_and_grad(loss)(params, tokens, teacher)
+        (_, lost), grads = jax.value_and_grad(loss, has_aux=True)(params, dense, tokens, teacher, factor)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, lost
 
     state, orders = optimizer.init(params), np.random.default_rng(options.seed)
     pool, teacher = sampled(key, dense, config, options.pool, 256, among)
-    train = train.lower(params, state, pool[: options.batch], teacher[: options.batch], jnp.float32(0)).compile()
+    zero = jnp.float32(0)
+    first = pool[: options.batch], teacher[: options.batch]
+    train = train.lower(params, state, dense, *first, zero, zero).compile()
     begun, share, steps, pools, lost = time.perf_counter(), 0.0, 0, 0, []
     while share < 1:
         pool, teacher = sampled(jax.random.fold_in(key, pools), dense, config, options.pool, 256, among)
@@ -147,8 +154,11 @@ def main() -> None:
             share = (time.perf_counter() - begun) / (60 * options.minutes)
             if share >= 1:
                 break
-            rate = options.rate * min(1.0, share / 0.1) * 0.5 * (1 + math.cos(math.pi * share))
-            params, state, one = train(params, state, pool[batch], teacher[batch], jnp.float32(rate))
+            rate = options.rate * min(1.0, share / 0.03) * (1 - share)
+            factor = options.hidden * max(1 - share, 1 / 8)
+            params, state, one = train(
+                params, state, dense, pool[batch], teacher[batch], jnp.float32(rate), jnp.float32(factor)
+            )
             lost.append(float(one))
             steps += 1
         print(f"{share:.1%} {steps} steps, divergence {np.mean(lost[-len(order) // options.batch :]):.4f}", flush=True)
@@ -159,7 +169,8 @@ def main() -> None:
     row = {
         "pruned": options.pruned.name, "minutes": options.minutes, "steps": steps, "sampled": pools * options.pool,
         "epochs": options.epochs, "keep_embedding": options.keep_embedding, "covered": round(covered, 5),
-        "rate": options.rate, "batch": options.batch, "sparsity": round(float(jp.sparsity_of(masks["layers"])), 4),
+        "rate": options.rate, "hidden": options.hidden, "batch": options.batch,
+        "sparsity": round(float(jp.sparsity_of(masks["layers"])), 4),
         "perplexity": round(better.perplexity, 3), "dense": round(better.dense, 3),
         "divergence": round(better.divergence, 4), "agreement": round(better.agreement, 4),
         "texts": texts.digest(evaluated), "machine": describe_machine(),

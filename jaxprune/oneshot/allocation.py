@@ -8,7 +8,7 @@ units of the loss, and comparable as they are; without a loss they are taken rel
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes
 from jaxprune.oneshot.layerwise import Solver, error, matrix
 from jaxprune.oneshot.sparsegpt import SparseGPT
+from jaxprune.oneshot.walk import Walk, solved_in
 from jaxprune.types import Params
 
 _QUICK = SparseGPT()
@@ -40,6 +41,7 @@ def allocation(
     solver: Solver = _QUICK,
     spread: float = 0.15,
     select: tree.Select = tree.weights,
+    order: Literal["blocks", "layers"] = "blocks",
     loss: Callable[..., Any] | None = None,
     diagonal: bool = False,
 ) -> dict[str, Float[np.ndarray, "layers"]]:
@@ -53,14 +55,15 @@ def allocation(
         solver: makes the errors; a quick one will do.
         spread: how far from `sparsity` a matrix may be, at most to 0 and to 0.95.
         select: leaves to look at.
-        loss: see `error_curves`.
+        order: see `error_curves`.
+        loss: likewise.
         diagonal: likewise.
 
     Returns:
         Leaf name -> sparsity of each layer: `prune` takes it in the place of one number.
 
     Raises:
-        ValueError: see `allocate`; what `of_activations` and `of_outputs` refuse.
+        ValueError: see `allocate` and `error_curves`; what `of_outputs` refuses.
 
     Example:
         >>> shares = jp.oneshot.allocation(apply_fn, params, batches, 0.5)
@@ -68,7 +71,9 @@ def allocation(
     """
     check_sparsity(sparsity)
     points = np.linspace(max(sparsity - spread, 0.01), min(sparsity + spread, 0.95), 5).tolist()
-    curves = error_curves(apply_fn, params, batches, solver, points, select=select, loss=loss, diagonal=diagonal)
+    curves = error_curves(
+        apply_fn, params, batches, solver, points, select=select, order=order, loss=loss, diagonal=diagonal
+    )
     leaves = tree.named_leaves(params)
     return allocate(curves, points, {name: leaves[name].size // len(curve) for name, curve in curves.items()}, sparsity)
 
@@ -82,10 +87,13 @@ def error_curves(
     *,
     pattern: Distribution | None = None,
     select: tree.Select = tree.weights,
+    order: Literal["blocks", "layers"] = "blocks",
     loss: Callable[..., Any] | None = None,
     diagonal: bool = False,
 ) -> dict[str, Float[np.ndarray, "layers points"]]:
     r"""$\lVert XW - XW_s \rVert^2$ of every matrix, on the dense model's inputs, at each sparsity s.
+
+    In order "blocks" the moments of one block are there at a time, and the batches wait in the host's memory before it.
 
     Args:
         apply_fn: as `prune` has it, with `params`, `batches`, `pattern`, `select`.
@@ -95,25 +103,45 @@ def error_curves(
         sparsities: s, rising.
         pattern: of the contests; None: the solver's way.
         select: leaves to look at.
+        order: "layers" has the moments of all at once, and follows leaves that `prune` follows in that order alone.
         loss: (params, batch) -> scalar: errors count by its derivatives, see `prune`. None: they are divided by
             $\lVert XW \rVert^2$.
         diagonal: errors of outputs count each by itself, see `of_outputs`; takes less memory and time.
+
+    Returns:
+        Leaf name -> errors of each of its layers at each sparsity.
+
+    Raises:
+        ValueError: another order; what `prune` refuses in it.
     """
+    if order not in ("blocks", "layers"):
+        raise ValueError(f"`order` is 'blocks' or 'layers'; {order!r} arrived.")
     batches = list(batches)
-    seen = of_activations(apply_fn, params, batches, select=select, moments=True)
     outputs = None if loss is None else of_outputs(loss, params, batches, select=select, diagonal=diagonal)
-    errors = _errors(solver, pattern)
-    leaves = tree.named_leaves(params)
-    found = {}
-    for name, one in seen.leaves.items():
-        assert one.moments is not None
-        rows = [
-            [errors(one.axes, leaves[name], layer, moments, outputs and outputs[name][layer], s)
-             for s in sparsities]
-            for layer, moments in enumerate(one.moments)
-        ]  # fmt: skip
-        found[name] = np.array(rows, np.float64)
-    return found
+    leaves, errors = tree.selected_leaves(select, params), _errors(solver, pattern)
+    rows: dict[str, dict[int, list[Array]]] = {}
+
+    def look(name: str, axes: Axes, layers: Iterable[int], sums: Array) -> None:
+        for layer, moments in zip(layers, sums, strict=True):
+            weighs = outputs and outputs[name][layer]
+            curve = [errors(axes, leaves[name], layer, moments, weighs, s) for s in sparsities]
+            rows.setdefault(name, {})[layer] = curve
+
+    if order == "layers":
+        for name, one in of_activations(apply_fn, params, batches, select=select, moments=True).leaves.items():
+            assert one.moments is not None
+            look(name, one.axes, range(len(one.moments)), one.moments)
+    else:
+        walk = Walk(apply_fn, params, batches, leaves, order)
+        for piece in walk.pieces:
+            for part in piece:
+                sums = walk.moments(part)
+                for name, axes, layers in solved_in(part):
+                    look(name, axes, layers, sums[name]["moments"])
+            walk.behind(piece)
+    return {
+        name: np.array([rows[name][i] for i in range(len(rows[name]))], np.float64) for name in leaves if name in rows
+    }
 
 
 def _errors(solver: Solver, pattern: Distribution | None) -> Callable[..., Array]:

@@ -28,12 +28,10 @@ from jaxprune.criteria.calibration import of_activations
 from jaxprune.criteria.derivatives import of_outputs
 from jaxprune.distributions import Distribution
 from jaxprune.layout import Axes, from_view, to_view
-from jaxprune.oneshot.arguments import alike, check_runs, check_solver, check_words, share_of_layer
-from jaxprune.oneshot.cuts import Segment, blocks
+from jaxprune.oneshot.arguments import check_runs, check_solver, check_words, share_of_layer
+from jaxprune.oneshot.cuts import Segment
 from jaxprune.oneshot.layerwise import Solver, error, fitted, matrices, matrix
-from jaxprune.oneshot.program import flat
-from jaxprune.oneshot.streams import Runner, to_host, units
-from jaxprune.tracing.features import places
+from jaxprune.oneshot.walk import Walk, solved_in
 from jaxprune.types import Masks, Params, Sparsity
 
 Place: TypeAlias = tuple[str, int]
@@ -197,26 +195,15 @@ class _Work:
         fit: str,
     ) -> None:
         """Segment after segment, on what the pruned ones before give."""
-        arrays = alike(batches)
-        program = flat(apply_fn, params, batches[0], set(leaves))
-        pieces = blocks(program, order)
-        parts = [part for piece in pieces for part in piece]
-        _check_once(parts)
-        self.count((unit.name, len(unit.layers)) for part in parts for unit in units(part).values())
-        self.leaves, runner = dict(leaves), Runner(program.fixed)
-        first = [program.inputs.index(var) for var in parts[0].before]
-        ours = [to_host([batch[i] for i in first]) for batch in arrays]
-        dense = (dict(leaves), list(ours)) if fit == "dense" else None
-        for piece in pieces:
+        walk = Walk(apply_fn, params, batches, leaves, order, beside=fit == "dense")
+        self.count((place.name, len(place.layers)) for part in walk.parts for place in solved_in(part))
+        self.leaves = walk.leaves
+        for piece in walk.pieces:
             for part in piece:
-                found = {} if self._knows(part) else runner.moments(part, self.leaves, ours, dense)
-                for name, unit in units(part).items():
-                    axes = next(places(s.site).axes for s in part.solved if s.site is not None and s.site.name == name)
-                    self.solve(name, axes, unit.layers, found.get(name, {}))
-            if piece is not pieces[-1]:
-                runner.advance(piece[-1], self.leaves, ours)
-                if dense is not None:
-                    runner.advance(piece[-1], *dense)
+                found = {} if self._knows(part) else walk.moments(part)
+                for name, axes, layers in solved_in(part):
+                    self.solve(name, axes, layers, found.get(name, {}))
+            walk.behind(piece)
             self.give_up(leaves)
 
     def give_up(self, dense: Mapping[str, Any]) -> None:
@@ -226,8 +213,8 @@ class _Work:
                 dense[name].delete()
 
     def _knows(self, part: Segment) -> bool:
-        places = ((unit.name, layer) for unit in units(part).values() for layer in unit.layers)
-        return self.kept is not None and all(place in self.kept for place in places)
+        known = self.kept
+        return known is not None and all((name, i) in known for name, _, layers in solved_in(part) for i in layers)
 
     def count(self, layers: Iterable[tuple[str, int]]) -> None:
         """Notes how many layers of each leaf there are to solve."""
@@ -322,19 +309,6 @@ def _named(leaves: Mapping[str, Any]) -> Callable[[str, Any], bool]:
 def _like(value: Any, leaf: Any) -> Any:
     """The value, lying as the leaf does."""
     return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-
-
-def _check_once(parts: list[Segment]) -> None:
-    """Refuse a leaf whose weights would be needed before all of its inputs are known."""
-    met: dict[tuple[str, int], int] = {}
-    for number, part in enumerate(parts):
-        for unit in units(part).values():
-            for layer in unit.layers:
-                if met.setdefault((unit.name, layer), number) != number:
-                    raise ValueError(
-                        f"{unit.name!r} is used in products that come one after the other, and the second one's inputs "
-                        "are known only when it is pruned. Leave it out with `select`, or take `order='layers'`."
-                    )
 
 
 def _check_kept(name: str, layer: int, old: Solution, matrix: Array) -> None:

@@ -6,7 +6,7 @@ Where masks take capacity away, the teacher's probabilities say more of each sam
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxprune.checks import check_number
 from jaxprune.exact.numerics import at_least_float32
@@ -71,6 +71,49 @@ def distillation_loss(
     # 0 log 0 = 0, where the teacher leaves a class out.
     losses = optax.losses.kl_divergence_with_log_targets(student, teacher, where=teacher != -jnp.inf)
     return jnp.mean(losses) * jnp.square(jnp.asarray(temperature, losses.dtype))
+
+
+def feature_loss(features: PyTree[Array], teacher_features: PyTree[Array]) -> Float[Array, ""]:
+    r"""How far values inside the student are from the teacher's, such as the residual stream behind each block.
+
+    $\sum_l \lVert f_l - t_l \rVert^2 / \lVert t_l \rVert^2$ over the arrays, each over the whole batch. No gradient
+    goes to the teacher. Beside `distillation_loss` it saves data: a sample says more by its features than by its
+    probabilities. A pruned model has not room for all that the teacher's features say, so its factor should fall
+    while training.
+
+    Args:
+        features: f, the student's; an array or a pytree of them.
+        teacher_features: t, likewise. An array of zeros alone is divided by nothing.
+
+    Returns:
+        Scalar >= 0, float32 (float64 where a feature is); 0 where the two agree.
+
+    Raises:
+        ValueError: structures or shapes differ, or there is no array.
+
+    References:
+        Kurtic et al. 2023, arXiv:2310.06927, section 3.1 (there "SquareHead").
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprune as jp
+        >>> hidden, logits = {"first": jnp.ones((8, 4))}, jnp.zeros((8, 3))
+        >>> loss = jp.distillation_loss(logits, logits) + 2.0 * jp.feature_loss(hidden, {"first": 2 * jnp.ones((8, 4))})
+        >>> float(loss)
+        0.5
+    """
+    ours, theirs = (jax.tree.map(jnp.shape, one) for one in (features, teacher_features))
+    if ours != theirs or not jax.tree.leaves(features):
+        raise ValueError(
+            f"`feature_loss` needs the same arrays of student and teacher, at least one; got shapes {ours}, {theirs}."
+        )
+
+    def off(student: Array, teacher: Array) -> Array:
+        wide = at_least_float32(jnp.result_type(student, teacher))
+        student, teacher = student.astype(wide), jax.lax.stop_gradient(teacher).astype(wide)
+        size = jnp.sum(jnp.square(teacher))
+        return jnp.sum(jnp.square(student - teacher)) / jnp.where(size > 0, size, 1)
+
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(off, features, teacher_features))))
 
 
 def _log_softmax(logits: Array, temperature: float | Array) -> Array:

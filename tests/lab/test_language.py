@@ -41,6 +41,23 @@ def test_stacked_blocks_are_scanned_to_the_same(config):
 
 @each_config
 @pytest.mark.parametrize("scan", [False, True], ids=["list", "stacked"])
+def test_hidden_states_lead_to_the_logits(config, scan):
+    params, tokens = helpers.small(config), helpers.tokens(config)
+    params = decoder.stacked(params) if scan else params
+    states = jax.jit(functools.partial(decoder.hidden, config=config))
+    hidden = states(params, tokens)
+    assert hidden.shape == (config.layers, *tokens.shape, config.dim)
+    found = decoder.logits(params, hidden[-1], config)
+    np.testing.assert_allclose(found, forward(config)(params, tokens), rtol=1e-4, atol=1e-4)
+    first = {
+        **params,
+        "layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"]) if scan else params["layers"][:1],
+    }
+    np.testing.assert_allclose(states(first, tokens)[0], hidden[0], rtol=1e-5, atol=1e-5)
+
+
+@each_config
+@pytest.mark.parametrize("scan", [False, True], ids=["list", "stacked"])
 def test_steps_with_a_cache_are_the_whole_text(config, scan):
     params, tokens = helpers.small(config), helpers.tokens(config)
     params = decoder.stacked(params) if scan else params

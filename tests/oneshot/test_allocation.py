@@ -21,8 +21,9 @@ def apply(params, x):
     return jnp.tanh(x @ params["first"]) @ params["second"]
 
 
-def test_errors_are_those_of_the_outputs():
-    curves = jp.oneshot.error_curves(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), [0.3, 0.6])
+@pytest.mark.parametrize("order", ["blocks", "layers"])
+def test_errors_are_those_of_the_outputs(order):
+    curves = jp.oneshot.error_curves(apply, PARAMS, BATCHES, jp.oneshot.Magnitude(), [0.3, 0.6], order=order)
     x = np.float64(np.concatenate(BATCHES))
     inputs = {"first": x, "second": np.tanh(x @ np.float64(PARAMS["first"]))}
     for name, weight in PARAMS.items():
@@ -105,6 +106,35 @@ def test_each_matrix_gets_its_share():
             scanned, stacked, [normal(30, 8)], jp.oneshot.SparseGPT(block=4), shares, order=order
         )
         assert [int(mask.sum()) for mask in masks["w"]] == [48, 32, 16]
+
+
+def test_layers_of_a_stack_are_found_in_any_order():
+    params = {"w": jnp.stack([normal(8, 8, seed=s) for s in range(5)]), "last": normal(8, 4)}
+
+    def backwards(params, x):
+        for i in (3, 0, 4, 1, 2):
+            x = jnp.tanh(x @ params["w"][i])
+        return x @ params["last"]
+
+    found, wanted = (
+        jp.oneshot.error_curves(backwards, params, [normal(30, 8)], jp.oneshot.SparseGPT(), [0.3, 0.5], order=order)
+        for order in ("blocks", "layers")
+    )
+    assert list(found) == list(wanted)
+    for name in params:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+
+
+def test_what_one_order_cannot_follow_another_can(unchecked):
+    def twice(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"]
+
+    params, batches = {"w": normal(8, 8)}, [normal(30, 8)]
+    with pytest.raises(ValueError, match="order='layers'"):
+        jp.oneshot.allocation(twice, params, batches, 0.5)
+    assert jp.oneshot.allocation(twice, params, batches, 0.5, order="layers")["w"].shape == (1,)
+    with pytest.raises(ValueError, match="'products' arrived"):
+        jp.oneshot.allocation(twice, params, batches, 0.5, order="products")
 
 
 def test_what_cannot_be_is_refused():

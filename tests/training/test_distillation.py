@@ -94,10 +94,36 @@ def test_other_shapes_are_refused(unchecked, one, other):
         jp.distillation_loss(jnp.ones(one), jnp.ones(other))
 
 
-def test_the_example_runs(relaxed):
-    found = doctest.DocTestFinder().find(jp.distillation_loss, module=distillation)
+def test_features_count_by_their_size():
+    ours, theirs = ({"a": 100 * draw(i), "b": [draw(i + 2, (2, 3, 4), "bfloat16")]} for i in (0, 1))
+    loss, (slope, none) = jax.jit(jax.value_and_grad(jp.feature_loss, (0, 1)))(ours, theirs)
+    pairs = [(np.float64(f), np.float64(t)) for f, t in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)]
+    np.testing.assert_allclose(loss, sum(((f - t) ** 2).sum() / (t**2).sum() for f, t in pairs), rtol=1e-4)
+    f, t = pairs[0]
+    np.testing.assert_allclose(slope["a"], 2 * (f - t) / (t**2).sum(), rtol=1e-4, atol=1e-9)
+    assert loss.dtype == jnp.float32
+    assert not any(map(np.any, jax.tree.leaves(none)))
+
+
+def test_features_of_a_dead_layer():
+    loss, slope = jax.value_and_grad(jp.feature_loss)(jnp.ones(3), jnp.zeros(3))
+    assert loss == 3
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("other", [{"b": jnp.ones(3)}, {"a": jnp.ones((3, 1))}, [jnp.ones(3)], {}])
+def test_other_features_are_refused(unchecked, other):
+    with pytest.raises(ValueError, match=r"the same arrays .* got shapes \{'a': \(3,\)\}, "):
+        jp.feature_loss({"a": jnp.ones(3)}, other)
+    with pytest.raises(ValueError, match="at least one"):
+        jp.feature_loss({}, {})
+
+
+@pytest.mark.parametrize("function", [jp.distillation_loss, jp.feature_loss])
+def test_the_example_runs(relaxed, function):
+    found = doctest.DocTestFinder().find(function, module=distillation)
     results = [doctest.DocTestRunner().run(test) for test in found]
-    assert sum(r.attempted for r in results) > 8
+    assert sum(r.attempted for r in results) > 2
     assert sum(r.failed for r in results) == 0
 
 

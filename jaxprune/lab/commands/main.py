@@ -144,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(do=_report, refuse=report.error)
 
     _add_data(commands, style)
+    doctor = commands.add_parser(
+        "doctor", help="say what works here, and what is missing", **style,
+        description="Look at versions, devices, native kernels, memory speed and extras, and say how to get what is "
+        "missing. Exit code 1 where something is broken.",
+    )  # fmt: skip
+    doctor.set_defaults(do=_doctor)
 
     file_options.add_costs(commands, style, _costs)
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
@@ -239,6 +245,14 @@ def _import(arguments: argparse.Namespace, _: list[str]) -> int:
         folder = import_folder(arguments.name, arguments.folder, arguments.data_dir, advance)
     print(f"{arguments.name} is ready in {folder}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jaxprune.lab.commands import doctor
+
+    found = doctor.findings()
+    print(doctor.text(found))
+    return EXIT_FAILED if any(one.state == "broken" for one in found) else 0
 
 
 def _costs(arguments: argparse.Namespace, _: list[str]) -> int:

@@ -15,6 +15,7 @@ References:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,19 +62,45 @@ def forward(
         remat: for derivatives blocks are computed again, so that of each only what it begins with is kept; on CPUs
             jaxlib 0.10 does so for `stacked` params alone, see findings/.
     """
+    x, _ = _through_blocks(params, tokens, config, remat=remat, each=lambda x: None)
+    return logits(params, x, config)
+
+
+def hidden(
+    params: Params, tokens: Int[Array, "batch length"], config: Config
+) -> Float[Array, "layers batch length dim"]:
+    """The residual stream behind each block; `logits` of the last are those of `forward`. Arguments: likewise."""
+    return _through_blocks(params, tokens, config, remat=False, each=lambda x: x)[1]
+
+
+def logits(params: Params, x: Float[Array, "batch new dim"], config: Config) -> Float[Array, "batch new vocabulary"]:
+    """Of the residual stream behind the last block."""
+    x = rms_norm(params["norm"], x, config.epsilon)
+    if "output" in params:
+        return affine(params["output"], x)
+    # Not x @ embedding.T, which takes 4 times as long for a single token with jaxlib 0.12 on a CPU: see findings/
+    return jnp.einsum("...i,oi->...o", x, params["embed"]["embedding"])
+
+
+def _through_blocks(
+    params: Params, tokens: Int[Array, "batch length"], config: Config, *, remat: bool, each: Callable[[Array], Any]
+) -> tuple[Float[Array, "batch length dim"], Any]:
+    """What the last block gives, and a function of what each gives, stacked."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
-    def block(x: Array, weights: Params) -> tuple[Array, None]:
+    def block(x: Array, weights: Params) -> tuple[Array, Any]:
         queries, keys, values = _attended(weights, x, positions, config)
-        return _rest_of_block(weights, x, _attention(queries, keys, values, positions), config), None
+        x = _rest_of_block(weights, x, _attention(queries, keys, values, positions), config)
+        return x, each(x)
 
     x, block = _embedded(params, tokens), jax.checkpoint(block) if remat else block
-    if isinstance(params["layers"], list | tuple):
-        for weights in params["layers"]:
-            x, _ = block(x, weights)
-    else:
-        x, _ = lax.scan(block, x, params["layers"])
-    return _logits(params, x, config)
+    if not isinstance(params["layers"], list | tuple):
+        return lax.scan(block, x, params["layers"])
+    found = []
+    for weights in params["layers"]:
+        x, one = block(x, weights)
+        found.append(one)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 def step(
@@ -103,19 +130,11 @@ def step(
         x = _rest_of_block(weights, x, _attention(queries, keys, values, positions), config)
         filled.append((keys, values))
     keys, values = zip(*filled, strict=True)
-    return _logits(params, x, config), Cache(keys, values, cache.position + tokens.shape[1])
+    return logits(params, x, config), Cache(keys, values, cache.position + tokens.shape[1])
 
 
 def _embedded(params: Params, tokens: Int[Array, "batch new"]) -> Float[Array, "batch new dim"]:
     return jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
-
-
-def _logits(params: Params, x: Float[Array, "batch new dim"], config: Config) -> Float[Array, "batch new vocabulary"]:
-    x = rms_norm(params["norm"], x, config.epsilon)
-    if "output" in params:
-        return affine(params["output"], x)
-    # Not x @ embedding.T, which takes 4 times as long for a single token with jaxlib 0.12 on a CPU: see findings/
-    return jnp.einsum("...i,oi->...o", x, params["embed"]["embedding"])
 
 
 def _attended(
