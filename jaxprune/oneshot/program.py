@@ -20,7 +20,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxprune import tree
 from jaxprune.compat import ClosedJaxpr, primitive_name, scan_groups
-from jaxprune.tracing.finder import arrays_of, jaxpr_of
+from jaxprune.tracing.finder import arrays_of, jaxpr_of, sites_of
 from jaxprune.tracing.inlined import bind, inlined
 from jaxprune.tracing.paths import Path, start
 from jaxprune.tracing.products import Known, Products, pairs
@@ -75,16 +75,26 @@ def flat(apply_fn: Callable[..., Any], params: Params, batch: Any, names: Collec
 
     Raises:
         ValueError: a selected leaf cannot be followed to its products, is in a `while` or a `cond`, or is something
-            else than a factor of a product as well.
+            else than a factor of a product as well; no selected leaf is in a product.
     """
-    values = arrays_of((params, (batch,), {}))[0]
-    program = _Unrolled(
-        jaxpr_of(apply_fn, params, batch), params, names, lambda product, state: (state, product.plain())
-    )
+    values, jaxpr = arrays_of((params, (batch,), {}))[0], jaxpr_of(apply_fn, params, batch)
+    names = _of_products(jaxpr, params, names)
+    program = _Unrolled(jaxpr, params, names, lambda product, state: (state, product.plain()))
     shapes = [jax.ShapeDtypeStruct(jnp.shape(value), value.dtype) for value in values]
     whole = inlined(jax.make_jaxpr(lambda *values: program.run(values, ())[1])(*shapes))
     leaves = {name: leaf for name, leaf in tree.named_leaves(params).items() if tree.is_array(leaf)}
     return _sorted(whole, leaves, values, names)
+
+
+def _of_products(jaxpr: ClosedJaxpr, params: Params, names: Collection[str]) -> set[str]:
+    """The names without those of leaves that are in no product, such as biases."""
+    kinds: dict[str, set[str]] = {}
+    for site in sites_of(jaxpr, params):
+        kinds.setdefault(site.name, set()).add(site.kind)
+    found = {name for name in names if name not in kinds or kinds[name].intersection(PRODUCTS)}
+    if not found:
+        raise ValueError(f"None of the selected leaves is in a product: {tree.listed(sorted(names))}.")
+    return found
 
 
 class _Unrolled(Products):

@@ -294,6 +294,23 @@ def test_refusals(message, unchecked):
         prune(apply, W, **how)
 
 
+@pytest.mark.parametrize("order", ["products", "layers"])
+def test_selected_leaves_that_are_in_no_product_stay(order, relaxed):
+    params = {"a": {"kernel": normal(8, 6), "bias": normal(6, seed=1)}, "b": {"kernel": normal(6, 4, seed=2)}}
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]["kernel"]
+
+    def prune(select):
+        return jp.oneshot.prune(apply, params, [normal(20, 8)], jp.oneshot.Magnitude(), 0.5, select=select, order=order)
+
+    pruned, masks = prune(["a/*"])
+    np.testing.assert_array_equal(pruned["a"]["bias"], params["a"]["bias"])
+    assert [int(mask.sum()) for mask in jax.tree.leaves(masks)] == [6, 24, 24]
+    with pytest.raises(ValueError, match=r"selected leaf|selected leaves is in a product: 'a/bias'"):
+        prune(["a/bias"])
+
+
 def test_a_loss_weighs_the_outputs_and_is_refused_by_solvers_that_cannot():
     params, data = mlp_params(), batches()
     loss = lambda params, x: jnp.sum(jnp.sin(mlp(params, x)))  # noqa: E731
