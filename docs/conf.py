@@ -37,6 +37,7 @@ nitpick_ignore_regex = [("py:(obj|class|exc)", ".*")]
 suppress_warnings = ["ref.python"]  # a name in a docstring that two modules have, as `ByRule`, links to one of them
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"jaxprune {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -1,14 +1,16 @@
 """Docstrings as the package has them (Markdown within Google's sections) made into what Sphinx reads."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import textwrap
+from typing import Any
 
 import jaxprune
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:", "References:", "Example:")
-INLINE = re.compile(r"`(?P<code>[^`]+)`(?P<glued>\w?)|\$(?P<formula>[^$]+)\$|(?P<sign>[*|](?! -)|(?<=\w)_(?!\w))")
+INLINE = re.compile(r"`(?P<code>[^`]+)`(?P<glued>\w?)|\$(?P<formula>[^$]+)\$|(?P<marked>\*\*?[A-Za-z][A-Za-z ]*\*\*?(?!\w))|(?P<sign>[*|](?! -)|(?<=\w)_(?!\w))")
 
 
 def to_rst(app, what, name, obj, options, lines) -> None:
@@ -58,20 +60,20 @@ def _inline(match: re.Match) -> str:
         code = " ".join(match["code"].split())
         is_name = re.fullmatch(r"[A-Za-z_][\w.]*", code)
         return (f"`{code}`" if is_name else f"``{code}``") + (rf"\ {match['glued']}" if match["glued"] else "")
+    if match["marked"]:
+        return match["marked"]
     if match["formula"]:
         return f":math:`{' '.join(match['formula'].split())}`"
     return "\\" + match["sign"]
 
 
 def as_written(app, what, name, obj, options, signature, returns):
-    """The signature of a function as its source has it: `params: Params`, not what the alias stands for."""
+    """The signature as its source has it: `params: Params`, not what the alias stands for."""
+    if inspect.isclass(obj):
+        fields = _fields(obj)
+        return (f"({', '.join(fields)})", None) if fields else None
     function = inspect.unwrap(obj) if callable(obj) else obj
-    if not inspect.isfunction(function):
-        return None
-    try:
-        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, SyntaxError):
-        return None
+    node = _source(function) if inspect.isfunction(function) else None
     if not isinstance(node, ast.FunctionDef):
         return None
     if node.args.args and node.args.args[0].arg in ("self", "cls"):
@@ -79,10 +81,31 @@ def as_written(app, what, name, obj, options, signature, returns):
     return f"({ast.unparse(node.args)})", ast.unparse(node.returns) if node.returns else None
 
 
+def _fields(of: type) -> list[str]:
+    """What a dataclass or a named tuple is made of."""
+    names = [field.name for field in dataclasses.fields(of) if field.init] if dataclasses.is_dataclass(of) else []
+    names = names or list(getattr(of, "_fields", ()))
+    found: dict[str, str] = {}
+    for one in reversed(of.__mro__):
+        for node in getattr(_source(one), "body", []) if one.__module__.startswith("jaxprune") else []:
+            if isinstance(node, ast.AnnAssign):
+                found[ast.unparse(node.target)] = ast.unparse(node)
+    return [found.get(name, name) for name in names]
+
+
+def _source(obj: Any) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(obj))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 def skipped(app, what, name, obj, skip, options):
-    """Leave out, in a module, what is documented as `jaxprune.NAME`; and what NamedTuples say of their fields."""
+    """Leave out, in a module, what is documented as `jaxprune.NAME`; in a class, defaults and aliases of fields."""
     at_the_top = what == "module" and name in jaxprune.__all__ and getattr(jaxprune, name) is obj
-    return True if at_the_top or str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+    default = what == "class" and inspect.isfunction(obj) and "." not in obj.__qualname__
+    alias = str(getattr(obj, "__doc__", "")).startswith("Alias for field number")
+    return True if at_the_top or default or alias else None
 
 
 def setup(app) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """The site's pictures, drawn from what the library computes and from measured results: `python docs/figures/pictures.py`.
 
-Plain SVG that is set into the page, so that text and lines take the page's colour, light or dark.
+SVG that is set into the page, so that text and lines take the page's colour, light or dark.
 """
 
 import json
@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from jaxprune.lab.report import curves
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "experiments" / "results"
 ALIVE, SECOND = "#2f81d6", "#d9822b"  # readable on white and on near black
-CELL, GAP = 14, 40
+CELL = 12
 
 
 def svg(width, height, title, parts):
-    """A picture that scales with the page; the title is read aloud."""
+    """A picture; the title is read aloud."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{title}"'
-    style = f'class="picture" style="max-width: {width}px" font-size="11" fill="currentColor"'
-    return "\n".join([f"{head} {style}>", *parts, "</svg>\n"])
+    style = f'width="{width}" height="{height}" font-size="11" fill="currentColor"'
+    return "\n".join([f"{head} {style}>", *parts, "</svg>"])
 
 
 def text(x, y, words, anchor="middle", **more):
@@ -43,7 +44,7 @@ def grid(x, y, shades, cell=CELL):
 def arrow(x, y, words):
     """An arrow between two grids, with a name above it."""
     line = f'<path d="M{x} {y} h28 m-5 -4 l5 4 l-5 4" fill="none" stroke="currentColor" stroke-width="1.2"/>'
-    return [line, text(x + 14, y - 8, words, font_size=9.5)]
+    return [line, text(x + 14, y - 8, words, font_size=8.5)]
 
 
 def weights():
@@ -58,24 +59,24 @@ def masks(**answers):
 
 
 def method():
-    """Weights, scores, groups, verdicts, masks."""
+    """Weights, scores, groups, verdicts, masks: a picture each, with an arrow before it."""
     scores = np.abs(weights())
     tiles = scores.reshape(4, 2, 4, 2).mean((1, 3))
     alive = masks(granularity=jp.Block(2, 2))
-    kept = alive[::2, ::2]
-    side, step = 8 * CELL, 8 * CELL + GAP + 14
     steps = [
+        ("weights", 0.15 + 0.85 * scores / scores.max(), CELL, ""),
         ("scores", scores / scores.max(), CELL, "criterion"),
         ("groups", tiles / tiles.max(), 2 * CELL, "pool"),
-        ("verdicts", kept, 2 * CELL, "distribution"),
+        ("verdicts", alive[::2, ::2], 2 * CELL, "distribution"),
         ("masks", alive, CELL, "expand"),
     ]
-    parts = [text(10 + side / 2, 16, "weights")]
-    parts += grid(10, 26, 0.15 + 0.85 * np.abs(weights()) / scores.max())
-    for number, (name, shades, cell, verb) in enumerate(steps, 1):
-        x = 10 + number * step
-        parts += [*arrow(x - GAP - 2, 26 + side / 2, verb), text(x + side / 2, 16, name), *grid(x, 26, shades, cell)]
-    return svg(10 + 5 * step - GAP - 4, side + 36, "From weights to masks", parts)
+    side = 8 * CELL
+    pictures = []
+    for name, shades, cell, verb in steps:
+        x = 54 if verb else 2
+        parts = [*(arrow(12, 20 + side / 2, verb) if verb else []), text(x + side / 2, 12, name)]
+        pictures.append(svg(x + side + 2, side + 24, name, [*parts, *grid(x, 20, shades, cell)]))
+    return pictures
 
 
 def granularities():
@@ -87,11 +88,10 @@ def granularities():
         "Output()": masks(granularity=jp.Output()),
     }
     side = 8 * CELL
-    parts = []
-    for number, (name, alive) in enumerate(cases.items()):
-        x = 10 + number * (side + 36)
-        parts += [text(x + side / 2, 16, name, font_family="monospace"), *grid(x, 26, alive)]
-    return svg(4 * (side + 36) - 16, side + 36, "Four patterns of one matrix", parts)
+    return [
+        svg(side + 30, side + 24, name, [text(side / 2, 12, name, font_family="monospace"), *grid(0, 20, alive)])
+        for name, alive in cases.items()
+    ]
 
 
 def panel(x, y, width, height, title, ticks, low, high, unit):
@@ -118,37 +118,35 @@ def line(places, colour):
 
 
 def speed_and_accuracy():
-    """The CNN of the TensorFlow tutorial, its convolution and dense layers pruned in rounds (S0)."""
+    """The CNN of the TensorFlow tutorial, its second convolution and dense layers pruned in rounds (S0)."""
     point = json.loads((RESULTS / "s0_tf_tutorial_cnn.json").read_text())["points"][1]
-    rounds = point["rounds"]
-    accuracy = [
-        (float(np.mean([seed[i]["sparsity"] for seed in rounds])), 100 * np.mean([seed[i]["accuracy"] for seed in rounds]))
-        for i in range(len(rounds[0]))
-    ]
+    accuracy = [(level.removed, 100 * np.mean(level.accuracy)) for level in curves.levels(point)]
     dense = 100 * point["accuracy"]["dense"]["mean"]
     rows = [json.loads(row) for row in (RESULTS / "s0_latency_conv2.jsonl").read_text().splitlines()]
-    faster = {
-        batch: [(r["sparsity"], r["ratio"]) for r in rows if r["contestant"] == "tune" and r["batch"] == batch]
-        for batch in (1, 64)
-    }
-    parts, place = panel(48, 34, 250, 150, "Test accuracy on MNIST", (98, 98.5, 99, 99.5), 98, 99.6, " %")
+    x, y, width, height = 48, 30, 250, 150
+    parts, place = panel(x, y, width, height, "Test accuracy on MNIST", (98, 98.5, 99, 99.5), 98, 99.6, " %")
     at = place(0, dense)[1]
-    parts.append(f'<path d="M48 {at:.1f} h250" stroke="currentColor" stroke-dasharray="4 3"/>')
-    parts.append(text(54, at + 14, f"dense: {dense:.2f} %", anchor="start"))
-    parts += line([place(*one) for one in accuracy], ALIVE)
-    more, place = panel(370, 34, 250, 150, "Times faster than dense", (1, 2, 3, 4), 0.5, 4.6, "")
-    parts += more
-    for colour, (batch, points) in zip((SECOND, ALIVE), faster.items(), strict=True):
-        places = [place(*one) for one in points]
+    parts.append(f'<path d="M{x} {at:.1f} h{width}" stroke="currentColor" stroke-dasharray="4 3"/>')
+    parts.append(text(x + 6, at + 16, f"dense: {dense:.2f} %", anchor="start"))
+    left = svg(320, 226, "Accuracy over the weights removed", [*parts, *line([place(*one) for one in accuracy], ALIVE)])
+    parts, place = panel(x, y, width, height, "Times faster than dense", (1, 2, 3, 4), 0.5, 4.6, "")
+    for colour, batch, name in ((SECOND, 1, "one image"), (ALIVE, 64, "64 images")):
+        found = [row for row in rows if row["contestant"] == "tune" and row["batch"] == batch]
+        places = [place(row["sparsity"], row["ratio"]) for row in found]
+        away = 10 if batch > 1 else 24
         parts += line(places, colour)
-        x, y = places[-1]
-        name = "one image" if batch == 1 else f"{batch} images"
-        parts.append(text(x - 10, y + 4, name, anchor="end", style=f"fill: {colour}"))
-    return svg(650, 226, "Accuracy and speed over the weights removed", parts)
+        parts.append(text(places[-1][0] - away, places[-1][1] + 4, name, anchor="end", style=f"fill: {colour}"))
+    return [left, svg(320, 226, "Speed over the weights removed", parts)]
 
 
 PICTURES = {"method": method, "granularities": granularities, "speed": speed_and_accuracy}
 
+
+def draw(name):
+    """One of them, as a part of a page."""
+    return "\n".join(['<div class="pictures">', *PICTURES[name](), "</div>", ""])
+
+
 if __name__ == "__main__":
-    for name, draw in PICTURES.items():
-        (FOLDER / f"{name}.svg").write_text(draw())
+    for name in PICTURES:
+        (FOLDER / f"{name}.html").write_text(draw(name))
