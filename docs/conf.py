@@ -15,7 +15,13 @@ author = "The jaxprune authors"
 project_copyright = "The jaxprune authors, Apache-2.0"
 version = release = jaxprune.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "formulas"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "docstrings",
+    "formulas",
+]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "_generated", "Thumbs.db"]
@@ -28,13 +34,17 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
-default_role = "py:obj"  # `name` in a docstring is a link where there is such a name, else code
+default_role = (
+    "py:obj"  # `name` in a docstring is a link where there is such a name, else code
+)
 
 # References that pages make (`{py:func}`, links, anchors) must resolve. Names in docstrings may be those of arguments
 # or of other libraries, and types in signatures are shown as they are written.
 nitpicky = True
 nitpick_ignore_regex = [("py:(obj|class|exc)", ".*")]
-suppress_warnings = ["ref.python"]  # a name in a docstring that two modules have, as `ByRule`, links to one of them
+suppress_warnings = [
+    "ref.python"
+]  # a name in a docstring that two modules have, as `ByRule`, links to one of them
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"
@@ -52,9 +62,13 @@ def commands() -> str:
 
     def describe(parser: argparse.ArgumentParser, depth: int) -> None:
         if depth:
-            parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=88)
+            parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, width=88
+            )
             heading = "#" * (depth + 1)
-            parts.append(f"{heading} `{parser.prog}`\n\n```text\n{parser.format_help().rstrip()}\n```\n")
+            parts.append(
+                f"{heading} `{parser.prog}`\n\n```text\n{parser.format_help().rstrip()}\n```\n"
+            )
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for command in action.choices.values():

@@ -10,7 +10,15 @@ from typing import Any
 import jaxprune
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:", "References:", "Example:")
-INLINE = re.compile(r"`(?P<code>[^`]+)`(?P<glued>\w?)|\$(?P<formula>[^$]+)\$|(?P<marked>\*\*?[A-Za-z][A-Za-z ]*\*\*?(?!\w))|(?P<sign>[*|](?! -)|(?<=\w)_(?!\w))")
+INLINE = re.compile(
+    r"""
+    `(?P<code>[^`]+)`(?P<glued>\w?)
+    | \$(?P<formula>[^$]+)\$
+    | (?P<marked>\*\*?[A-Za-z][A-Za-z\ ]*\*\*?(?!\w))    # emphasis, which both have
+    | (?P<sign>[*|](?!\ -)|(?<=\w)_(?!\w))               # not the bullets of a list table
+    """,
+    re.VERBOSE,
+)
 
 
 def to_rst(app, what, name, obj, options, lines) -> None:
@@ -18,7 +26,13 @@ def to_rst(app, what, name, obj, options, lines) -> None:
     found: list[str] = []
     for is_code, block in _blocks(lines):
         if is_code:
-            found += [*([] if not found or not found[-1] else [""]), "::", "", *block, ""]
+            found += [
+                *([] if not found or not found[-1] else [""]),
+                "::",
+                "",
+                *block,
+                "",
+            ]
         else:
             found += INLINE.sub(_inline, "\n".join(_tables(block))).split("\n")
     lines[:] = found
@@ -51,7 +65,10 @@ def _tables(lines: list[str]) -> list[str]:
         else:
             if not found or not found[-1].startswith("   "):
                 found += [".. list-table::", "   :header-rows: 1", ""]
-            found += [f"   {'  -' if i else '* -'} {cell.strip()}" for i, cell in enumerate(cells)]
+            found += [
+                f"   {'  -' if i else '* -'} {cell.strip()}"
+                for i, cell in enumerate(cells)
+            ]
     return found
 
 
@@ -59,7 +76,9 @@ def _inline(match: re.Match) -> str:
     if match["code"]:
         code = " ".join(match["code"].split())
         is_name = re.fullmatch(r"[A-Za-z_][\w.]*", code)
-        return (f"`{code}`" if is_name else f"``{code}``") + (rf"\ {match['glued']}" if match["glued"] else "")
+        return (f"`{code}`" if is_name else f"``{code}``") + (
+            rf"\ {match['glued']}" if match["glued"] else ""
+        )
     if match["marked"]:
         return match["marked"]
     if match["formula"]:
@@ -78,16 +97,26 @@ def as_written(app, what, name, obj, options, signature, returns):
         return None
     if node.args.args and node.args.args[0].arg in ("self", "cls"):
         node.args.args = node.args.args[1:]
-    return f"({ast.unparse(node.args)})", ast.unparse(node.returns) if node.returns else None
+    return f"({ast.unparse(node.args)})", ast.unparse(
+        node.returns
+    ) if node.returns else None
 
 
 def _fields(of: type) -> list[str]:
     """What a dataclass or a named tuple is made of."""
-    names = [field.name for field in dataclasses.fields(of) if field.init] if dataclasses.is_dataclass(of) else []
+    names = (
+        [field.name for field in dataclasses.fields(of) if field.init]
+        if dataclasses.is_dataclass(of)
+        else []
+    )
     names = names or list(getattr(of, "_fields", ()))
     found: dict[str, str] = {}
     for one in reversed(of.__mro__):
-        for node in getattr(_source(one), "body", []) if one.__module__.startswith("jaxprune") else []:
+        for node in (
+            getattr(_source(one), "body", [])
+            if one.__module__.startswith("jaxprune")
+            else []
+        ):
             if isinstance(node, ast.AnnAssign):
                 found[ast.unparse(node.target)] = ast.unparse(node)
     return [found.get(name, name) for name in names]
@@ -102,8 +131,12 @@ def _source(obj: Any) -> ast.AST | None:
 
 def skipped(app, what, name, obj, skip, options):
     """Leave out, in a module, what is documented as `jaxprune.NAME`; in a class, defaults and aliases of fields."""
-    at_the_top = what == "module" and name in jaxprune.__all__ and getattr(jaxprune, name) is obj
-    default = what == "class" and inspect.isfunction(obj) and "." not in obj.__qualname__
+    at_the_top = (
+        what == "module" and name in jaxprune.__all__ and getattr(jaxprune, name) is obj
+    )
+    default = (
+        what == "class" and inspect.isfunction(obj) and "." not in obj.__qualname__
+    )
     alias = str(getattr(obj, "__doc__", "")).startswith("Alias for field number")
     return True if at_the_top or default or alias else None
 

@@ -10,7 +10,9 @@ import io
 import re
 from typing import NamedTuple
 
-BLOCK = re.compile(r"^(?:% (?P<mark>[^\n]*)\n)?```(?P<language>python|text)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?:% (?P<mark>[^\n]*)\n)?```(?P<language>python|text)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
