@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import markdown_code
 import numpy as np
 import optax
 import pytest
@@ -26,7 +27,7 @@ FIRST_RUN = "From training to deployment"  # run as one program by test_readme.p
 def blocks():
     """Python blocks of the README, but for the first run's."""
     text = re.sub(rf"^## {FIRST_RUN}\n.*?^## ", "## ", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return markdown_code.python(text)
 
 
 def examples():

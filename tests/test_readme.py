@@ -8,17 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import markdown_code
 import numpy as np
 import pytest
 
 import jaxprune as jp
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-def blocks(text):
-    """The Python blocks of some Markdown."""
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def section(title):
@@ -31,7 +27,7 @@ def test_from_training_to_deployment(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jp.sparse, "tune", functools.partial(jp.sparse.tune, cache=None, repeats=5))
     seen = {}
-    for block in blocks(section("From training to deployment")):
+    for block in markdown_code.python(section("From training to deployment")):
         exec(compile(block, str(README), "exec"), seen)
     printed = capsys.readouterr().out
     assert "first/kernel   64x256" in printed
@@ -47,7 +43,7 @@ def test_from_training_to_deployment(tmp_path, monkeypatch, capsys):
     assert float(np.mean(logits.argmax(-1) == seen["y_test"])) > 0.9
 
 
-@pytest.mark.parametrize("block", blocks(README.read_text()), ids=lambda block: block.split("\n")[0][:40])
+@pytest.mark.parametrize("block", markdown_code.python(README.read_text()), ids=lambda block: block.split("\n")[0][:40])
 def test_names_of_the_library(block):
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.Attribute) and (name := re.fullmatch(r"jp\.([\w.]+)", ast.unparse(node))):

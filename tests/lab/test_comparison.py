@@ -157,15 +157,18 @@ def test_a_file_that_cannot_be_filled_stays_as_it_is(tmp_path, text, says):
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "docs/benchmarks.md", "docs/presets.md"])
 def test_the_tables_that_are_committed_are_those_of_the_committed_results(tmp_path, name):
     """`jaxprune report --table FILE` wrote them."""
     text = (EXPERIMENTS.parent / name).read_text()
-    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
-    (tmp_path / "results").symlink_to(EXPERIMENTS / "results")
-    (tmp_path / "README.md").write_text(text)
-    assert comparison.fill(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == text
+    copy = tmp_path / "docs" / "README.md"
+    copy.parent.mkdir()
+    for seen in (tmp_path / "experiments", copy.parent / "experiments"):
+        seen.symlink_to(EXPERIMENTS)
+    (copy.parent / "results").symlink_to(EXPERIMENTS / "results")
+    copy.write_text(text)
+    assert comparison.fill(copy)
+    assert copy.read_text() == text
 
 
 def test_curves_hold_what_they_were_given():
