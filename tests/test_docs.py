@@ -13,7 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlparse
 
+import jax
+import jax.numpy as jnp
 import markdown_code
+import numpy as np
 import pytest
 
 import jaxprune as jp
@@ -46,10 +49,7 @@ def built(folder):
     return folder / "html"
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")),
-    reason="the site's packages are not installed: pip install '.[docs]'",
-)
+@needs_sphinx
 def test_the_site(tmp_path):
     """It builds without a warning, loads nothing from elsewhere, and describes every public name: in one test, since
     workers that share nothing would build it once each."""
@@ -92,13 +92,32 @@ def public(module):
     return names
 
 
+def check_the_nnx_recipe(path, names):
+    """Masks have the sparsity that was asked for, the file has the size that is told, sparse is what dense is."""
+    alive = sum(int(jnp.sum(mask)) for mask in jax.tree.leaves(names["masks"]) if mask.ndim > 1)
+    assert alive == round(0.1 * (64 * 256 + 256 * 10))
+    assert alive == sum(int(jnp.sum(leaf != 0)) for leaf in jax.tree.leaves(names["params"]) if leaf.ndim > 1)
+    told = re.search(r"(\d+) kB; dense it was (\d+)", path.read_text("utf-8"))
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves((names["params"], names["rest"])) if leaf.dtype == jnp.float32)
+    sizes = Path("net.jaxprune").stat().st_size / 1000, dense / 1000
+    assert np.allclose(sizes, [int(number) for number in told.groups()], atol=1)
+    logits = names["predict"](names["sparse_params"], names["x_test"])
+    assert np.allclose(logits, names["model"](names["x_test"]), atol=1e-4)
+    assert float(np.mean(logits.argmax(-1) == names["y_test"])) > 0.9
+
+
+AFTERWARDS = {"docs/recipes/nnx.md": check_the_nnx_recipe}
+
+
 @pytest.mark.usefixtures("relaxed", "quick")
 @pytest.mark.parametrize("path", WITH_CODE, ids=title)
 def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jp.sparse, "tune", functools.partial(jp.sparse.tune, repeats=5))
-    markdown_code.run(path, {})
+    names = {}
+    markdown_code.run(path, names)
+    AFTERWARDS.get(title(path), lambda path, names: None)(path, names)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=title)
@@ -127,3 +146,5 @@ def test_pictures_are_those_that_are_drawn(path):
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
     assert pictures.draw(path.stem) == path.read_text()
+    if path.stem == "speed":
+        assert pictures.for_the_readme() == path.with_suffix(".svg").read_text()

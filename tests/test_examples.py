@@ -5,7 +5,6 @@ import doctest
 import importlib
 import io
 import pkgutil
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +20,6 @@ import jaxprune as jp
 from jaxprune.quantize.codes import to_codebooks
 
 README = Path(__file__).parents[1] / "README.md"
-FIRST_RUN = "From training to deployment"  # run as one program by test_readme.py
-
-
-def blocks():
-    """Python blocks of the README, but for the first run's."""
-    text = re.sub(rf"^## {FIRST_RUN}\n.*?^## ", "## ", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return markdown_code.python(text)
 
 
 def examples():
@@ -93,9 +85,9 @@ def a_module():
 
 
 @pytest.mark.usefixtures("relaxed")
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: block.split("\n")[0][:50])
+@pytest.mark.parametrize("block", markdown_code.python(README.read_text()), ids=lambda block: block.split("\n")[0][:50])
 def test_blocks_of_the_readme_run(block, world):
-    exec(compile(block, str(README), "exec"), world | (a_module() if "jp.resized" in block else {}))
+    exec(compile(block, str(README), "exec"), world)
 
 
 @pytest.mark.usefixtures("relaxed")

@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_filled_stays_as_it_is(tmp_path, text, says):
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "docs/benchmarks.md", "docs/presets.md"])
+@pytest.mark.parametrize("name", ["experiments/README.md", "docs/benchmarks.md", "docs/presets.md"])
 def test_the_tables_that_are_committed_are_those_of_the_committed_results(tmp_path, name):
     """`jaxprune report --table FILE` wrote them."""
     text = (EXPERIMENTS.parent / name).read_text()
