@@ -3,7 +3,8 @@
 `prune`, `splice` and `keep_params_sparse` land every update on exact zero; `penalties` let weights grow small first;
 `adapters` are two small factors trained in a weight's place, whose product keeps its zeros. `inner` is what the
 optimizer inside of `prune` sees. `sparse_steps` train compressed params while masks move. `loops` go around whole
-trainings, `presets` name the published compositions. What computes masks is below, in `methods`; nothing here traces a model or looks at its architecture.
+trainings, `presets` name the published compositions. What computes masks is below, in `methods`; nothing here traces a
+model or looks at its architecture.
 """
 
 from jaxprune.training.adapters import Adapter, adapted, init_adapters

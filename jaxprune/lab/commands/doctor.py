@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from jaxprune import native
-from jaxprune.lab.runs import machine
+from jaxprune.lab.bench import rows
 from jaxprune.sparse.tuning.machine import cores, processor
 
 DISTRIBUTION = "jaxprune"
@@ -36,7 +36,8 @@ class Finding(NamedTuple):
 
 def findings() -> list[Finding]:
     """Everything that was looked at, in order."""
-    return [python(), _machine(), _jax(), _kernels(), *_extras()]
+    jax_here = _jax()
+    return [python(), _machine(measure=jax_here.state == "fine"), jax_here, _kernels(), *_extras()]
 
 
 def text(found: list[Finding]) -> str:
@@ -54,9 +55,12 @@ def python() -> Finding:
     return Finding("fine", DISTRIBUTION, f"{version}, Python {platform.python_version()}, {platform.platform()}")
 
 
-def _machine() -> Finding:
-    speed = machine.read_speed() / 1e9
-    return Finding("fine", "machine", f"{processor()}, {cores()} cores that read {speed:.0f} GB/s of memory together")
+def _machine(*, measure: bool) -> Finding:
+    found = f"{processor()}, {cores()} cores"
+    if measure:
+        peak = rows.measure_peak()
+        found += f": {peak.gflops:.0f} GFLOP/s in products, {peak.gbytes:.0f} GB/s of memory"
+    return Finding("fine", "machine", found)
 
 
 def _jax() -> Finding:

@@ -1,4 +1,4 @@
-"""What a result was made with, versions and machine as plain text, and what the machine can do."""
+"""What a result was made with: versions and machine, as plain text."""
 
 import ctypes
 import importlib.metadata
@@ -6,13 +6,10 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxprune import files
 from jaxprune.sparse.tuning import machine
@@ -40,24 +37,6 @@ def describe() -> dict[str, str]:
 def _cores() -> str:
     ours, here = machine.cores(), os.cpu_count() or 1
     return str(here) if ours == here else f"{ours} of {here}"
-
-
-def read_speed(size: int = 1 << 28) -> float:
-    """Bytes of memory that all cores read in a second together: the best of five sums of products of two arrays.
-
-    Args:
-        size: bytes that are read at a time, many times what caches hold.
-    """
-    count = machine.cores()
-    parts = np.split(np.ones(size // 4 // count * count, np.float32), count)
-    with ThreadPoolExecutor(count) as pool:  # NumPy lets go of the interpreter in a product
-
-        def once(_: int) -> float:
-            begun = time.perf_counter()
-            list(pool.map(lambda part: np.dot(part, part), parts))
-            return time.perf_counter() - begun
-
-        return sum(part.nbytes for part in parts) / min(map(once, range(5)))
 
 
 def hand_back_freed_arrays() -> None:
