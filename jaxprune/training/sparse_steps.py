@@ -100,7 +100,7 @@ class SparseSteps:
         Raises:
             ValueError: see above; what `around(...)` refuses.
         """
-        outer = self.outer.init(params)
+        outer: Any = self.outer.init(params)
         if any(mask.dtype != bool for mask in jax.tree.leaves(outer.masks)):
             raise ValueError("`SparseSteps` keeps masks in the pattern of the weights: leave `packed=True` out.")
         if jax.tree.leaves(getattr(outer, "statistics", ())):

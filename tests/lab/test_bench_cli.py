@@ -39,6 +39,35 @@ def refused(capsys, *words):
     return err.removeprefix("jaxprune: ").rstrip("\n")
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["40", "lenet_300_100"])
+def test_bench_train_end_to_end(name, tmp_path, capsys, relaxed):
+    words = ["bench", "train", name, "--batches", "4,8", "--sparsities", "0.5", "0.9", "--repeats", "2",
+             "--out", str(tmp_path), "--quiet"]  # fmt: skip
+    assert cli.main(words) == 0
+    found = lines_of(tmp_path / "bench.jsonl")
+    assert [(row["sparsity"], row["batch"], row["contestant"]) for row in found] == [
+        (share, batch, who) for share in (0.5, 0.9) for batch in (4, 8) for who in ("dense", "native")
+    ]
+    assert {row["kind"] for row in found} == {"train"}
+    dense, ours = found[-2:]
+    assert ours["custom_calls"]["jaxprune_sampled"] == 3
+    assert ours["bytes"] < dense["bytes"] / 2
+    assert ours["macs"] == dense["macs"] < dense["dense_macs"] / 5
+    out = capsys.readouterr().out
+    assert "Break-even" in out
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["roofline.png", "training.png"]
+
+
+def test_bench_train_refusals(capsys, monkeypatch):
+    assert "is no model (resnet50, vgg19" in refused(capsys, "bench", "train", "resnet5")
+    assert "1 or more; 0 arrived" in refused(capsys, "bench", "train", "40", "--batch", 0)
+    monkeypatch.setattr(sparse.native, "why_missing", lambda: "There is no compiler.")
+    assert "Only the native kernels train on non-zeros. There is no compiler." in refused(
+        capsys, "bench", "train", "40"
+    )
+
+
 def test_bench_layers_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     words = ["bench", "layers", "--sizes", "32", "24x40", "--batches", "1,4", "--sparsities", "0.5", "0.9",

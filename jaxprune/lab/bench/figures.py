@@ -29,7 +29,10 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """
     layers = [row for row in rows if row["kind"] == "layers"]
     models = [row for row in rows if row["kind"] == "model"]
+    training = [row for row in rows if row["kind"] == "train"]
     made = {"speedup": speedup(layers)} if len(_contestants(layers)) and layers else {}
+    if training:
+        made["training"] = speedup(training)
     if models:
         made["models"] = whole_models(models)
     over_sparsity = [row for row in models if isinstance(row["sparsity"], float)]
@@ -44,7 +47,7 @@ def speedup(rows: Sequence[Row]) -> Figure:
     Below 1, tinted, dense wins. Where a line crosses 1 upwards for good, the sparsity is written under it.
 
     Args:
-        rows: of `bench layers`, at least one that is not dense.
+        rows: of `bench layers` or `bench train`, at least one that is not dense.
     """
     sizes, contestants = list(dict.fromkeys(row["model"] for row in rows)), _contestants(rows)
     figure = style.figure(1.2 + 3.9 * len(sizes), 1.3 + 2.9 * len(contestants))

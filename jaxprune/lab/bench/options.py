@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxprune.lab.bench.layers import Layers
+    from jaxprune.lab.bench.training import Training
     from jaxprune.lab.bench.whole import Whole
 
 ABOUT = """\
@@ -14,6 +15,7 @@ Measure where sparsity pays on this machine: dense against the sparse formats, i
 
   jaxprune bench layers                            products: sizes x sparsities x batches x formats
   jaxprune bench model resnet50 --batch 1 16       whole networks, end to end
+  jaxprune bench train 4096 --batch 256            steps of training, masked against compressed
   jaxprune bench plot bench/bench.jsonl            draw the figures again
 """
 LAYERS = """\
@@ -33,6 +35,13 @@ rounds if it has any.
   jaxprune bench model --run runs/quickstart-1a2b3c4d
 
 Models: resnet50, vgg19 (images 224 x 224), tf_tutorial_cnn, lenet_300_100, lenet_5, mlp (28 x 28).
+"""
+TRAIN = """\
+Time a step of training with fixed masks and Adam: on dense params that are masked, and on compressed ones; and say how
+much memory each takes at once. NAME is a model, or a size of layers with ReLU (three of them, if they are square).
+
+  jaxprune bench train 4096 --batches 64 256 --sparsities 0.5 0.75 0.9 0.95 0.99
+  jaxprune bench train lenet_300_100 --batch 128
 """
 PLOT = """\
 Draw the figures of FILE, lines that `jaxprune bench` wrote, again: speed-up over sparsity, whole models, roofline.
@@ -76,6 +85,13 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
     _common(model)
     model.set_defaults(do=do["measure"], plan=_whole)
 
+    train = kinds.add_parser("train", help="steps of training, masked against compressed", description=TRAIN, **style)
+    train.add_argument("name", metavar="NAME", help="a model's name, or a size: 4096, 768x3072")
+    _several(train, "--batches", "--batch", metavar="N", default=["64", "256"])
+    _several(train, "--sparsities", "--sparsity", metavar="S", default=SPARSITIES, help="fractions removed, in [0, 1)")
+    _common(train, formats=False)
+    train.set_defaults(do=do["measure"], plan=_train, formats=["native"])
+
     plot = kinds.add_parser("plot", help="draw the figures again", description=PLOT, **style)
     plot.add_argument("file", metavar="FILE", type=Path, help="bench.jsonl")
     plot.add_argument("--out", metavar="FOLDER", type=Path, help="where to draw (default: beside FILE)")
@@ -86,10 +102,13 @@ def _several(parser: argparse.ArgumentParser, *flags: str, **about: Any) -> None
     parser.add_argument(*flags, nargs="+", **about)
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, *, formats: bool = True) -> None:
     rounds = "rounds of 4 to 40 runs of each (default: as many as take a few seconds)"
     folder = "where rows are added and figures drawn (default: bench)"
-    _several(parser, "--formats", "--format", metavar="FORMAT", default=[], help="default: all that suit the device")
+    if formats:
+        _several(
+            parser, "--formats", "--format", metavar="FORMAT", default=[], help="default: all that suit the device"
+        )
     parser.add_argument("--repeats", metavar="N", type=int, help=rounds)
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights, zeros and inputs (default: 0)")
     parser.add_argument("--platform", metavar="NAME", choices=["cpu", "gpu", "tpu"], help="cpu, gpu or tpu")
@@ -97,7 +116,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
 
 
-def plan_of(arguments: argparse.Namespace) -> "Layers | Whole":
+def plan_of(arguments: argparse.Namespace) -> "Layers | Whole | Training":
     """What the words ask for; from here on JAX runs on the chosen platform.
 
     Raises:
@@ -129,6 +148,12 @@ def _whole(arguments: argparse.Namespace, common: dict[str, Any]) -> "Whole":
 
     given = {key: getattr(arguments, key) for key in ("name", "run", "tune", "cache")}
     return Whole(profiles=tuple(arguments.profile), side=arguments.image, **given, **common)
+
+
+def _train(arguments: argparse.Namespace, common: dict[str, Any]) -> "Training":
+    from jaxprune.lab.bench.training import Training
+
+    return Training(name=arguments.name, **common)
 
 
 def _words(given: Sequence[str]) -> list[str]:

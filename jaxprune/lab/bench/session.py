@@ -26,6 +26,7 @@ from jaxprune.lab.report.results import Row, read_rows
 from jaxprune.sparse.tuning import machine
 
 if TYPE_CHECKING:
+    from jaxprune.lab.bench.training import Training
     from jaxprune.lab.bench.whole import Whole
 
 FILE = "bench.jsonl"
@@ -59,7 +60,7 @@ def use_platform(name: str | None) -> str:
     return platform
 
 
-def prepare(plan: "Layers | Whole") -> Measure:
+def prepare(plan: "Layers | Whole | Training") -> Measure:
     """Read and build what a plan needs; what it returns does the measuring.
 
     Raises:
@@ -67,9 +68,9 @@ def prepare(plan: "Layers | Whole") -> Measure:
     """
     if isinstance(plan, Layers):
         return functools.partial(layers.measure, plan)
-    from jaxprune.lab.bench import whole  # brings the readers of runs and checkpoints
+    from jaxprune.lab.bench import training, whole  # bring the readers of runs and checkpoints
 
-    return whole.prepare(plan)
+    return training.prepare(plan) if isinstance(plan, training.Training) else whole.prepare(plan)
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def bar(*, quiet: bool) -> Iterator[Progress]:
         yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
 
 
-def run(plan: "Layers | Whole", measure: Measure, out: Path, command: str, progress: Progress) -> str:
+def run(plan: "Layers | Whole | Training", measure: Measure, out: Path, command: str, progress: Progress) -> str:
     """Measure all cases, write rows and figures to a folder; returns the report for the terminal.
 
     Args:
@@ -114,7 +115,7 @@ def run(plan: "Layers | Whole", measure: Measure, out: Path, command: str, progr
     return "\n\n".join(["\n".join(_opening(plan, found)), text(found), "\n".join([f"rows: {out / FILE}", *drawn])])
 
 
-def _opening(plan: "Layers | Whole", found: Sequence[Row]) -> list[str]:
+def _opening(plan: "Layers | Whole | Training", found: Sequence[Row]) -> list[str]:
     about, peak = found[0]["machine"], found[0]["peak"]
     lines = [
         f"{about['processor']}, {about['cores']} cores; {about['platform']} {about['device']}; jax {about['jax']}",
