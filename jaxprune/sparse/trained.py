@@ -99,7 +99,12 @@ def trainable(params: Params) -> tuple[Params, Params]:
     with_transposed = jax.tree.map(
         lambda leaf: TrainableWeight.of(leaf) if _is_native(leaf) else leaf, params, is_leaf=_is_native
     )
-    return eqx.partition(with_transposed, eqx.is_inexact_array)
+    return take_apart(with_transposed)
+
+
+def take_apart(params: Params) -> tuple[Params, Params]:
+    """All arrays of floats, and everything else, None for what is in the other, as `join` puts them together."""
+    return eqx.partition(params, eqx.is_inexact_array)
 
 
 def join(values: Params, rest: Params) -> Params:

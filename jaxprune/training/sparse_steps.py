@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 from jaxprune import native, schedules, sparse, tree
 from jaxprune.layout import BY_NAME, Layout
 from jaxprune.sparse.formats import matrix_of
+from jaxprune.sparse.trained import take_apart
 from jaxprune.training.transformation import land
 from jaxprune.types import Masks, Params, UpdateWhen
 
@@ -145,7 +145,7 @@ class SparseSteps:
         self, step: int, params: Params, outer: Any, weights: dict[str, sparse.TrainableWeight]
     ) -> SparseState:
         picked = tree.map_named(lambda name, leaf: weights.get(name, leaf), params)
-        values, rest = eqx.partition(picked, eqx.is_inexact_array)
+        values, rest = take_apart(picked)
         inner_state = optax.tree.map_params(self.inner, _gathered, outer.inner_state, picked)
         masks = {
             name: mask
@@ -199,7 +199,7 @@ def _gathered(kept: Array, leaf: Any) -> Any:
         return kept
     rows, cols = leaf.coordinates()
     place = (cols, rows) if leaf.outputs_last else (rows, cols)
-    return eqx.filter(leaf.with_values(kept[place]), eqx.is_inexact_array)
+    return take_apart(leaf.with_values(kept[place]))[0]
 
 
 def _alive(weight: sparse.TrainableWeight) -> Bool[Array, "*axes"]:

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from jaxprune import native
+from jaxprune.lab.bench import doctor
 from jaxprune.lab.bench.rows import Peak
-from jaxprune.lab.commands import doctor, main
+from jaxprune.lab.commands import main
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -1,4 +1,4 @@
-"""The words of `jaxprune bench`: its parsers, and what the words mean. Nothing heavy is imported to show help."""
+"""The words of `jaxprune bench` and `doctor`: parsers, and what words mean. Nothing heavy is imported to show help."""
 
 import argparse
 from collections.abc import Sequence
@@ -96,6 +96,16 @@ def add_parser(commands: Any, style: dict[str, Any], do: dict[str, Any]) -> None
     plot.add_argument("file", metavar="FILE", type=Path, help="bench.jsonl")
     plot.add_argument("--out", metavar="FOLDER", type=Path, help="where to draw (default: beside FILE)")
     plot.set_defaults(do=do["plot"])
+
+
+def add_doctor(commands: Any, style: dict[str, Any], do: Any) -> None:
+    """Add `doctor`; arguments as of `add_parser`."""
+    doctor = commands.add_parser(
+        "doctor", help="say what works here, and what is missing", **style,
+        description="Look at versions, devices, native kernels, the machine's peak and extras, and say how to get what "
+        "is missing. Exit code 1 where something is broken.",
+    )  # fmt: skip
+    doctor.set_defaults(do=do)
 
 
 def _several(parser: argparse.ArgumentParser, *flags: str, **about: Any) -> None:

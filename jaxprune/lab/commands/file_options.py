@@ -1,4 +1,4 @@
-"""The words of `jaxprune inspect`, `convert`, `predict` and `costs`. Nothing heavy is imported to show help."""
+"""The words of `jaxprune inspect`, `convert`, `predict`, `costs` and `data`. Nothing heavy is imported to show help."""
 
 import argparse
 from pathlib import Path
@@ -99,3 +99,17 @@ def _add_convert(commands: argparse._SubParsersAction, style: dict[str, Any], do
     convert.add_argument("--select", metavar="PATTERN", nargs="+", default=[],
                          help="leaves to quantize (default: every matrix and kernel)")  # fmt: skip
     convert.set_defaults(do=do)
+
+
+def add_data(commands: Any, style: dict[str, Any], do: Any) -> None:
+    """Add the command `data`; arguments as of `add_parsers`."""
+    bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
+    load = bring.add_parser(
+        "import", help="make a data set readable from its original files", **style,
+        description="Write mnist, fashion_mnist (idx or idx.gz files) or cifar10 (PNG sheets) from FOLDER as a "
+        "prepared TensorFlow Datasets data set, which that library itself then reads. TensorFlow is not needed.",
+    )  # fmt: skip
+    load.add_argument("name", metavar="NAME", help="mnist, fashion_mnist or cifar10")
+    load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
+    load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
+    load.set_defaults(do=do)

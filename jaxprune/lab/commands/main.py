@@ -143,32 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print the results as JSON instead")
     report.set_defaults(do=_report, refuse=report.error)
 
-    _add_data(commands, style)
-    doctor = commands.add_parser(
-        "doctor", help="say what works here, and what is missing", **style,
-        description="Look at versions, devices, native kernels, memory speed and extras, and say how to get what is "
-        "missing. Exit code 1 where something is broken.",
-    )  # fmt: skip
-    doctor.set_defaults(do=_doctor)
-
+    file_options.add_data(commands, style, _import)
+    options.add_doctor(commands, style, _doctor)
     file_options.add_costs(commands, style, _costs)
     options.add_parser(commands, style, {"measure": _bench, "plot": _bench_plot})
     file_options.add_parsers(commands, style, {"inspect": _inspect, "convert": _convert, "predict": _predict})
     language_options.add_parsers(commands, style, {"generate": _generate, "oneshot": _oneshot})
     return parser
-
-
-def _add_data(commands: Any, style: dict[str, Any]) -> None:
-    bring = commands.add_parser("data", help="bring data in").add_subparsers(required=True, metavar="COMMAND")
-    load = bring.add_parser(
-        "import", help="make a data set readable from its original files", **style,
-        description="Write mnist, fashion_mnist (idx or idx.gz files) or cifar10 (PNG sheets) from FOLDER as a "
-        "prepared TensorFlow Datasets data set, which that library itself then reads. TensorFlow is not needed.",
-    )  # fmt: skip
-    load.add_argument("name", metavar="NAME", help="mnist, fashion_mnist or cifar10")
-    load.add_argument("folder", metavar="FOLDER", type=Path, help="where the original files lie")
-    load.add_argument("--data-dir", metavar="DIR", type=Path, help="where to write (default: ~/tensorflow_datasets)")
-    load.set_defaults(do=_import)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -248,7 +229,7 @@ def _import(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, _: list[str]) -> int:
-    from jaxprune.lab.commands import doctor
+    from jaxprune.lab.bench import doctor
 
     found = doctor.findings()
     print(doctor.text(found))
