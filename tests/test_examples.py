@@ -63,7 +63,6 @@ def world(tmp_path, monkeypatch):
     labels = jnp.argmax(apply_fn(params, x), -1)
     method = jp.Method(layout=jp.FLAX)
     masks = jp.compute_masks(method, params, 0.5)
-    dense_logits = apply_fn(params, x)
     return {
         "jp": jp, "jax": jax, "jnp": jnp, "optax": optax, "apply_fn": apply_fn, "params": params, "x": x,
         "model": SimpleNamespace(apply=apply_fn), "batches": [x, x + 1], "method": method, "masks": masks,
@@ -71,7 +70,6 @@ def world(tmp_path, monkeypatch):
         "grads": jax.grad(lambda params: apply_fn(params, x).mean())(params),
         "accuracy": lambda params: float(jnp.mean(jnp.argmax(apply_fn(params, x), -1) == labels)),
         "couplings": jp.couplings(apply_fn, params, x), "train": lambda params, masks, number: params,
-        "levels": [0.5, 0.8], "initial": params, "task_loss": jnp.float32(1.0), "dense_logits": dense_logits,
         "logits": apply_fn(jp.apply_masks(params, masks), x), "to_codebooks": to_codebooks,
     }  # fmt: skip
 
